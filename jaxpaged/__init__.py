@@ -1,0 +1,2 @@
+"""jaxpaged: PagedAttention inference in JAX."""
+from jaxpaged.version import __version__
