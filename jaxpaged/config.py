@@ -244,3 +244,179 @@ def _windows(fields: _Fields, rule: str | None, num_layers: int) -> tuple[int, .
         if name not in known:
             raise fields.fail("layer_types", f"got {name!r}, supported are {', '.join(known)}")
     return tuple(known[name] for name in layer_types)
+
+
+# --- options of the engine ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """One compiled shape of the step: decode rows of one token each, and prefill tiles of a fixed number of tokens."""
+
+    decode_rows: int
+    prefill_tiles: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that can be set about an engine. Names and meanings are vLLM's where it has them; None means chosen at start-up.
+
+    Args:
+      model: a local Hugging Face or orbax directory, or a hub id; None is the model that comes with jaxpaged.
+      tokenizer: directory or hub id of the tokenizer; None is the model's own.
+      revision: branch, tag or commit of a hub id.
+      dtype: of weights and activations; auto is the checkpoint's.
+      max_model_len: tokens of a prompt and its output together; auto is the model's limit.
+      block_size: tokens of one page; auto is 16 on a CPU, 64 on a GPU.
+      max_num_seqs: sequences in one step; auto is 32 on a CPU, 256 on a GPU.
+      max_num_batched_tokens: tokens computed in one step, so also the longest chunk of a prompt; auto is 512 on a CPU, 2048 on a GPU.
+      long_prefill_token_threshold: longest chunk of one prompt in one step; 0 for no limit of its own.
+      kv_cache_dtype: of the page pool; auto is dtype.
+      num_gpu_blocks_override: pages of the pool, whatever the memory.
+      kv_cache_memory_bytes: bytes of the pool; overrides gpu_memory_utilization.
+      gpu_memory_utilization: share of the device's memory for weights, temporaries and pool; on a CPU the device is this machine. Auto
+        is 0.92 on a GPU, and on a CPU room for max_num_seqs full-length sequences within 4 GiB and a quarter of the free memory.
+      seed: of requests that bring none of their own.
+      enforce_eager: compile each bucket at its first use instead of all of them at start-up.
+      skip_tokenizer_init: load no tokenizer; prompts and answers are token ids.
+      attention_backend: a backend of pallas_kernels, by name.
+      prefill_tile: tokens of one prefill tile; auto is 16 on a CPU, 64 on a GPU.
+      decode_row_buckets: decode rows that get a compiled step of their own.
+      prefill_tile_buckets: likewise prefill tiles; 0, a step that only decodes, is always one.
+      compilation_cache_dir: where compiled steps are kept between runs; auto is jaxpaged's folder in the user's cache, "none" keeps nothing.
+
+    Raises:
+      ConfigError: an unknown option, or a value out of range, named with what is allowed.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    block_size: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    long_prefill_token_threshold: int = 0
+    kv_cache_dtype: str = "auto"
+    num_gpu_blocks_override: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float | None = None
+    seed: int = 0
+    enforce_eager: bool = False
+    skip_tokenizer_init: bool = False
+    attention_backend: str = "auto"
+    prefill_tile: int | None = None
+    decode_row_buckets: tuple[int, ...] | None = None
+    prefill_tile_buckets: tuple[int, ...] | None = None
+    compilation_cache_dir: str | None = None
+
+    @classmethod
+    def from_options(cls, **options: Any) -> EngineConfig:
+        """Build from keywords; an unknown one raises and names its nearest neighbour."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}{nearest(name, known)}")
+        return cls(**options)
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "kv_cache_dtype"):
+            value = getattr(self, name)
+            value = _DTYPE_ALIASES.get(value, value) if isinstance(value, str) else value
+            if value not in ("auto", *FLOAT_DTYPES):
+                raise ConfigError(f"{name}: got {value!r}, expected one of auto, {', '.join(FLOAT_DTYPES)}")
+            object.__setattr__(self, name, value)
+        for name in ("model", "tokenizer", "revision", "compilation_cache_dir"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected a string")
+        if self.block_size is not None and self.block_size not in BLOCK_SIZES:
+            raise ConfigError(f"block_size: got {self.block_size!r}, expected one of {', '.join(map(str, BLOCK_SIZES))}")
+        self._check_int("max_model_len", 2, 2**30)
+        self._check_int("max_num_seqs", 1, 4096)
+        self._check_int("max_num_batched_tokens", 1, 2**20)
+        self._check_int("long_prefill_token_threshold", 0, 2**30)
+        self._check_int("num_gpu_blocks_override", 2, 2**30)
+        self._check_int("kv_cache_memory_bytes", 1, 2**50)
+        self._check_int("seed", -(2**63), 2**63 - 1)
+        self._check_int("prefill_tile", 1, 4096)
+        if self.gpu_memory_utilization is not None:
+            value = self.gpu_memory_utilization
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+                raise ConfigError(f"gpu_memory_utilization: got {value!r}, expected a number in (0, 1]")
+        for name in ("enforce_eager", "skip_tokenizer_init"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected True or False")
+        for name, low in (("decode_row_buckets", 1), ("prefill_tile_buckets", 0)):
+            sizes = getattr(self, name)
+            if sizes is None:
+                continue
+            if isinstance(sizes, (str, bytes)) or not all(isinstance(size, int) and size >= low for size in sizes):
+                raise ConfigError(f"{name}: got {sizes!r}, expected whole numbers of at least {low}")
+            object.__setattr__(self, name, tuple(sorted(set(sizes))))
+
+    def _check_int(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ConfigError(f"{name}: got {value!r}, expected a whole number in [{low}, {high}]")
+
+    def resolved(self, model: ModelConfig, platform: str) -> EngineConfig:
+        """The same options with every None and auto replaced, except those that only the device's free memory can tell.
+
+        Args:
+          platform: jax's name, "cpu" or "gpu" or another.
+        """
+        on_cpu = platform == "cpu"
+        max_model_len = self.max_model_len or model.max_position_embeddings
+        if max_model_len > model.max_position_embeddings:
+            raise ConfigError(f"max_model_len: got {max_model_len:,}, the model's max_position_embeddings is {model.max_position_embeddings:,}")
+        max_num_seqs = self.max_num_seqs or (32 if on_cpu else 256)
+        max_tokens = self.max_num_batched_tokens or max(max_num_seqs, 512 if on_cpu else 2048)
+        if max_tokens < max_num_seqs:
+            raise ConfigError(f"max_num_batched_tokens: got {max_tokens}, expected at least max_num_seqs {max_num_seqs} (one token each)")
+        dtype = model.dtype if self.dtype == "auto" else self.dtype
+        tile = self.prefill_tile or (16 if on_cpu else 64)
+        max_tiles = -(-max_tokens // tile)
+        return dataclasses.replace(
+            self,
+            dtype=dtype,
+            kv_cache_dtype=dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype,
+            max_model_len=max_model_len,
+            block_size=self.block_size or (16 if on_cpu else 64),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_tokens,
+            prefill_tile=tile,
+            decode_row_buckets=self.decode_row_buckets or _default_rows(max_num_seqs, dtype, on_cpu),
+            prefill_tile_buckets=self.prefill_tile_buckets or tuple(sorted({1, min(8, max_tiles), max_tiles})),
+        )
+
+    def buckets(self) -> list[Bucket]:
+        """Every shape that is compiled, smallest first; the largest of each kind is always among them. For resolved options."""
+        if self.decode_row_buckets is None or self.prefill_tile_buckets is None or self.max_num_seqs is None:
+            raise ConfigError("buckets() needs resolved options")
+        rows = sorted({size for size in self.decode_row_buckets if size < self.max_num_seqs} | {self.max_num_seqs})
+        tiles = sorted({0, *(size for size in self.prefill_tile_buckets if size < self.max_prefill_tiles), self.max_prefill_tiles})
+        return [Bucket(decode_rows, prefill_tiles) for prefill_tiles in tiles for decode_rows in rows]
+
+    @property
+    def max_prefill_tiles(self) -> int:
+        """Tiles of the largest step. For resolved options."""
+        return -(-self.max_num_batched_tokens // self.prefill_tile)  # type: ignore[operator]
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        """M, the width of a block table. For resolved options."""
+        return -(-self.max_model_len // self.block_size)  # type: ignore[operator]
+
+
+def _default_rows(max_num_seqs: int, dtype: str, on_cpu: bool) -> tuple[int, ...]:
+    """Few sizes: rows cost little where the weights' bytes are the cost, and each size compiles once per prefill size.
+
+    One bfloat16 row is never worth a bucket on a CPU: XLA converts the whole weight for it (20 ms against 2 ms for 8 rows,
+    a 2048 x 8192 weight, 2 cores with AVX-512, November 2026).
+    """
+    first = 8 if on_cpu and dtype != "float32" else 1
+    sizes = {first, 8} | {2**k for k in range(4, 12, 1 if not on_cpu else 2)}
+    return tuple(sorted(min(size, max(max_num_seqs, first)) for size in sizes if size <= max_num_seqs or size == first))

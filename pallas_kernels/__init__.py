@@ -1,0 +1,14 @@
+"""Paged attention in JAX for people who compare kernels. Imports jax only, and never jaxpaged.
+
+One folder an operation: the contract in `__init__.py`, the definition in `reference.py`, the fast portable path in `xla.py`.
+Backends are chosen by name; one that cannot run raises NotImplementedError with the reason, and nothing falls back in silence.
+
+Axis letters: B rows, T query tokens per row, P pages, S tokens per page, M pages per row, N query heads, K key/value heads,
+G = N/K, H head size.
+"""
+
+from pallas_kernels.paged_decode_attention import paged_decode_attention
+from pallas_kernels.paged_prefill_attention import paged_prefill_attention
+from pallas_kernels.write_kv_pages import write_kv_pages
+
+__all__ = ["paged_decode_attention", "paged_prefill_attention", "write_kv_pages"]

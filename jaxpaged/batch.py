@@ -1,0 +1,86 @@
+"""The bridge between host and device: a StepPlan and a Bucket become StepInputs, padded numpy arrays.
+
+The only place that knows both what a plan means and how a compiled step wants it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from jaxpaged.config import Bucket
+from jaxpaged.host.scheduler import Chunk, StepPlan
+from jaxpaged.model.attention import PagedTokens
+from jaxpaged.model.sampler import SamplingInputs
+from jaxpaged.model.step import StepInputs
+
+
+def fit(plan: StepPlan, buckets: Seq[Bucket], tile: int) -> Bucket:
+    """The first, so smallest, bucket that holds the plan.
+
+    Raises:
+      ValueError: none does; the scheduler's limits and the bucket list disagree.
+    """
+    num_tiles = sum(-(-chunk.num_tokens // tile) for chunk in plan.prefills)
+    for bucket in buckets:
+        if bucket.decode_rows >= len(plan.decodes) and bucket.prefill_tiles >= num_tiles:
+            return bucket
+    raise ValueError(f"no bucket holds {len(plan.decodes)} decode rows and {num_tiles} prefill tiles; the largest is {buckets[-1]}")
+
+
+def pad(plan: StepPlan, bucket: Bucket, *, tile: int, page_size: int, max_blocks_per_seq: int) -> tuple[StepInputs, list[int]]:
+    """The step's inputs in the bucket's shapes, and the row of the outputs of each chunk in `plan.sampling()`.
+
+    Padding is zeros: token 0 at position 0, slot 0 of the null page, a length of 0, and greedy sampling.
+    """
+    D, C, M = bucket.decode_rows, bucket.prefill_tiles, max_blocks_per_seq
+    token_ids, positions, slots = (np.zeros(D + C * tile, np.int32) for _ in range(3))
+    tables, lens, sample_at = np.zeros((D + C, M), np.int32), np.zeros(D + C, np.int32), np.zeros(D + C, np.int32)
+    sampling = SamplingInputs(
+        temperature=np.zeros(D + C, np.float32),  # type: ignore[arg-type]
+        top_k=np.zeros(D + C, np.int32),  # type: ignore[arg-type]
+        top_p=np.ones(D + C, np.float32),  # type: ignore[arg-type]
+        min_p=np.zeros(D + C, np.float32),  # type: ignore[arg-type]
+        seeds=np.zeros((D + C, 2), np.uint32),  # type: ignore[arg-type]
+    )
+    sampling_rows = []
+
+    def place(row: int, at: int, chunk: Chunk, start: int, end: int) -> None:
+        """Tokens [start, end) of the chunk's sequence go to places at, at + 1, ...; their table and length to `row`."""
+        pages = np.asarray(chunk.sequence.pages, np.int32)
+        count = end - start
+        places = np.arange(start, end)
+        token_ids[at : at + count] = chunk.sequence.tokens[start:end]
+        slots[at : at + count] = pages[places // page_size] * page_size + places % page_size
+        tables[row, : len(pages)] = pages
+        lens[row] = end
+        if chunk.samples and end == chunk.end:
+            sample_at[row] = at + count - 1
+            _set_sampling(sampling, row, chunk)
+            sampling_rows.append(row)
+
+    for row, chunk in enumerate(plan.decodes):
+        place(row, row, chunk, chunk.start, chunk.end)
+        positions[row] = chunk.start
+    row, at = D, D
+    for chunk in plan.prefills:
+        for start in range(chunk.start, chunk.end, tile):
+            place(row, at, chunk, start, min(start + tile, chunk.end))
+            # A tile's padding keeps counting, so that its first position alone tells all of them.
+            positions[at : at + tile] = np.arange(start, start + tile)
+            row, at = row + 1, at + tile
+
+    tokens = PagedTokens(token_ids, positions, slots, tables[:D], lens[:D], tables[D:], lens[D:])  # type: ignore[arg-type]
+    return StepInputs(tokens=tokens, sample_at=sample_at, sampling=sampling), sampling_rows  # type: ignore[arg-type]
+
+
+def _set_sampling(sampling: SamplingInputs, row: int, chunk: Chunk) -> None:
+    request = chunk.sequence.request
+    params = request.params
+    arrays: dict[str, np.ndarray] = vars(sampling)  # type: ignore[assignment]
+    arrays["temperature"][row] = params.temperature
+    arrays["top_k"][row] = params.top_k
+    arrays["top_p"][row] = params.top_p
+    arrays["min_p"][row] = params.min_p
+    arrays["seeds"][row] = request.seed >> 32, request.seed & 0xFFFFFFFF

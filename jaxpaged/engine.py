@@ -1,0 +1,165 @@
+"""The loop: plan, pad, step, commit. Token ids in, token events out.
+
+Owns a scheduler and a runner. Refuses to know text, checkpoints' formats and the shapes of arrays.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import jax
+
+from jaxpaged.config import EngineConfig, ModelConfig
+from jaxpaged.host.pages import PagePool
+from jaxpaged.host.request import Request, RequestError, SamplingParams, TokenEvent
+from jaxpaged.host.scheduler import Limits, Scheduler
+from jaxpaged.runner import JaxRunner, Runner, memory_table, plan_memory, use_compilation_cache
+
+logger = logging.getLogger("jaxpaged")
+
+
+class Engine:
+    """Serves requests from one page pool. Not thread-safe: one caller drives it.
+
+    Invariant: a request that was refused or has ended owns no page.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        runner: Runner,
+        *,
+        pool: PagePool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """`config` is resolved; `pool` and `clock` are for tests and simulations."""
+        self.config, self.model, self.runner, self.clock = config, model, runner, clock
+        limits = Limits(
+            page_size=config.block_size,  # type: ignore[arg-type]
+            max_num_seqs=config.max_num_seqs,  # type: ignore[arg-type]
+            max_num_batched_tokens=config.max_num_batched_tokens,  # type: ignore[arg-type]
+            tile=config.prefill_tile,  # type: ignore[arg-type]
+            max_prefill_tiles=config.max_prefill_tiles,
+            long_prefill_token_threshold=config.long_prefill_token_threshold,
+        )
+        self.pool = pool if pool is not None else PagePool(runner.num_pages)
+        self.scheduler = Scheduler(self.pool, limits)
+        self.num_steps = 0
+        self.num_prompt_tokens = 0
+        self.num_generation_tokens = 0
+        self._seeds = random.Random(config.seed)
+        self._ids = itertools.count()
+        self._is_closed = False
+
+    @classmethod
+    def from_weights(cls, config: EngineConfig, model: ModelConfig, weights, *, use_tqdm: bool = False, pool_type: type[PagePool] = PagePool) -> Engine:
+        """An engine on this machine's device, warmed up, from weights that are already there.
+
+        Args:
+          weights: `jaxpaged.model.weights.Weights` of `config.dtype`; the engine owns them from here and `close` deletes them.
+        """
+        config = config.resolved(model, jax.default_backend())
+        use_compilation_cache(config.compilation_cache_dir)
+        num_pages = plan_memory(config, model)
+        runner = JaxRunner(config, model, weights, num_pages=num_pages)
+        if not config.enforce_eager:
+            runner.warm_up(use_tqdm=use_tqdm)
+        engine = cls(config, model, runner, pool=pool_type(num_pages))
+        engine._log_memory()
+        return engine
+
+    def _log_memory(self) -> None:
+        runner = self.runner
+        assert isinstance(runner, JaxRunner)
+        analyses = (compiled.memory_analysis() for compiled in runner.compiled.values())
+        temporary = max((analysis.temp_size_in_bytes for analysis in analyses if analysis is not None), default=0)
+        for what, size in memory_table(self.config, self.model, runner.num_pages, temporary):
+            logger.info("%-60s %12s", what, f"{size / 2**20:,.1f} MiB")
+        num_tokens = self.pool.num_usable * self.config.block_size  # type: ignore[operator]
+        logger.info("GPU KV cache size: %s tokens", f"{num_tokens:,}")
+        max_len = self.config.max_model_len
+        logger.info("Maximum concurrency for %s tokens per request: %.2fx", f"{max_len:,}", num_tokens / max_len)  # type: ignore[operator]
+
+    # --- requests ---
+
+    def add_request(self, prompt_token_ids: Seq[int], params: SamplingParams | None = None, *, request_id: str | None = None) -> Request:
+        """Queue a prompt.
+
+        Raises:
+          RequestError: it can never be served; nothing was taken for it.
+        """
+        if self._is_closed:
+            raise RequestError("the engine is closed")
+        request = Request.checked(
+            request_id if request_id is not None else f"req-{next(self._ids)}",
+            prompt_token_ids,
+            params if params is not None else SamplingParams(),
+            vocab_size=self.model.vocab_size,
+            max_model_len=self.config.max_model_len,  # type: ignore[arg-type]
+            max_pool_len=self.pool.num_usable * self.config.block_size,  # type: ignore[operator]
+            eos_token_ids=self.model.eos_token_ids,
+            default_seed=self._seeds.getrandbits(64),
+            arrival_s=self.clock(),
+        )
+        self.scheduler.add(request)
+        self.num_prompt_tokens += len(request.prompt_token_ids)
+        return request
+
+    def abort(self, request_id: str) -> TokenEvent | None:
+        """End a request now; its pages are free when this returns. None when it is unknown or already over."""
+        return self.scheduler.abort(request_id)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has something to do."""
+        return self.scheduler.has_unfinished
+
+    def step(self) -> list[TokenEvent]:
+        """Run one step: at most one new token per running request. Empty when there is nothing to do or only prompts advanced."""
+        plan = self.scheduler.plan()
+        if plan is None:
+            return []
+        token_ids, is_finite = self.runner.run(plan)
+        events = self.scheduler.commit(plan, token_ids, is_finite)
+        self.num_steps += 1
+        self.num_generation_tokens += sum(event.token_id is not None for event in events)
+        return events
+
+    # --- for people who look ---
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters since the start and the state of the pool right now."""
+        page_tokens = sum(sequence.num_computed for sequence in self.scheduler.running)
+        return {
+            "num_requests_running": len(self.scheduler.running),
+            "num_requests_waiting": len(self.scheduler.waiting),
+            "num_gpu_blocks": self.pool.num_usable,
+            "kv_blocks_active": self.pool.num_used,
+            "kv_cache_usage_perc": self.pool.num_used / self.pool.num_usable,
+            "kv_tokens": page_tokens,
+            "num_steps": self.num_steps,
+            "num_preemptions": self.scheduler.num_preemptions,
+            "prompt_tokens": self.num_prompt_tokens,
+            "generation_tokens": self.num_generation_tokens,
+        }
+
+    def close(self) -> None:
+        """End every request and give the device's memory back. A closed engine takes no requests."""
+        if self._is_closed:
+            return
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            self.scheduler.abort(sequence.request.request_id)
+        self.runner.close()
+        self._is_closed = True
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

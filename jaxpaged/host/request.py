@@ -1,0 +1,206 @@
+"""What a user asks for and how far it has come: SamplingParams, Request, Sequence, TokenEvent.
+
+Knows tokens and their limits. Refuses to know text, arrays and pages' contents.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, fields
+
+from jaxpaged.config import nearest
+
+
+class RequestError(ValueError):
+    """A request that cannot be served. One line: which field, what it got, what is allowed. Nothing was taken for it."""
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended; the values are those of the OpenAI and vLLM answers."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. Names, meanings and defaults are vLLM's.
+
+    Args:
+      temperature: 0 is greedy; otherwise logits are divided by it.
+      top_p: keep the smallest set of tokens whose probabilities sum to at least this; 1 keeps all.
+      top_k: keep the k likeliest tokens; 0 or -1 keeps all.
+      min_p: keep tokens at least this likely relative to the likeliest; 0 keeps all.
+      seed: the same seed gives the same tokens, whatever else is in the batch. None draws one from the engine's own seed.
+      max_tokens: at most this many new tokens; None means up to the model's limit.
+      stop_token_ids: end after any of these, besides the model's own end-of-sequence ids.
+      ignore_eos: do not end at the model's end-of-sequence ids.
+      detokenize: also return text.
+      skip_special_tokens: leave special tokens out of the text.
+
+    Raises:
+      RequestError: a value is out of range or of the wrong type.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+
+    def __new__(cls, *args: object, **options: object) -> SamplingParams:
+        # A misspelt option must name its neighbour; the generated __init__ would only say "unexpected keyword argument".
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise RequestError(f"SamplingParams: unknown option {name!r}{nearest(name, known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, 0.0, 100.0)
+        _check_number("top_p", self.top_p, 0.0, 1.0, exclude_low=True)
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        _check_int("top_k", self.top_k, -1, 2**31 - 1)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        if isinstance(self.stop_token_ids, (str, bytes)) or not isinstance(self.stop_token_ids, Seq):
+            raise RequestError(f"stop_token_ids: got {self.stop_token_ids!r}, expected a list of token ids")
+        for token_id in self.stop_token_ids:
+            _check_int("stop_token_ids", token_id, 0, 2**31 - 1)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+
+def _check_number(name: str, value: object, low: float, high: float, *, exclude_low: bool = False) -> None:
+    allowed = f"a finite number in {'(' if exclude_low else '['}{low:g}, {high:g}]"
+    # `not (low <= value)` rather than `value < low`: every comparison with NaN is False, and NaN must not pass.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not (low <= value <= high) or (exclude_low and value == low):  # type: ignore[operator]
+        raise RequestError(f"{name}: got {value!r}, expected {allowed}")
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(f"{name}: got {value!r}, expected a whole number in [{low}, {high}]")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, checked against the model: every field has its final value, nothing is None that the engine must know.
+
+    Built by `Request.checked` alone, so that the scheduler and the step never meet a bad value.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int  # 64 unsigned bits; with a token's position it is the whole state of the sampler
+    max_len: int  # tokens of prompt and output together at which the sequence ends
+    stop_ids: frozenset[int]
+    arrival_s: float
+
+    @classmethod
+    def checked(
+        cls,
+        request_id: str,
+        prompt_token_ids: Seq[int],
+        params: SamplingParams,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        max_pool_len: int,
+        eos_token_ids: Seq[int] = (),
+        default_seed: int = 0,
+        arrival_s: float = 0.0,
+    ) -> Request:
+        """Check a prompt and its parameters against the model's and the pool's limits.
+
+        Args:
+          max_model_len: in tokens, prompt and output together.
+          max_pool_len: tokens that fit in the whole page pool, were this sequence alone in it.
+
+        Raises:
+          RequestError: with the field, the value and the limit; no page has been taken.
+        """
+        if isinstance(prompt_token_ids, (str, bytes)) or not isinstance(prompt_token_ids, Seq):
+            raise RequestError(f"prompt_token_ids: got {type(prompt_token_ids).__name__}, expected a list of token ids")
+        if not prompt_token_ids:
+            raise RequestError("prompt is empty: at least one token is needed")
+        for token_id in prompt_token_ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+                raise RequestError(f"prompt_token_ids: got {token_id!r}, expected token ids in [0, {vocab_size - 1}]")
+        for token_id in params.stop_token_ids:
+            if token_id >= vocab_size:
+                raise RequestError(f"stop_token_ids: got {token_id}, expected token ids in [0, {vocab_size - 1}]")
+        num_prompt = len(prompt_token_ids)
+        # One place must be left for the first new token.
+        if num_prompt >= max_model_len:
+            raise RequestError(f"prompt has {num_prompt:,} tokens, the limit is {max_model_len - 1:,} (max_model_len {max_model_len:,} less one new token)")
+        if num_prompt > max_pool_len:
+            raise RequestError(f"prompt has {num_prompt:,} tokens, the whole page pool holds {max_pool_len:,} (raise num_gpu_blocks_override or kv_cache_memory_bytes)")
+        max_new = params.max_tokens if params.max_tokens is not None else max_model_len
+        # The last token is sampled but never written to a page, so the pool's limit is one token further.
+        max_len = min(num_prompt + max_new, max_model_len, max_pool_len + 1)
+        return cls(
+            request_id=request_id,
+            prompt_token_ids=tuple(prompt_token_ids),
+            params=params,
+            seed=(params.seed if params.seed is not None else default_seed) % 2**64,
+            max_len=max_len,
+            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_token_ids)),
+            arrival_s=arrival_s,
+        )
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request plus its tokens and pages, owned by the scheduler.
+
+    Invariant: 0 <= num_computed <= len(tokens); the keys and values of tokens[:num_computed] are in `pages`, in order.
+    A sequence is decoding exactly when one token is left to compute and it has output; nothing else records its phase.
+    """
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt_token_ids)
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens whose keys and values are not yet in a page; at least 1 until the sequence ends."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """Tokens generated so far."""
+        return self.tokens[self.num_prompt :]
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One new token of one request, or its end. `token_id` is None when a request ends without a new token (abort, error)."""
+
+    request_id: str
+    token_id: int | None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None  # the stop id that ended it, as in vLLM; None for the model's own end-of-sequence id

@@ -1,0 +1,44 @@
+"""The KV cache: the preallocated page arrays of all layers, and the arithmetic of their bytes.
+
+Knows geometry. Refuses to know which page belongs to whom.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxpaged.config import DTYPE_BYTES, ModelConfig
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Pages of every layer in one flat array each for keys and values, [L*P, K, S, H]: page p of layer l is row l * P + p.
+
+    One carried array instead of one per layer, so that a step updates it in place whatever the loop over layers is.
+    Row l * P is layer l's null page, which padding reads and writes; it is always finite.
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+    @property
+    def page_size(self) -> int:
+        """S, tokens per page."""
+        return self.k.shape[2]
+
+    def pages_per_layer(self, config: ModelConfig) -> int:
+        """P, the null page included."""
+        return self.k.shape[0] // config.num_layers
+
+
+def init_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: str = "float32") -> KVCache:
+    """A cache of `num_pages` pages (the null page included) of zeros."""
+    shape = (config.num_layers * num_pages, config.num_kv_heads, page_size, config.head_dim)
+    return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+
+
+def page_bytes(config: ModelConfig, page_size: int, dtype: str) -> int:
+    """Bytes of one page over all layers: page_size * 2 * K * H * L * bytes per element."""
+    return page_size * 2 * config.num_kv_heads * config.head_dim * config.num_layers * DTYPE_BYTES[dtype]

@@ -1,0 +1,90 @@
+"""Logits to tokens, inside the compiled step: greedy, temperature, top-k, top-p, min-p.
+
+Randomness depends on (seed, position) alone, so a token does not depend on who shares the batch, on preemption or on restarts.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@flax.struct.dataclass
+class SamplingInputs:
+    """How each of R rows samples; a padding row is greedy."""
+
+    temperature: jax.Array  # float32 [R], 0 is greedy
+    top_k: jax.Array  # int32 [R], 0 or less keeps all
+    top_p: jax.Array  # float32 [R], 1 keeps all
+    min_p: jax.Array  # float32 [R], 0 keeps all
+    seeds: jax.Array  # uint32 [R, 2], high and low half of the request's seed
+
+
+def sample(logits: jax.Array, sampling: SamplingInputs, positions: jax.Array) -> jax.Array:
+    """One token id per row, int32 [R].
+
+    Args:
+      logits: float32 [R, V].
+      positions: int32 [R], where the new token goes in its sequence.
+
+    As in vLLM: divide by the temperature, then min_p, then top_k, then top_p on what is left. Ties at a threshold are all kept.
+    Sampling is by the Gumbel maximum: argmax(logits + Gumbel noise) is distributed as softmax(logits).
+    """
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw(_: None) -> jax.Array:
+        is_greedy = sampling.temperature <= 0
+        scaled = logits / jnp.where(is_greedy, 1.0, sampling.temperature)[:, None]
+        needs_filter = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0))
+        scaled = lax.cond(needs_filter, lambda x: keep_likely(x, sampling), lambda x: x, scaled)
+        noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(sampling.seeds, positions, logits.shape[1])
+        return jnp.where(is_greedy, greedy, jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32))
+
+    # A batch of greedy rows draws no noise.
+    return lax.cond(jnp.any(sampling.temperature > 0), draw, lambda _: greedy, None)
+
+
+def _gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
+    key = jax.random.key(0)
+    for word in (seed[0], seed[1], position.astype(jnp.uint32)):
+        key = jax.random.fold_in(key, word)
+    return jax.random.gumbel(key, (size,), jnp.float32)
+
+
+def keep_likely(logits: jax.Array, sampling: SamplingInputs) -> jax.Array:
+    """logits [R, V] with -inf where min_p, top_k or top_p cut a token.
+
+    No sort: the k-th largest value, and the value at which the probability mass passes top_p, are found bit by bit, which is 32
+    counting passes over the row and exact.
+    """
+    V = logits.shape[1]
+    lowest_kept = jnp.max(logits, axis=-1) + jnp.log(sampling.min_p)  # log(0) = -inf keeps all
+    logits = jnp.where(logits < lowest_kept[:, None], -jnp.inf, logits)
+
+    ranks = _ordered_bits(logits)
+    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V)
+    kth = _largest_threshold(ranks, jnp.ones_like(logits), k.astype(jnp.float32))
+    logits = jnp.where(ranks < kth[:, None], -jnp.inf, logits)
+
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    cut = _largest_threshold(ranks, probabilities, sampling.top_p)
+    return jnp.where((ranks < cut[:, None]) & (sampling.top_p < 1)[:, None], -jnp.inf, logits)
+
+
+def _ordered_bits(x: jax.Array) -> jax.Array:
+    """uint32 numbers in the same order as the float32 numbers x."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest_threshold(ranks: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """Per row the largest t for which the weights of the entries with rank >= t still sum to at least `target`; uint32 [R]."""
+
+    def try_bit(index: int, threshold: jax.Array) -> jax.Array:
+        candidate = threshold | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
+        total = jnp.sum(jnp.where(ranks >= candidate[:, None], weights, 0.0), axis=-1)
+        return jnp.where(total >= target, candidate, threshold)
+
+    return lax.fori_loop(0, 32, try_bit, jnp.zeros(ranks.shape[0], jnp.uint32))

@@ -1,0 +1,127 @@
+"""One step of the engine as a pure function, and the same functions for people who want arrays in and arrays out.
+
+`step` is what the engine compiles. `prefill` and `decode` run the same forward pass without an engine.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxpaged.config import ModelConfig
+from jaxpaged.model.attention import PagedTokens, paged_attend
+from jaxpaged.model.cache import KVCache
+from jaxpaged.model.sampler import SamplingInputs, sample
+from jaxpaged.model.transformer import forward, logits
+from jaxpaged.model.weights import Weights
+from pallas_kernels.backends import Backend
+
+
+@flax.struct.dataclass
+class StepInputs:
+    """Everything the device needs for one step, padded to a bucket. R = D + C rows may sample: one per decode row, one per tile."""
+
+    tokens: PagedTokens
+    sample_at: jax.Array  # int32 [R], index into the step's X tokens
+    sampling: SamplingInputs
+
+
+@flax.struct.dataclass
+class StepOutputs:
+    """What a step yields, one entry per row that may sample; rows that the plan does not sample mean nothing."""
+
+    token_ids: jax.Array  # int32 [R]
+    is_finite: jax.Array  # bool [R]: every logit of the row is a finite number
+
+
+def step(
+    weights: Weights, cache: KVCache, inputs: StepInputs, *, config: ModelConfig, backend: Backend = "auto"
+) -> tuple[StepOutputs, KVCache]:
+    """Compute the step's tokens, write their keys and values, and sample. Donate `cache`: it is updated in place."""
+    hidden, cache = forward_paged(weights, cache, inputs.tokens, config=config, backend=backend)
+    scores = logits(weights, config, hidden[inputs.sample_at])
+    token_ids = sample(scores, inputs.sampling, inputs.tokens.positions[inputs.sample_at] + 1)
+    return StepOutputs(token_ids=token_ids, is_finite=jnp.all(jnp.isfinite(scores), axis=-1)), cache
+
+
+def forward_paged(
+    weights: Weights, cache: KVCache, tokens: PagedTokens, *, config: ModelConfig, backend: Backend = "auto"
+) -> tuple[jax.Array, KVCache]:
+    """Hidden states [X, D] of a step's tokens, and the cache with their keys and values written."""
+    attend = paged_attend(tokens, config, cache.pages_per_layer(config), cache.page_size, backend)
+    return forward(weights, config, tokens.token_ids, tokens.positions, attend, cache)
+
+
+def prefill(
+    weights: Weights,
+    cache: KVCache,
+    token_ids: jax.Array,
+    block_tables: jax.Array,
+    lens: jax.Array,
+    *,
+    config: ModelConfig,
+    start: jax.Array | None = None,
+    backend: Backend = "auto",
+) -> tuple[jax.Array, KVCache]:
+    """Compute one chunk of each of B sequences: logits of every token, float32 [B, T, V], and the new cache.
+
+    Args:
+      token_ids: int32 [B, T]; row b's tokens after lens[b] are padding.
+      block_tables: int32 [B, M], with pages for start[b] + lens[b] tokens; further entries 0.
+      lens: int32 [B], tokens of the chunk.
+      start: int32 [B], tokens of the sequence that are already in its pages; None for none.
+    """
+    B, T = token_ids.shape
+    start = jnp.zeros(B, jnp.int32) if start is None else start
+    positions = start[:, None] + jnp.arange(T)
+    is_real = jnp.arange(T) < lens[:, None]
+    tokens = PagedTokens(
+        token_ids=token_ids.reshape(-1),
+        positions=positions.reshape(-1),
+        slots=_slots(block_tables, positions, is_real, cache.page_size).reshape(-1),
+        row_tables=jnp.zeros((0, block_tables.shape[1]), jnp.int32),
+        row_lens=jnp.zeros(0, jnp.int32),
+        tile_tables=block_tables,
+        tile_lens=jnp.where(lens > 0, start + lens, 0),
+    )
+    hidden, cache = forward_paged(weights, cache, tokens, config=config, backend=backend)
+    return logits(weights, config, hidden).reshape(B, T, -1), cache
+
+
+def decode(
+    weights: Weights,
+    cache: KVCache,
+    token_ids: jax.Array,
+    block_tables: jax.Array,
+    lens: jax.Array,
+    *,
+    config: ModelConfig,
+    backend: Backend = "auto",
+) -> tuple[jax.Array, KVCache]:
+    """Compute one more token of each of B sequences: its logits, float32 [B, V], and the new cache.
+
+    Args:
+      token_ids: int32 [B], each sequence's last token, not yet in its pages.
+      block_tables: int32 [B, M], with pages for lens[b] tokens; further entries 0.
+      lens: int32 [B], tokens of each sequence, this one counted; 0 marks a padding row.
+    """
+    positions = jnp.maximum(lens - 1, 0)
+    tokens = PagedTokens(
+        token_ids=token_ids,
+        positions=positions,
+        slots=_slots(block_tables, positions[:, None], (lens > 0)[:, None], cache.page_size)[:, 0],
+        row_tables=block_tables,
+        row_lens=lens,
+        tile_tables=jnp.zeros((0, block_tables.shape[1]), jnp.int32),
+        tile_lens=jnp.zeros(0, jnp.int32),
+    )
+    hidden, cache = forward_paged(weights, cache, tokens, config=config, backend=backend)
+    return logits(weights, config, hidden), cache
+
+
+def _slots(block_tables: jax.Array, positions: jax.Array, is_real: jax.Array, page_size: int) -> jax.Array:
+    """Slot of each position [B, T]; the null page's for padding."""
+    index = jnp.minimum(positions // page_size, block_tables.shape[1] - 1)
+    pages = jnp.take_along_axis(block_tables, index, axis=1)
+    return jnp.where(is_real, pages * page_size + positions % page_size, 0)

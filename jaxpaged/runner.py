@@ -1,0 +1,180 @@
+"""The device side behind one interface: weights, page pool and compiled steps. StepInputs in, StepOutputs out.
+
+Knows buckets and bytes. Refuses to know sequences. The engine takes any object with this interface, so the whole host side is
+tested with a fake that has no model.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import numpy as np
+import psutil
+from tqdm import tqdm
+
+from jaxpaged import batch
+from jaxpaged.config import Bucket, ConfigError, EngineConfig, ModelConfig
+from jaxpaged.host.scheduler import StepPlan
+from jaxpaged.model import cache as kv_cache
+from jaxpaged.model import step as model_step
+from jaxpaged.model import weights as model_weights
+from jaxpaged.model.weights import Weights
+
+logger = logging.getLogger("jaxpaged")
+
+_CPU_POOL_BYTES = 4 << 30  # as much as vLLM's CPU build takes by default
+
+
+class ResourceError(RuntimeError):
+    """The machine has too little memory for what was asked. One line with both numbers."""
+
+
+class Runner(Protocol):
+    """What the engine needs of a device."""
+
+    num_pages: int
+
+    def run(self, plan: StepPlan) -> tuple[Seq[int], Seq[bool]]:
+        """Run one step: the token and whether its logits were finite, for each chunk of `plan.sampling()`, in its order."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back."""
+        ...
+
+
+class JaxRunner:
+    """Owns the weights, the page pool and one executable per bucket.
+
+    Invariant: after `warm_up` nothing compiles; a shape outside the bucket list is an error, never a silent recompile.
+    """
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, weights: Weights, *, num_pages: int):
+        self.config, self.model, self.weights, self.num_pages = config, model, weights, num_pages
+        self.buckets = config.buckets()
+        self.cache = kv_cache.init_cache(model, num_pages, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
+        self.compiled: dict[Bucket, jax.stages.Compiled] = {}
+        self._pad = functools.partial(
+            batch.pad, tile=config.prefill_tile, page_size=config.block_size, max_blocks_per_seq=config.max_blocks_per_seq
+        )
+        step = functools.partial(model_step.step, config=model, backend=config.attention_backend)
+        self._jitted = jax.jit(step, donate_argnums=1)
+
+    def run(self, plan: StepPlan) -> tuple[Seq[int], Seq[bool]]:
+        """See `Runner.run`."""
+        bucket = batch.fit(plan, self.buckets, self.config.prefill_tile)  # type: ignore[arg-type]
+        inputs, rows = self._pad(plan, bucket)
+        if bucket not in self.compiled:  # enforce_eager
+            self.compiled[bucket] = self._compile(bucket)
+        outputs, self.cache = self.compiled[bucket](self.weights, self.cache, inputs)
+        token_ids, is_finite = np.asarray(outputs.token_ids), np.asarray(outputs.is_finite)
+        return token_ids[rows].tolist(), is_finite[rows].tolist()
+
+    def warm_up(self, *, use_tqdm: bool) -> None:
+        """Compile every bucket, in parallel, from the persistent cache where it has them."""
+        started = time.perf_counter()
+        # XLA's compiler is itself parallel on large programs; two at a time keeps two cores busy without swelling memory.
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as executor:
+            compiled = executor.map(self._compile, self.buckets)
+            progress = tqdm(compiled, total=len(self.buckets), desc="Compiling steps", unit="bucket", disable=not use_tqdm, leave=False)
+            self.compiled = dict(zip(self.buckets, progress, strict=True))
+        logger.info("Compiled %d steps in %.1f s.", len(self.buckets), time.perf_counter() - started)
+
+    def _compile(self, bucket: Bucket) -> jax.stages.Compiled:
+        inputs, _ = self._pad(StepPlan((), ()), bucket)
+        return self._jitted.lower(self.weights, self.cache, inputs).compile()
+
+    def close(self) -> None:
+        """See `Runner.close`."""
+        for array in jax.tree.leaves((self.weights, self.cache)):
+            if not array.is_deleted():
+                array.delete()
+        self.compiled.clear()
+
+
+def plan_memory(config: EngineConfig, model: ModelConfig) -> int:
+    """Pages of the pool that the options and the device's memory allow, the null page included.
+
+    Raises:
+      ConfigError: the pool cannot hold one page, or an option asks for more than the machine has.
+    """
+    page_bytes = kv_cache.page_bytes(model, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
+    if config.num_gpu_blocks_override is not None:
+        num_pages = config.num_gpu_blocks_override
+    elif config.kv_cache_memory_bytes is not None:
+        num_pages = config.kv_cache_memory_bytes // page_bytes
+    else:
+        # More than this is never used: every sequence at its full length.
+        useful = config.max_num_seqs * config.max_blocks_per_seq + 1  # type: ignore[operator]
+        num_pages = min(useful, _spare_bytes(config, model) // page_bytes)
+    if num_pages < 2:
+        raise ConfigError(f"the page pool has room for {num_pages} pages of {page_bytes:,} bytes, at least 2 are needed (raise kv_cache_memory_bytes)")
+    available = _memory()[1]
+    if num_pages * page_bytes > available:
+        raise ResourceError(f"the page pool needs {num_pages * page_bytes / 2**30:.2f} GiB ({num_pages:,} pages), {available / 2**30:.2f} GiB are free")
+    return num_pages
+
+
+def _spare_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    total, free = _memory()
+    if config.gpu_memory_utilization is None and jax.default_backend() == "cpu":
+        return min(_CPU_POOL_BYTES, free // 4)
+    share = config.gpu_memory_utilization or 0.92
+    # The weights are on the device already when this is asked on a GPU; a twentieth is left for the step's temporaries.
+    return int(min(total * share - model_weights.num_bytes(model, config.dtype), free) * 0.95)
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes of the device in all and free."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"], stats["bytes_limit"] - stats["bytes_in_use"]
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available
+
+
+def use_compilation_cache(option: str | None) -> Path | None:
+    """Keep compiled steps on disk between runs; leaves a folder that the user has already set in jax alone."""
+    if option == "none":
+        return None
+    if jax.config.jax_compilation_cache_dir and option is None:  # type: ignore[attr-defined]
+        return Path(jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
+    folder = Path(option).expanduser() if option else user_cache_dir() / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        logger.warning("Compiled steps are not kept: %s: %s", folder, error.strerror)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Every step is kept: the small ones of a small model add up to most of its start-up time.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
+
+
+def user_cache_dir() -> Path:
+    """The folder of jaxpaged in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME")  # the desktop standard's own variable, not an option of ours
+    return (Path(base) if base else Path.home() / ".cache") / "jaxpaged"
+
+
+def memory_table(config: EngineConfig, model: ModelConfig, num_pages: int, temporary_bytes: int) -> list[tuple[str, int]]:
+    """Where each byte goes: (what, bytes) lines of the start-up table."""
+    page_bytes = kv_cache.page_bytes(model, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
+    return [
+        (f"weights ({config.dtype})", model_weights.num_bytes(model, config.dtype)),
+        (f"KV pages ({num_pages:,} x {page_bytes:,} bytes, {config.kv_cache_dtype})", num_pages * page_bytes),
+        ("temporaries of the largest step", temporary_bytes),
+    ]
+
+
+WeightsLoader = Callable[[], Weights]

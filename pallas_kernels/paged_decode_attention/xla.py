@@ -1,0 +1,101 @@
+"""The portable path: a loop over only the blocks of pages that exist, with an online softmax.
+
+A gather of the whole padded block table costs max_model_len for every row. Here a work list of (row, block) pairs is built from
+`kv_lens` on the device, so that the cost follows the tokens that are there, padding rows are free, and nothing recompiles.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Tokens of one block, and query positions of all work items of one turn of the loop.
+BLOCK_TOKENS = 128
+ITEM_QUERIES = 16
+_LOWEST = -1e30  # stands for -inf: finite, so that exp(lowest - lowest) is 1 and never NaN
+
+
+def paged_decode_attention(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    block_tables: jax.Array,
+    kv_lens: jax.Array,
+    *,
+    scale: float,
+    window: int,
+) -> jax.Array:
+    """See the contract in `pallas_kernels.paged_decode_attention`."""
+    T = q.shape[1]
+    return attend_at(q, k_pages, v_pages, block_tables, kv_lens, kv_lens - T, scale=scale, window=window)
+
+
+def attend_at(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    block_tables: jax.Array,
+    kv_lens: jax.Array,
+    first_positions: jax.Array,
+    *,
+    scale: float,
+    window: int,
+) -> jax.Array:
+    """Causal attention of T consecutive queries per row, the first at `first_positions[b]`; shared with the prefill operation."""
+    (B, T, N, H), (_, K, S, _), M = q.shape, k_pages.shape, block_tables.shape[1]
+    G, E = N // K, max(1, min(M, BLOCK_TOKENS // S))  # E pages a block
+    C = E * S
+    I = min(B, max(1, ITEM_QUERIES // T))  # work items a turn
+
+    # The work list: row b owns blocks first_block[b] .. last, which are items ends[b] - count[b] .. ends[b] - 1.
+    first_block = jnp.maximum(first_positions - window + 1, 0) // C if window else jnp.zeros_like(kv_lens)
+    count = jnp.where(kv_lens > 0, -(-kv_lens // C) - first_block, 0)
+    ends = jnp.cumsum(count)
+    num_items = ends[-1]
+    tables = jnp.pad(block_tables, ((0, 0), (0, -M % E))).reshape(B, -1, E)
+
+    # [P*K, S, H]: the gather then yields [item, K, context, H] with no transposition.
+    k_flat, v_flat = k_pages.reshape(-1, S, H), v_pages.reshape(-1, S, H)
+    queries = jnp.moveaxis(q.reshape(B, T, K, G, H), 1, 3).astype(jnp.float32).reshape(B, K, G * T, H) * scale
+    query_position = jnp.tile(first_positions[:, None] + jnp.arange(T), (1, G))  # [B, G*T]
+
+    def turn(carry):
+        index, peak, total, out = carry
+        item = index * I + jnp.arange(I)
+        is_real = item < num_items
+        row = jnp.minimum(jnp.searchsorted(ends, item, side="right"), B - 1)
+        block = jnp.where(is_real, item - ends[row] + count[row] + first_block[row], 0)
+        pages = jnp.where(is_real[:, None], tables[row, block], 0)
+        flat = pages[:, None, :] * K + jnp.arange(K)[None, :, None]
+        # float32 from here: XLA's CPU backend runs a batch of small bfloat16 products 3x slower than the cast plus float32.
+        k = k_flat[flat].astype(jnp.float32).reshape(I, K, C, H)
+        v = v_flat[flat].astype(jnp.float32).reshape(I, K, C, H)
+
+        key_position = block[:, None] * C + jnp.arange(C)  # [I, C]
+        exists = (key_position < kv_lens[row][:, None]) & is_real[:, None]
+        sees = exists[:, None] & (key_position[:, None] <= query_position[row][:, :, None])
+        if window:
+            sees &= key_position[:, None] > query_position[row][:, :, None] - window
+        sees = sees[:, None]  # [I, 1, G*T, C]
+
+        scores = jnp.where(sees, jnp.einsum("ikqh,ikch->ikqc", queries[row], k), _LOWEST)
+        item_peak = jnp.max(scores, axis=-1)
+        weights = jnp.where(sees, jnp.exp(scores - item_peak[..., None]), 0.0)
+        # A weight of 0 times a NaN is a NaN: places that hold no token of this row are masked in V as well.
+        values = jnp.where(exists[:, None, :, None], v, 0.0)
+        item_out = jnp.einsum("ikqc,ikch->ikqh", weights, values)
+
+        # Several items of one turn may belong to one row, so they are merged by scatter; a padding item weighs 0.
+        new_peak = peak.at[row].max(item_peak)
+        item_scale = jnp.where(item_peak > _LOWEST, jnp.exp(item_peak - new_peak[row]), 0.0)
+        row_scale = jnp.exp(peak - new_peak)
+        total = (total * row_scale).at[row].add(item_scale * jnp.sum(weights, axis=-1))
+        out = (out * row_scale[..., None]).at[row].add(item_scale[..., None] * item_out)
+        return index + 1, new_peak, total, out
+
+    peak = jnp.full((B, K, G * T), _LOWEST)
+    start = (jnp.int32(0), peak, jnp.zeros_like(peak), jnp.zeros((B, K, G * T, H)))
+    _, _, total, out = lax.while_loop(lambda carry: carry[0] * I < num_items, turn, start)
+    out = out / jnp.where(total == 0, 1.0, total)[..., None]
+    return jnp.moveaxis(out.reshape(B, K, G, T, H), 3, 1).reshape(B, T, N, H).astype(q.dtype)
