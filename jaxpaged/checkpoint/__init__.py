@@ -24,7 +24,7 @@ from jaxpaged.checkpoint.orbax import DTYPES, ITEM, OrbaxTensors
 from jaxpaged.config import FLOAT_DTYPES, ConfigError, ModelConfig
 from jaxpaged.model.weights import Parameter, Weights, build, declare
 
-__all__ = ["Checkpoint", "CheckpointError", "load", "open_checkpoint", "open_tensors", "read_config", "resolve"]
+__all__ = ["Checkpoint", "CheckpointError", "check_values", "load", "open_checkpoint", "open_tensors", "read_config", "resolve"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Everything that is read from a checkpoint, and nothing that could be executed.

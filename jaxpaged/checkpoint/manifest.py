@@ -144,10 +144,15 @@ def problems(directory: Path, manifest: Manifest, *, digests: Iterable[str]) -> 
             yield f"{directory / name}: not a regular file"
         elif expected and present[name] != expected.bytes:
             yield f"{directory / name}: {present[name]:,} bytes, {MANIFEST} says {expected.bytes:,}; convert again"
-    for name in sorted(set(present) - set(known)):
+    for name in unknown_files(directory, manifest):
         yield f"{directory / name}: not in {MANIFEST}; remove it, or convert again"
     sound = [name for name in digests if present.get(name) == manifest.files[name].bytes]
     yield from _digest_problems(directory, manifest, sound)
+
+
+def unknown_files(directory: Path, manifest: Manifest) -> list[str]:
+    """Names of the files that are there and that the manifest does not know."""
+    return sorted(set(_listing(directory)) - {*manifest.files, MANIFEST, MANIFEST_DIGEST})
 
 
 def _digest_problems(directory: Path, manifest: Manifest, names: Iterable[str]) -> Iterable[str]:

@@ -31,9 +31,9 @@ def chunk_file(parameter: Parameter) -> str:
     return f"{ITEM}/{parameter.name}/{'.'.join('0' for _ in parameter.shape)}"
 
 
-def zarray_file(parameter: Parameter) -> tuple[str, str]:
-    """The folder and name of the file that describes the array."""
-    return f"{ITEM}/{parameter.name}", ".zarray"
+def zarray_file(parameter: Parameter) -> str:
+    """The file that describes a parameter's array."""
+    return f"{ITEM}/{parameter.name}/.zarray"
 
 
 def zarray(parameter: Parameter, dtype: str) -> bytes:
