@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxpaged.checkpoint.files import CheckpointError, read_json
+from jaxpaged.checkpoint.files import CheckpointError, read_json, shown
 from jaxpaged.checkpoint.hf import HfTensors
 from jaxpaged.checkpoint.manifest import MANIFEST, Manifest, check_digest, check_sizes, read_manifest
 from jaxpaged.checkpoint.orbax import DTYPES, ITEM, OrbaxTensors
@@ -59,13 +59,15 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None) -> Pa
       CheckpointError: it is neither, or the hub does not give it.
     """
     name = os.fspath(model)
+    if not name or not name.isprintable():
+        raise CheckpointError(f"{shown(name)}: not a usable path")
     try:
         path = Path(name).expanduser()
         if path.is_dir():
             return path
         exists = path.exists()
     except (OSError, ValueError, RuntimeError) as error:  # longer than the system allows, a loop of links, a NUL byte
-        raise CheckpointError(f"{name[:64]!a}: not a usable path ({getattr(error, 'strerror', None) or error})") from None
+        raise CheckpointError(f"{shown(name)}: not a usable path ({getattr(error, 'strerror', None) or error})") from None
     if exists:
         raise CheckpointError(f"{name}: is a file, expected the directory that holds config.json")
     if not _HUB_ID.fullmatch(name):
