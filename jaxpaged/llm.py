@@ -1,0 +1,445 @@
+"""Text in, text out: the class most people use. A model's directory, its tokenizer and an engine behind four methods.
+
+Knows prompts, chats and results. Refuses to know pages and steps: it feeds the engine and reads its events.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from jaxpaged import checkpoint as checkpoints
+from jaxpaged.checkpoint import Checkpoint, CheckpointError
+from jaxpaged.config import EngineConfig, ModelConfig
+from jaxpaged.demo import MODEL_DIR
+from jaxpaged.engine import Engine
+from jaxpaged.host.request import FinishReason, Request, RequestError, SamplingParams, TokenEvent
+from jaxpaged.model.weights import Weights
+from jaxpaged.outputs import CompletionOutput, Metric, RequestOutput, RequestStateStats
+from jaxpaged.tokenizer import Detokenizer, Tokenizer
+
+logger = logging.getLogger("jaxpaged")
+
+Prompt = str | Mapping[str, Any] | Seq[int]
+"""A text, token ids, {"prompt": text} or {"prompt_token_ids": ids}; with both keys the ids count and the text is shown."""
+
+Message = Mapping[str, Any]
+
+# generation_config.json's name -> ours. Its do_sample is not read, as in vLLM: a temperature that is written down is meant.
+_GENERATION_FIELDS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "max_new_tokens": "max_tokens"}
+
+
+@dataclass(eq=False)
+class _Live:
+    """A request in the engine, and its text so far. `detokenizer` is None when no text is wanted."""
+
+    request: Request
+    prompt: str | None
+    detokenizer: Detokenizer | None
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+
+    def record(self, event: TokenEvent, now: float) -> None:
+        self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
+        if event.token_id is not None:
+            self.token_ids.append(event.token_id)
+            self.first_token_s, self.last_token_s = self.first_token_s or now, now
+        if self.detokenizer is None:
+            return
+        # The token that stops a request is no part of its text, as in vLLM.
+        if event.token_id is not None and event.finish_reason is not FinishReason.STOP:
+            self.detokenizer.add(event.token_id)
+        if event.finish_reason is not None:
+            self.detokenizer.finish()
+
+    def output(self) -> RequestOutput:
+        completion = CompletionOutput(
+            index=0,
+            text=self.detokenizer.text if self.detokenizer else "",
+            token_ids=list(self.token_ids),
+            finish_reason=self.finish_reason.value if self.finish_reason else None,
+            stop_reason=self.stop_reason,
+        )
+        times = RequestStateStats(self.request.arrival_s, self.first_token_s, self.last_token_s, len(self.token_ids))
+        return RequestOutput(
+            request_id=self.request.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=list(self.request.prompt_token_ids),
+            outputs=[completion],
+            finished=self.finish_reason is not None,
+            metrics=times,
+            num_cached_tokens=0,
+        )
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A prompt that the engine will take."""
+
+    prompt: str | None
+    prompt_token_ids: Seq[int]
+    params: SamplingParams
+
+
+class LLM:
+    """A language model on this machine. Not thread-safe: one caller at a time.
+
+    Invariant: whatever ends a call, an error and Ctrl-C included, its requests are out of the engine afterwards.
+
+    Args:
+      model: a local Hugging Face or orbax directory, or a hub id; None or "demo" is the model that comes with jaxpaged.
+      use_tqdm_on_load: show how far loading and compiling have come, on stderr.
+      options: every field of `jaxpaged.EngineConfig`.
+
+    Raises:
+      ConfigError: an unknown option, or one out of range.
+      CheckpointError: the model cannot be found or loaded.
+      ResourceError: the machine has too little memory for what was asked.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | None = None, *, use_tqdm_on_load: bool = True, **options: Any):
+        config = EngineConfig.from_options(model=None if model is None else os.fspath(model), **options)
+        checkpoint = _open(config.model, config.revision)
+        # Everything that can be refused is refused before the weights are read.
+        resolved = config.resolved(checkpoint.config, jax.default_backend())
+        self.tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, checkpoint)
+        self._default_params = _default_params(checkpoint)
+
+        started = time.perf_counter()
+        weights = checkpoints.load(checkpoint, resolved.dtype, use_tqdm=use_tqdm_on_load)
+        self.load_s = time.perf_counter() - started
+        self.engine = Engine.from_weights(config, checkpoint.config, weights, use_tqdm=use_tqdm_on_load)
+        self.warm_up_s = time.perf_counter() - started - self.load_s
+        self.config: EngineConfig = self.engine.config
+        self.model_config: ModelConfig = checkpoint.config
+        self._live: dict[str, _Live] = {}
+        self._ids = itertools.count()
+
+    # --- generating ---
+
+    def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete all prompts together; results in the prompts' order.
+
+        Args:
+          prompts: one or a list of: a text, {"prompt": text}, {"prompt_token_ids": ids}, or a list of token ids.
+          sampling_params: one for all, or one for each; None is `get_default_sampling_params()`.
+          use_tqdm: show a progress bar on stderr.
+
+        Raises:
+          RequestError: a prompt or its parameters cannot be served; nothing has been generated for any of them.
+        """
+        return self._run(self._checked(prompts, sampling_params), use_tqdm=use_tqdm)
+
+    def chat(
+        self,
+        messages: Seq[Message] | Seq[Seq[Message]],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or a list of them: messages are {"role": ..., "content": ...}.
+
+        Args:
+          add_generation_prompt: end the prompt with the beginning of the assistant's turn.
+          chat_template: Jinja source to use instead of the model's.
+          chat_template_kwargs: further names that the template can read.
+
+        Raises:
+          RequestError: as `generate`; also when the model has no chat template or its template refuses the messages.
+        """
+        is_one = not messages or isinstance(messages[0], Mapping)
+        conversations: Seq[Any] = [messages] if is_one else messages
+        prompts = [
+            self.chat_prompt(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                chat_template=chat_template,
+                tools=tools,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(
+        self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
+    ) -> Iterator[RequestOutput]:
+        """Like `generate`, but yield each request whenever it has a new token, the last time with `finished` set.
+
+        Each RequestOutput holds everything so far (text and token ids), not the difference. Several prompts come interleaved: a
+        result's place in the list of prompts is the order of the request ids. The prompts are checked at the call and queued at
+        the first `next`; closing the iterator aborts what is unfinished. Other calls may run between two results.
+
+        Raises:
+          RequestError: as `generate`, at the call.
+        """
+        return self._stream(self._checked(prompts, sampling_params))
+
+    def chat_prompt(self, messages: Seq[Message], *, add_generation_prompt: bool = True, **options: Any) -> dict[str, Any]:
+        """One conversation as a prompt for `generate` and `stream`; options are those of `Tokenizer.apply_chat_template`."""
+        if isinstance(messages, (str, bytes)) or not isinstance(messages, Seq) or not messages:
+            raise RequestError("messages: expected a list of {'role': ..., 'content': ...}, at least one")
+        for index, message in enumerate(messages):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise RequestError(f"messages[{index}]: expected {{'role': ..., 'content': ...}}")
+        tokenizer = self.get_tokenizer()
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **options)
+        # The template writes the special tokens itself.
+        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+
+    # --- inside ---
+
+    def _checked(
+        self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None
+    ) -> list[_Checked]:
+        listed = _list_prompts(prompts)
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        each = [sampling_params] * len(listed) if isinstance(sampling_params, SamplingParams) else list(sampling_params)
+        if len(each) != len(listed):
+            raise RequestError(f"sampling_params: got {len(each)} for {len(listed)} prompts, expected one for all or one for each")
+        checked = []
+        for index, (prompt, params) in enumerate(zip(listed, each, strict=True)):
+            try:
+                checked.append(self._check(prompt, params))
+            except RequestError as error:
+                raise RequestError(f"prompts[{index}]: {error}" if len(listed) > 1 else str(error)) from None
+        return checked
+
+    def _check(self, prompt: Prompt, params: SamplingParams) -> _Checked:
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params: got {type(params).__name__}, expected SamplingParams")
+        engine = self._open_engine()
+        text, token_ids = self._tokens(prompt)
+        Request.checked(
+            "",
+            token_ids,
+            params,
+            vocab_size=engine.model.vocab_size,
+            max_model_len=self.config.max_model_len,  # type: ignore[arg-type]
+            max_pool_len=engine.pool.num_usable * self.config.block_size,  # type: ignore[operator]
+        )
+        return _Checked(text, token_ids, params)
+
+    def _tokens(self, prompt: Prompt) -> tuple[str | None, Seq[int]]:
+        """The text of a prompt, when it has one, and its ids."""
+        if isinstance(prompt, Mapping):
+            unknown = sorted(map(str, prompt.keys() - {"prompt", "prompt_token_ids"}))
+            if unknown or not prompt:
+                raise RequestError(f"prompt: got the keys {unknown}, expected 'prompt' or 'prompt_token_ids'")
+            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        elif isinstance(prompt, str):
+            text, token_ids = prompt, None
+        else:
+            text, token_ids = None, prompt
+        if text is not None and not isinstance(text, str):
+            raise RequestError(f"prompt: got {type(text).__name__}, expected a text")
+        if hasattr(token_ids, "tolist"):
+            token_ids = token_ids.tolist()  # type: ignore[union-attr]  (numpy and jax arrays)
+        if token_ids is not None:
+            return text, token_ids
+        if self.tokenizer is None:
+            raise RequestError("prompt: a text needs the tokenizer, and skip_tokenizer_init is set: pass token ids")
+        return text, self.tokenizer.encode(text)  # type: ignore[arg-type]
+
+    def _open_engine(self) -> Engine:
+        if self.engine is None:
+            raise RequestError("the LLM is closed")
+        return self.engine
+
+    def _queue(self, checked: _Checked) -> _Live:
+        params = checked.params
+        request = self._open_engine().add_request(checked.prompt_token_ids, params, request_id=str(next(self._ids)))
+        wants_text = self.tokenizer is not None and params.detokenize
+        detokenizer = self.tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens) if wants_text else None  # type: ignore[union-attr]
+        live = _Live(request, checked.prompt, detokenizer)
+        self._live[request.request_id] = live
+        return live
+
+    def _step(self) -> list[_Live]:
+        """One step of the engine, whoever's requests it serves: those that it changed."""
+        engine, changed = self._open_engine(), []
+        for event in engine.step():
+            live = self._live.get(event.request_id)
+            if live is None:  # someone drives the engine beside this LLM
+                continue
+            live.record(event, engine.clock())
+            changed.append(live)
+            if event.finish_reason is not None:
+                del self._live[event.request_id]
+        return changed
+
+    def _drop(self, lives: Seq[_Live]) -> None:
+        """Take what is unfinished out of the engine."""
+        for live in lives:
+            if self._live.pop(live.request.request_id, None) is not None and self.engine is not None:
+                self.engine.abort(live.request.request_id)
+
+    def _run(self, checked: Seq[_Checked], *, use_tqdm: bool) -> list[RequestOutput]:
+        progress = tqdm(
+            total=len(checked),
+            desc="Processed prompts",
+            dynamic_ncols=True,
+            disable=not use_tqdm,
+            postfix="est. speed input: 0.00 toks/s, output: 0.00 toks/s",
+        )
+        lives: list[_Live] = []
+        started, num_input, num_output = time.perf_counter(), 0, 0
+        try:
+            for one in checked:
+                lives.append(self._queue(one))
+            while any(live.finish_reason is None for live in lives):
+                for live in self._step():
+                    if live.finish_reason is None or live not in lives:
+                        continue
+                    num_input += len(live.request.prompt_token_ids)
+                    num_output += len(live.token_ids)
+                    seconds = time.perf_counter() - started
+                    speed = f"input: {num_input / seconds:.2f} toks/s, output: {num_output / seconds:.2f} toks/s"
+                    progress.postfix = f"est. speed {speed}"
+                    progress.update()
+        finally:
+            self._drop(lives)
+            progress.close()
+        return [live.output() for live in lives]
+
+    def _stream(self, checked: Seq[_Checked]) -> Iterator[RequestOutput]:
+        lives: list[_Live] = []
+        try:
+            for one in checked:
+                lives.append(self._queue(one))
+            num_seen = dict.fromkeys(lives, 0)
+            running = lives
+            while running:
+                if all(len(live.token_ids) == num_seen[live] and live.finish_reason is None for live in running):
+                    self._step()
+                # Not what the step returned: another call may have moved our requests while the caller held the iterator.
+                for live in running:
+                    if len(live.token_ids) > num_seen[live] or live.finish_reason is not None:
+                        num_seen[live] = len(live.token_ids)
+                        yield live.output()
+                running = [live for live in running if live.finish_reason is None or len(live.token_ids) > num_seen[live]]
+        finally:
+            self._drop(lives)
+
+    # --- for people who look ---
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+          RequestError: skip_tokenizer_init is set.
+        """
+        if self.tokenizer is None:
+            raise RequestError("there is no tokenizer: skip_tokenizer_init is set")
+        return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json recommends, else the defaults of SamplingParams."""
+        return self._default_params
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters since the start and the state of the page pool right now."""
+        return self._open_engine().stats()
+
+    def get_metrics(self) -> list[Metric]:
+        """The numbers of `stats` under their Prometheus names."""
+        is_gauge = ("num_requests_", "num_gpu_blocks", "kv_")
+        return [
+            Metric(f"jaxpaged:{name}", "gauge" if name.startswith(is_gauge) else "counter", value)
+            for name, value in self.stats().items()
+        ]
+
+    def close(self) -> None:
+        """End what runs and give the memory of weights and pages back. Closing twice is nothing."""
+        if self.engine is None:
+            return
+        self._live.clear()
+        self.engine.close()
+        self.engine = None  # type: ignore[assignment]
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load_weights(
+    model: str | os.PathLike[str] | None = None, dtype: str = "float32", *, revision: str | None = None
+) -> tuple[Weights, ModelConfig]:
+    """The parameters of a model as a pytree of arrays, and its shape: what `prefill` and `decode` take.
+
+    Args:
+      model: as for `LLM`.
+
+    Raises:
+      CheckpointError: the model cannot be found or loaded.
+    """
+    checkpoint = _open(None if model is None else os.fspath(model), revision)
+    return checkpoints.load(checkpoint, dtype), checkpoint.config
+
+
+def _open(model: str | None, revision: str | None) -> Checkpoint:
+    is_demo = model is None or (model == "demo" and not Path(model).is_dir())
+    checkpoint = checkpoints.open_checkpoint(MODEL_DIR if is_demo else model, revision=revision)  # type: ignore[arg-type]
+    for warning in checkpoint.warnings:
+        logger.warning("%s", warning)
+    return checkpoint
+
+
+def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer:
+    directory = checkpoint.directory if config.tokenizer is None else checkpoints.resolve(config.tokenizer)
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.max_token_id >= checkpoint.config.vocab_size:
+        logger.warning(
+            "The tokenizer has ids up to %d, the model only up to %d: prompts that use those in between are refused.",
+            tokenizer.max_token_id,
+            checkpoint.config.vocab_size - 1,
+        )
+    return tokenizer
+
+
+def _default_params(checkpoint: Checkpoint) -> SamplingParams:
+    given = checkpoint.generation_defaults
+    options = {ours: given[name] for name, ours in _GENERATION_FIELDS.items() if given.get(name) is not None}
+    try:
+        return SamplingParams(**options)
+    except RequestError as error:
+        raise CheckpointError(f"{checkpoint.directory / 'generation_config.json'}: {error}") from None
+
+
+def _list_prompts(prompts: Prompt | Seq[Prompt]) -> list[Any]:
+    """Every form that `generate` takes as a list of single prompts. A list of whole numbers is one prompt."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if hasattr(prompts, "tolist"):
+        prompts = prompts.tolist()  # type: ignore[union-attr]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Seq):
+        raise RequestError(f"prompts: got {type(prompts).__name__}, expected a text, token ids, or a list of them")
+    if prompts and all(isinstance(entry, int) for entry in prompts):
+        return [prompts]
+    return list(prompts)

@@ -1,0 +1,81 @@
+"""What a caller gets back: RequestOutput and what is in it. Names and meanings are vLLM's.
+
+Knows how to show itself. Refuses to know how it came about.
+"""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RequestStateStats:
+    """When things happened to one request, in seconds of the engine's monotonic clock; 0 for what has not happened yet."""
+
+    arrival_time: float = 0.0
+    first_token_ts: float = 0.0
+    last_token_ts: float = 0.0
+    num_generation_tokens: int = 0
+
+    @property
+    def first_token_latency(self) -> float:
+        """From arrival to the first new token."""
+        return max(0.0, self.first_token_ts - self.arrival_time)
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One generated text.
+
+    `token_ids` hold the token that ended it, `text` does not. `stop_reason` is the entry of `stop_token_ids` that ended it, None
+    for the model's own end of sequence. `finish_reason` is "stop", "length", "abort" or "error", None while it still grows.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, float]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        """Whether nothing will be added."""
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and what came of it so far. `prompt` is None when the request brought token ids without their text."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestStateStats | None = None
+    num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache
+    prompt_logprobs: list[dict[int, float]] | None = None
+
+    def _repr_html_(self) -> str:
+        prompt = self.prompt if self.prompt is not None else f"{len(self.prompt_token_ids):,} token ids"
+        rows = [("prompt", prompt, len(self.prompt_token_ids), "")]
+        rows += [("text", one.text, len(one.token_ids), one.finish_reason or "running") for one in self.outputs]
+        cells = "".join(
+            f'<tr><th>{name}</th><td style="text-align:left;white-space:pre-wrap">{html.escape(text)}</td>'
+            f"<td>{count:,}</td><td>{html.escape(reason)}</td></tr>"
+            for name, text, count, reason in rows
+        )
+        head = f"<tr><th>request {html.escape(self.request_id)}</th><th></th><th>tokens</th><th>finish</th></tr>"
+        return f"<table><thead>{head}</thead><tbody>{cells}</tbody></table>"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number about an engine, under its Prometheus name."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    value: int | float

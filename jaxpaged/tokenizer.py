@@ -1,0 +1,384 @@
+"""Text <-> token ids: a model's tokenizer.json, its chat template, and text that grows token by token.
+
+Uses the `tokenizers` library directly, so that nothing waits for transformers. Refuses to know models and requests.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+
+from jaxpaged.host.request import RequestError
+
+if TYPE_CHECKING:
+    import jinja2
+
+    from jaxpaged.checkpoint.files import CheckpointError
+
+logger = logging.getLogger("jaxpaged")
+
+MAX_TOKENIZER_BYTES = 200 * 2**20
+MAX_RENDERED = 4 * 2**20  # characters of a rendered chat: a template may loop over what a user sends
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def _damaged(message: str) -> CheckpointError:
+    from jaxpaged.checkpoint.files import CheckpointError  # brings jax, which text alone does not need
+
+    return CheckpointError(message)
+
+
+class Tokenizer:
+    """One model's tokenizer. `encode` and `decode` give what the Hugging Face fast tokenizer gives for the same directory.
+
+    The one difference: `clean_up_tokenization_spaces` is not applied, since text that shrinks afterwards cannot be streamed.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: dict[str, str] | None = None,
+        chat_templates: dict[str, str] | None = None,
+        where: str = "chat template",
+    ):
+        """`special_tokens` are by name ("eos_token"); `chat_templates` by name, of which "default" and "tool_use" mean something."""
+        self.backend = backend
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.special_tokens = special_tokens or {}
+        self.chat_templates = chat_templates or {}
+        for name, source in self.chat_templates.items():
+            try:
+                _compile(source)
+            except Exception as error:
+                raise _damaged(f"{where}: chat template {name!r}: {_one_line(error)}") from None
+        has_byte_fallback = "ByteFallback" in json.dumps(json.loads(backend.to_str()).get("decoder"))
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.known_ids = frozenset(vocabulary.values())
+        byte_tokens = (token for token in vocabulary if _BYTE_TOKEN.fullmatch(token)) if has_byte_fallback else ()
+        self.byte_ids = frozenset(vocabulary[token] for token in byte_tokens)
+        self.special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tokenizer:
+        """Read tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja of a local directory.
+
+        Raises:
+          CheckpointError: tokenizer.json is missing, or a file is damaged.
+        """
+        from jaxpaged.checkpoint.files import read_json, regular_file
+
+        directory = Path(directory)
+        if not (directory / "tokenizer.json").exists():
+            others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (directory / name).exists()]
+            hint = f" ({others[0]} alone is not supported; save_pretrained of the fast tokenizer writes one)" if others else ""
+            raise _damaged(f"{directory / 'tokenizer.json'}: missing{hint}")
+        path = regular_file(directory, "tokenizer.json")
+        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise _damaged(f"{path}: {path.stat().st_size:,} bytes, the limit is {MAX_TOKENIZER_BYTES:,}")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise _damaged(f"{path}: {_one_line(error)}") from None
+
+        options: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (directory / name).exists():
+                options |= read_json(directory, name)
+        special_tokens = _special_tokens(options, directory / "tokenizer_config.json")
+        _add_missing(backend, options, special_tokens)
+        templates = _templates(options.get("chat_template"), directory / "tokenizer_config.json")
+        if (directory / "chat_template.jinja").exists():
+            try:
+                templates["default"] = regular_file(directory, "chat_template.jinja").read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise _damaged(f"{directory / 'chat_template.jinja'}: {_one_line(error)}") from None
+        return cls(backend, special_tokens=special_tokens, chat_templates=templates, where=str(directory))
+
+    # --- ids ---
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def max_token_id(self) -> int:
+        """The largest id that `encode` can give."""
+        return max(self.known_ids, default=-1)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token's exact spelling."""
+        return self.backend.token_to_id(token)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's own end-of-sequence id; what ends a request is the model's configuration."""
+        token = self.special_tokens.get("eos_token")
+        return None if token is None else self.token_id(token)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id that stands before every text, where the model has one."""
+        token = self.special_tokens.get("bos_token")
+        return None if token is None else self.token_id(token)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text. Spellings of special tokens in the text become those tokens, as everywhere in this field.
+
+        Args:
+          add_special_tokens: put around it what tokenizer.json says, such as the beginning-of-sequence token.
+
+        Raises:
+          RequestError: the text is not Unicode text (a lone surrogate).
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (UnicodeError, TypeError) as error:
+            raise RequestError(f"prompt: not valid Unicode text ({_one_line(error)})") from None
+
+    def decode(self, token_ids: Seq[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids. Ids that the tokenizer does not have give nothing."""
+        return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
+        """A fresh text that grows token by token."""
+        return Detokenizer(self, skip_special_tokens=skip_special_tokens)
+
+    # --- chat ---
+
+    def apply_chat_template(
+        self,
+        messages: Seq[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """One conversation as the text that the model was trained on; encode it with add_special_tokens=False.
+
+        Control tokens spelled out in a message are control tokens in the result, as in transformers: a caller who does not
+        trust the author of a message has to filter it.
+
+        Args:
+          add_generation_prompt: end with the beginning of the assistant's turn.
+          chat_template: Jinja source to use instead of the model's.
+          variables: further names that the template can read.
+
+        Raises:
+          RequestError: there is no template, or it refuses these messages.
+        """
+        if chat_template is None:
+            chat_template = self.chat_templates.get("tool_use") if tools else None
+            chat_template = chat_template or self.chat_templates.get("default")
+        if chat_template is None:
+            raise RequestError("the model has no chat template: pass chat_template, or use generate with a plain prompt")
+        names = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
+        if clash := sorted(names.keys() & variables.keys()):
+            raise RequestError(f"chat_template_kwargs: {clash[0]!r} cannot be set")
+        return _render(chat_template, {**self.special_tokens, **_plain(variables), **_plain(names)})
+
+
+class Detokenizer:
+    """The text of a growing list of ids. It only ever grows, and never by a part of a character.
+
+    Law: what all `add` calls returned, then `finish`, is together `tokenizer.decode(all ids)`.
+
+    Ids are decoded in a window that begins at a place where the text is settled; the window keeps the ids before that place up
+    to the settled place before it, because decoders treat the first token of a text specially (a leading space is dropped).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._window: list[int] = []
+        self._num_settled = 0  # ids of the window whose text is out and final
+        self._num_out = 0  # characters of the window's text that are out
+        self._is_in_bytes = False
+        self.text = ""
+
+    def add(self, token_id: int) -> str:
+        """The text that this id settles, often of exactly this token; empty while a character is incomplete."""
+        self._window.append(token_id)
+        # Byte-fallback decoders turn a whole run of byte tokens into replacement characters when one byte of it is wrong, so no
+        # character of the run is settled before the run ends. A skipped token does not end it.
+        is_skipped = (self._skip and token_id in self._tokenizer.special_ids) or token_id not in self._tokenizer.known_ids
+        self._is_in_bytes = self._is_in_bytes if is_skipped else token_id in self._tokenizer.byte_ids
+        if self._is_in_bytes:
+            return ""
+        text = self._tokenizer.decode(self._window, self._skip)
+        # An incomplete character shows as one replacement character at the end; the next id may complete it.
+        settled = text[:-1] if text.endswith("\ufffd") else text
+        new = self._give(settled)
+        if new and len(settled) == len(text):
+            self._window = self._window[self._num_settled :]
+            self._num_settled = len(self._window)
+            self._num_out = len(self._tokenizer.decode(self._window, self._skip))
+        return new
+
+    def finish(self) -> str:
+        """The rest: what an incomplete character at the very end decodes to."""
+        return self._give(self._tokenizer.decode(self._window, self._skip))
+
+    def _give(self, settled: str) -> str:
+        new = settled[self._num_out :]
+        self._num_out += len(new)
+        self.text += new
+        return new
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def _special_tokens(options: dict[str, Any], path: Path) -> dict[str, str]:
+    """The named special tokens, each a string or an object with "content" in the file."""
+    special_tokens = {}
+    for name in _SPECIAL_NAMES:
+        value = options.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise _damaged(f"{path}: {name}: got {type(value).__name__}, expected a string")
+        special_tokens[name] = value
+    return special_tokens
+
+
+def _add_missing(backend: tokenizers.Tokenizer, options: dict[str, Any], special_tokens: dict[str, str]) -> None:
+    """Add the tokens that only tokenizer_config.json names, as the Hugging Face fast tokenizer does when it loads."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    listed = options.get("added_tokens_decoder")
+    entries = listed.items() if isinstance(listed, dict) else ()
+    for _, entry in sorted(entries, key=lambda item: int(item[0]) if str(item[0]).isdecimal() else 0):
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and entry["content"] not in known:
+            flags = {name: bool(entry[name]) for name in ("lstrip", "rstrip", "single_word", "normalized", "special") if name in entry}
+            backend.add_tokens([tokenizers.AddedToken(entry["content"], **flags)])
+            known.add(entry["content"])
+    more = options.get("additional_special_tokens") or options.get("extra_special_tokens")
+    names = [*special_tokens.values(), *(more if isinstance(more, list) else ())]
+    names = [name.get("content") if isinstance(name, dict) else name for name in names]
+    backend.add_special_tokens([name for name in names if isinstance(name, str) and name not in known])
+
+
+def _templates(value: Any, path: Path) -> dict[str, str]:
+    """Chat templates by name, from the string or the list of {name, template} in tokenizer_config.json."""
+    if value is None:
+        return {}
+    entries = [{"name": "default", "template": value}] if isinstance(value, str) else value
+    try:
+        templates = {entry["name"]: entry["template"] for entry in entries}
+        sound = all(isinstance(text, str) for pair in templates.items() for text in pair)
+    except (TypeError, KeyError):
+        sound, templates = False, {}
+    if not sound:
+        raise _damaged(f"{path}: chat_template: expected a string or a list of {{name, template}}")
+    return templates
+
+
+# --- templates ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """The environment in which templates of the hub are written, closed against templates that are not just templates."""
+    import jinja2.ext
+    from jinja2 import nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+    from jinja2.utils import Namespace
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks the assistant's words for training; here its body is just printed."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
+            lineno = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(lineno)
+
+    class SafeNamespace(Namespace):
+        def __init__(*args: Any, **kwargs: Any) -> None:  # no named self, so that namespace(self=...) works
+            values = dict(*args[1:], **kwargs)
+            for name in values:
+                _check_name(name)
+            Namespace.__init__(args[0], values)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            _check_name(name)
+            Namespace.__setitem__(self, name, value)
+
+    def _check_name(name: object) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace cannot hold {name!r}")
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        # Jinja's own escapes HTML, which no model was trained on.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "namespace": SafeNamespace,
+        "dict": lambda *args, **kwargs: dict(*args, **kwargs),  # the type itself would open its methods
+    }
+    return environment
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+def _render(source: str, variables: dict[str, Any]) -> str:
+    """Fill in a template; whatever goes wrong inside it is the request's fault, in one line."""
+    parts, size = [], 0
+    try:
+        for part in _compile(source).generate(variables):
+            parts.append(part)
+            size += len(part)
+            if size > MAX_RENDERED:
+                raise RequestError(f"chat template: more than {MAX_RENDERED:,} characters")
+    except RequestError:
+        raise
+    except Exception as error:  # templates can raise anything: TypeError, ZeroDivisionError, RecursionError, ...
+        raise RequestError(f"chat template: {_one_line(error)}") from None
+    return "".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    """A copy made of JSON types alone: a template can neither change the caller's objects nor call their methods."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    for plain_type in (str, int, float):
+        if isinstance(value, plain_type):
+            return plain_type(value)
+    return f"<{type(value).__name__}>"
+
+
+def _one_line(error: BaseException, limit: int = 200) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
