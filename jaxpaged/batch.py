@@ -26,7 +26,9 @@ def fit(plan: StepPlan, buckets: Seq[Bucket], tile: int) -> Bucket:
     for bucket in buckets:
         if bucket.decode_rows >= len(plan.decodes) and bucket.prefill_tiles >= num_tiles:
             return bucket
-    raise ValueError(f"no bucket holds {len(plan.decodes)} decode rows and {num_tiles} prefill tiles; the largest is {buckets[-1]}")
+    raise ValueError(
+        f"no bucket holds {len(plan.decodes)} decode rows and {num_tiles} prefill tiles; the largest is {buckets[-1]}"
+    )
 
 
 def pad(plan: StepPlan, bucket: Bucket, *, tile: int, page_size: int, max_blocks_per_seq: int) -> tuple[StepInputs, list[int]]:

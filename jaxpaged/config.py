@@ -177,7 +177,9 @@ class ModelConfig:
         if values.get("head_dim") is not None:
             head_dim = fields.integer("head_dim", high=2**12)
         elif hidden_size % num_heads:
-            raise fields.fail("hidden_size", f"{hidden_size} is not divisible by num_attention_heads {num_heads}, and head_dim is not given")
+            raise fields.fail(
+                "hidden_size", f"{hidden_size} is not divisible by num_attention_heads {num_heads}, and head_dim is not given"
+            )
         else:
             head_dim = hidden_size // num_heads
         if head_dim % 2:
@@ -371,11 +373,15 @@ class EngineConfig:
         on_cpu = platform == "cpu"
         max_model_len = self.max_model_len or model.max_position_embeddings
         if max_model_len > model.max_position_embeddings:
-            raise ConfigError(f"max_model_len: got {max_model_len:,}, the model's max_position_embeddings is {model.max_position_embeddings:,}")
+            raise ConfigError(
+                f"max_model_len: got {max_model_len:,}, the model's max_position_embeddings is {model.max_position_embeddings:,}"
+            )
         max_num_seqs = self.max_num_seqs or (32 if on_cpu else 256)
         max_tokens = self.max_num_batched_tokens or max(max_num_seqs, 512 if on_cpu else 2048)
         if max_tokens < max_num_seqs:
-            raise ConfigError(f"max_num_batched_tokens: got {max_tokens}, expected at least max_num_seqs {max_num_seqs} (one token each)")
+            raise ConfigError(
+                f"max_num_batched_tokens: got {max_tokens}, expected at least max_num_seqs {max_num_seqs} (one token each)"
+            )
         dtype = model.dtype if self.dtype == "auto" else self.dtype
         tile = self.prefill_tile or (16 if on_cpu else 64)
         max_tiles = -(-max_tokens // tile)
@@ -397,7 +403,9 @@ class EngineConfig:
         if self.decode_row_buckets is None or self.prefill_tile_buckets is None or self.max_num_seqs is None:
             raise ConfigError("buckets() needs resolved options")
         rows = sorted({size for size in self.decode_row_buckets if size < self.max_num_seqs} | {self.max_num_seqs})
-        tiles = sorted({0, *(size for size in self.prefill_tile_buckets if size < self.max_prefill_tiles), self.max_prefill_tiles})
+        tiles = sorted(
+            {0, *(size for size in self.prefill_tile_buckets if size < self.max_prefill_tiles), self.max_prefill_tiles}
+        )
         return [Bucket(decode_rows, prefill_tiles) for prefill_tiles in tiles for decode_rows in rows]
 
     @property

@@ -58,7 +58,9 @@ class Engine:
         self._is_closed = False
 
     @classmethod
-    def from_weights(cls, config: EngineConfig, model: ModelConfig, weights, *, use_tqdm: bool = False, pool_type: type[PagePool] = PagePool) -> Engine:
+    def from_weights(
+        cls, config: EngineConfig, model: ModelConfig, weights, *, use_tqdm: bool = False, pool_type: type[PagePool] = PagePool
+    ) -> Engine:
         """An engine on this machine's device, warmed up, from weights that are already there.
 
         Args:
@@ -88,7 +90,9 @@ class Engine:
 
     # --- requests ---
 
-    def add_request(self, prompt_token_ids: Seq[int], params: SamplingParams | None = None, *, request_id: str | None = None) -> Request:
+    def add_request(
+        self, prompt_token_ids: Seq[int], params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> Request:
         """Queue a prompt.
 
         Raises:

@@ -85,7 +85,9 @@ class JaxRunner:
         # XLA's compiler is itself parallel on large programs; two at a time keeps two cores busy without swelling memory.
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as executor:
             compiled = executor.map(self._compile, self.buckets)
-            progress = tqdm(compiled, total=len(self.buckets), desc="Compiling steps", unit="bucket", disable=not use_tqdm, leave=False)
+            progress = tqdm(
+                compiled, total=len(self.buckets), desc="Compiling steps", unit="bucket", disable=not use_tqdm, leave=False
+            )
             self.compiled = dict(zip(self.buckets, progress, strict=True))
         logger.info("Compiled %d steps in %.1f s.", len(self.buckets), time.perf_counter() - started)
 
@@ -117,10 +119,14 @@ def plan_memory(config: EngineConfig, model: ModelConfig) -> int:
         useful = config.max_num_seqs * config.max_blocks_per_seq + 1  # type: ignore[operator]
         num_pages = min(useful, _spare_bytes(config, model) // page_bytes)
     if num_pages < 2:
-        raise ConfigError(f"the page pool has room for {num_pages} pages of {page_bytes:,} bytes, at least 2 are needed (raise kv_cache_memory_bytes)")
+        raise ConfigError(
+            f"the page pool has room for {num_pages} pages of {page_bytes:,} bytes, at least 2 are needed (raise kv_cache_memory_bytes)"
+        )
     available = _memory()[1]
     if num_pages * page_bytes > available:
-        raise ResourceError(f"the page pool needs {num_pages * page_bytes / 2**30:.2f} GiB ({num_pages:,} pages), {available / 2**30:.2f} GiB are free")
+        raise ResourceError(
+            f"the page pool needs {num_pages * page_bytes / 2**30:.2f} GiB ({num_pages:,} pages), {available / 2**30:.2f} GiB are free"
+        )
     return num_pages
 
 

@@ -42,17 +42,19 @@ def paged_attend(tokens: PagedTokens, config: ModelConfig, num_pages: int, page_
     def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         first_page = layer * num_pages  # layer l's page p is row l * P + p of the flat pool, its null page row l * P
         slots = tokens.slots + first_page * page_size
-        cache = KVCache(k=write_kv_pages(cache.k, k, slots), v=write_kv_pages(cache.v, v, slots))
+        k_pages, v_pages = write_kv_pages(cache.k_pages, k, slots), write_kv_pages(cache.v_pages, v, slots)
         options = {"scale": scale, "window": config.windows[layer] if config.windows else 0, "backend": backend}
         parts = []
         if D:
-            rows = paged_decode_attention(q[:D, None], cache.k, cache.v, tokens.row_tables + first_page, tokens.row_lens, **options)
+            rows = paged_decode_attention(
+                q[:D, None], k_pages, v_pages, tokens.row_tables + first_page, tokens.row_lens, **options
+            )
             parts.append(rows[:, 0])
         if C:
             tiles = q[D:].reshape(C, tile, *q.shape[1:])
             tables = tokens.tile_tables + first_page
-            tiles = paged_prefill_attention(tiles, cache.k, cache.v, tables, tokens.tile_lens, first_positions, **options)
+            tiles = paged_prefill_attention(tiles, k_pages, v_pages, tables, tokens.tile_lens, first_positions, **options)
             parts.append(tiles.reshape(-1, *q.shape[1:]))
-        return jnp.concatenate(parts), cache
+        return jnp.concatenate(parts), KVCache.of(k_pages, v_pages)
 
     return attend

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.config import DTYPE_BYTES, ModelConfig
+from pallas_kernels.bits import as_bits
 
 
 @flax.struct.dataclass
@@ -18,10 +19,29 @@ class KVCache:
 
     One carried array instead of one per layer, so that a step updates it in place whatever the loop over layers is.
     Row l * P is layer l's null page, which padding reads and writes; it is always finite.
+
+    `k` and `v` hold 16-bit floats as uint16 bits: XLA's CPU backend would otherwise convert the whole pool to float32 and back in
+    every step (see pallas_kernels/bits.py). `k_pages` and `v_pages` are the numbers, a view that costs nothing inside a jit.
     """
 
     k: jax.Array
     v: jax.Array
+    dtype: str = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, k_pages: jax.Array, v_pages: jax.Array) -> KVCache:
+        """The cache that holds these pages, [L*P, K, S, H] each."""
+        return cls(k=as_bits(k_pages), v=as_bits(v_pages), dtype=k_pages.dtype.name)
+
+    @property
+    def k_pages(self) -> jax.Array:
+        """Keys as numbers, [L*P, K, S, H]."""
+        return self.k.view(self.dtype)
+
+    @property
+    def v_pages(self) -> jax.Array:
+        """Values as numbers, [L*P, K, S, H]."""
+        return self.v.view(self.dtype)
 
     @property
     def page_size(self) -> int:
@@ -36,7 +56,7 @@ class KVCache:
 def init_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: str = "float32") -> KVCache:
     """A cache of `num_pages` pages (the null page included) of zeros."""
     shape = (config.num_layers * num_pages, config.num_kv_heads, page_size, config.head_dim)
-    return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+    return KVCache.of(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: str) -> int:

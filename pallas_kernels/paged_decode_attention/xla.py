@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.bits import as_bits
+
 # Tokens of one block, and query positions of all work items of one turn of the loop.
 BLOCK_TOKENS = 128
 ITEM_QUERIES = 16
@@ -56,7 +58,7 @@ def attend_at(
     tables = jnp.pad(block_tables, ((0, 0), (0, -M % E))).reshape(B, -1, E)
 
     # [P*K, S, H]: the gather then yields [item, K, context, H] with no transposition.
-    k_flat, v_flat = k_pages.reshape(-1, S, H), v_pages.reshape(-1, S, H)
+    k_flat, v_flat = as_bits(k_pages).reshape(-1, S, H), as_bits(v_pages).reshape(-1, S, H)
     queries = jnp.moveaxis(q.reshape(B, T, K, G, H), 1, 3).astype(jnp.float32).reshape(B, K, G * T, H) * scale
     query_position = jnp.tile(first_positions[:, None] + jnp.arange(T), (1, G))  # [B, G*T]
 
@@ -69,8 +71,8 @@ def attend_at(
         pages = jnp.where(is_real[:, None], tables[row, block], 0)
         flat = pages[:, None, :] * K + jnp.arange(K)[None, :, None]
         # float32 from here: XLA's CPU backend runs a batch of small bfloat16 products 3x slower than the cast plus float32.
-        k = k_flat[flat].astype(jnp.float32).reshape(I, K, C, H)
-        v = v_flat[flat].astype(jnp.float32).reshape(I, K, C, H)
+        k = k_flat[flat].view(k_pages.dtype).astype(jnp.float32).reshape(I, K, C, H)
+        v = v_flat[flat].view(v_pages.dtype).astype(jnp.float32).reshape(I, K, C, H)
 
         key_position = block[:, None] * C + jnp.arange(C)  # [I, C]
         exists = (key_position < kv_lens[row][:, None]) & is_real[:, None]

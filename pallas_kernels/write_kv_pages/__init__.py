@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.bits import as_bits
+
 
 def write_kv_pages(pages: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
     """Put token x's heads at slot `slots[x]` = page * S + offset; in place when `pages` is donated to the surrounding jit.
@@ -15,4 +17,10 @@ def write_kv_pages(pages: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Ar
       slots: int32 [X], each in [0, P * S). Live tokens have distinct slots; padding tokens all write to the null page.
     """
     S = pages.shape[2]
-    return pages.at[slots // S, :, slots % S].set(new.astype(pages.dtype), mode="promise_in_bounds", unique_indices=False)
+    new = new.astype(pages.dtype)
+    if slots.shape[0] == 1:
+        # XLA turns a scatter of one update into a dynamic-update-slice, for which its CPU backend copies the whole pool
+        # (three times, jax 0.10.2). The same token written twice stays a scatter, in place.
+        new, slots = jnp.concatenate([new, new]), jnp.concatenate([slots, slots])
+    written = as_bits(pages).at[slots // S, :, slots % S].set(as_bits(new), mode="promise_in_bounds")
+    return written.view(pages.dtype)
