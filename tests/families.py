@@ -1,7 +1,7 @@
 """One list of tiny models, a case for every flag of the supported families, with random tensors that hide nothing.
 
-Norm weights and biases are random too: ones and zeros would hide a norm that is skipped and a bias that is dropped. The tensors are
-made by numpy, so that every case also runs where torch is missing; where it is, transformers loads the very same ones.
+Norm weights and biases are random too: ones and zeros would hide a norm that is skipped and a bias that is dropped. The tensors
+are made by numpy, so that every case also runs without torch; with it, transformers loads the very same ones.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """`fields` are those of config.json in the spelling of transformers 5; `seed` was chosen so that no greedy choice is a near tie."""
+    """`fields` are those of config.json as transformers 5 spells them; `seed` is one without near ties in the greedy text."""
 
     name: str
     model_type: str
@@ -61,7 +61,7 @@ class Family:
         return ModelConfig.from_hf(self.hf_config)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Random tensors of a checkpoint, by name. Large enough that attention is sharp and greedy text does not repeat itself."""
+        """Random tensors by name, so large that attention is sharp and greedy text does not repeat itself."""
         rng = np.random.default_rng([self.seed, len(self.name)])
         tensors = {}
         for parameter in declare(self.config):
@@ -85,8 +85,7 @@ class Family:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        fields = {name: value for name, value in {**COMMON, **self.fields}.items()}
-        config = AutoConfig.for_model(self.model_type, **fields, attn_implementation="eager")
+        config = AutoConfig.for_model(self.model_type, **COMMON | self.fields, attn_implementation="eager")
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         tensors = {name: torch.from_numpy(tensor) for name, tensor in self.tensors().items()}
         if self.config.tie_word_embeddings:

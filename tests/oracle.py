@@ -1,7 +1,7 @@
 """The oracle: a dense, unpaged, unbatched transformer in numpy and float64, written from the definition.
 
-Reads tensors by their names in a Hugging Face checkpoint. Imports nothing of jaxpaged but the type of its configuration, so that a
-mistake in the engine's formulas cannot be made twice.
+Reads tensors by their names in a Hugging Face checkpoint. Imports nothing of jaxpaged but the type of its configuration, so
+that a mistake in the engine's formulas is not made twice.
 """
 
 from __future__ import annotations

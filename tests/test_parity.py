@@ -1,7 +1,7 @@
 """The engine computes what the model's definition says: against a float64 oracle, and against transformers where torch is.
 
-Greedy text is checked by one forward pass of the reference over prompt and answer: if every token of the answer is the reference's
-largest score after the tokens before it, then the answer is the reference's own greedy text.
+Greedy text is checked by one forward pass of the reference over prompt and answer: if every token of the answer has the
+reference's largest score after the tokens before it, then the answer is the reference's own greedy text.
 """
 
 from __future__ import annotations
