@@ -88,6 +88,8 @@ class PagePool:
             raise PoolError("a page is twice in the free list")
         if NULL_PAGE in free or self._refs[NULL_PAGE]:
             raise PoolError("the null page was handed out or freed")
+        if free and not 0 < min(free) <= max(free) < self.num_pages:
+            raise PoolError(f"the free list holds a page that is not one of 1..{self.num_pages - 1}")
         for page in range(1, self.num_pages):
             if (page in free) == (self._refs[page] > 0):
                 raise PoolError(f"page {page} has {self._refs[page]} owners and is {'' if page in free else 'not '}in the free list")
@@ -96,5 +98,5 @@ class PagePool:
             for page in range(1, self.num_pages):
                 if held[page] != self._refs[page]:
                     raise PoolError(f"page {page} has {held[page]} owners, its count says {self._refs[page]}")
-            if held[NULL_PAGE]:
-                raise PoolError("a sequence owns the null page")
+            if held.total() != sum(self._refs):
+                raise PoolError(f"an owner holds the null page or one that is not of 1..{self.num_pages - 1}")
