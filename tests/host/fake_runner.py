@@ -1,0 +1,185 @@
+"""A device without a model: pages that hold token ids, and a next token that is a hash of what is read back through the pages.
+
+Knows where a plan, or the padded arrays made of it, say that tokens lie. Refuses to know requests: a wrong page, a stale page, a
+chunk that starts one token late or a length that is off by one all change the output.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+import zlib
+from array import array
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+VOCAB_SIZE = 50_021
+POISON = 2**32 - 1  # what a page holds that nobody owns; not a token id
+
+Fails = Callable[[str, int], bool]  # request id, output tokens so far -> this row's logits are not finite
+
+
+def next_token(context: bytes) -> int:
+    """The fake model: any change of the context changes the token, but for one in VOCAB_SIZE."""
+    return zlib.crc32(context) % VOCAB_SIZE
+
+
+def isolated(prompt: Sequence[int], max_len: int, stop_ids: frozenset[int] = frozenset()) -> list[int]:
+    """The output of FakeRunner for one prompt, written down without scheduler, pages or steps."""
+    tokens = list(prompt)
+    crc = zlib.crc32(array("I", tokens))
+    while True:
+        tokens.append(crc % VOCAB_SIZE)
+        if tokens[-1] in stop_ids or len(tokens) >= max_len:
+            return tokens[len(prompt) :]
+        crc = zlib.crc32(array("I", tokens[-1:]), crc)
+
+
+class FakeRunner:
+    """The Runner protocol over pages of token ids, written and read through the page list of each chunk's sequence."""
+
+    def __init__(self, num_pages: int, page_size: int, fails: Fails = lambda request_id, num_output: False):
+        self.num_pages, self.page_size, self.fails = num_pages, page_size, fails
+        self.places = array("I", [POISON] * (num_pages * page_size))
+
+    def poison(self, page: int) -> None:
+        """Nobody owns the page any more."""
+        self.places[page * self.page_size : (page + 1) * self.page_size] = array("I", [POISON] * self.page_size)
+
+    def run(self, plan) -> tuple[list[int], list[bool]]:
+        """See `jaxpaged.runner.Runner.run`: all writes of a step come before its reads."""
+        size, places = self.page_size, self.places
+        for chunk in (*plan.decodes, *plan.prefills):
+            pages, tokens = chunk.sequence.pages, chunk.sequence.tokens
+            for position in range(chunk.start, chunk.end):
+                places[pages[position // size] * size + position % size] = tokens[position]
+        token_ids, is_finite = [], []
+        for chunk in plan.sampling():
+            context = array("I")
+            for page in chunk.sequence.pages:
+                context += places[page * size : (page + 1) * size]
+            token_ids.append(next_token(context[: chunk.end]))  # type: ignore[arg-type]
+            is_finite.append(not self.fails(chunk.sequence.request.request_id, chunk.end - chunk.sequence.num_prompt))
+        return token_ids, is_finite
+
+    def close(self) -> None:
+        """See `jaxpaged.runner.Runner.close`."""
+
+
+def salt(temperature: float, top_k: int, top_p: float, min_p: float, seed_high: int, seed_low: int, position: int) -> bytes:
+    """What the sampler of a row depends on, besides the logits."""
+    return struct.pack("<fiffIIi", temperature, top_k, top_p, min_p, seed_high, seed_low, position)
+
+
+def isolated_padded(prompt: Sequence[int], max_len: int, stop_ids: frozenset[int], params, seed: int) -> list[int]:
+    """The output of PaddedFakeRunner for one prompt, likewise."""
+    tokens, first, second = list(prompt), b"", b""
+    while True:
+        for position in range(len(first) // 8, len(tokens)):
+            first += struct.pack("<II", tokens[position], position)
+            second += struct.pack("<I", zlib.crc32(first))
+        ending = salt(params.temperature, params.top_k, params.top_p, params.min_p, seed >> 32, seed % 2**32, len(tokens))
+        tokens.append(next_token(second + ending))
+        if tokens[-1] in stop_ids or len(tokens) >= max_len:
+            return tokens[len(prompt) :]
+
+
+class PaddedFakeRunner:
+    """The same behind the bridge: it sees the padded arrays alone, as the compiled step does.
+
+    Two layers, so that a token in the middle of a prompt matters too. The first layer's pages hold each token with its position,
+    the second layer's a hash of what that token sees of the first; the next token hashes what the last one sees of the second.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, *, buckets, tile: int, max_blocks_per_seq: int, batch):
+        """`batch` is the module jaxpaged.batch, or one with a bug planted in it."""
+        self.num_pages, self.page_size, self.batch, self.buckets, self.tile = num_pages, page_size, batch, buckets, tile
+        self.max_blocks_per_seq = max_blocks_per_seq
+        self.first = np.full((num_pages * page_size, 2), POISON, np.uint32)
+        self.second = np.full(num_pages * page_size, POISON, np.uint32)
+
+    def poison(self, page: int) -> None:
+        """Nobody owns the page any more."""
+        self.first[page * self.page_size : (page + 1) * self.page_size] = POISON
+        self.second[page * self.page_size : (page + 1) * self.page_size] = POISON
+
+    def run(self, plan) -> tuple[list[int], list[bool]]:
+        """See `jaxpaged.runner.Runner.run`."""
+        bucket = self.batch.fit(plan, self.buckets, self.tile)
+        options = {"tile": self.tile, "page_size": self.page_size, "max_blocks_per_seq": self.max_blocks_per_seq}
+        inputs, rows = self.batch.pad(plan, bucket, **options)
+        token_ids = self._step(inputs, bucket)
+        return [token_ids[row] for row in rows], [True] * len(rows)
+
+    def _step(self, inputs, bucket) -> list[int]:
+        """The compiled step's part: a token for each row of the bucket, sampled or not."""
+        tokens, D, C, tile, size = inputs.tokens, bucket.decode_rows, bucket.prefill_tiles, self.tile, self.page_size
+        M = self.max_blocks_per_seq
+        assert tokens.token_ids.shape == tokens.positions.shape == tokens.slots.shape == (D + C * tile,)
+        assert tokens.row_tables.shape == (D, M) and tokens.tile_tables.shape == (C, M) and inputs.sample_at.shape == (D + C,)
+        written = tokens.slots[tokens.slots >= size]
+        assert len(set(written.tolist())) == len(written), "two rows write one slot"
+
+        self.first[tokens.slots] = np.stack([tokens.token_ids, tokens.positions], axis=-1)
+        views = []  # of each row: the slots of its context in order, and the place of its first token in the step
+        for row in range(D + C):
+            table, length = (
+                (tokens.row_tables[row], tokens.row_lens[row])
+                if row < D
+                else (tokens.tile_tables[row - D], tokens.tile_lens[row - D])
+            )
+            places = np.arange(length)
+            slots = table[places // size] * size + places % size
+            views.append((slots, row if row < D else D + (row - D) * tile))
+        for row, (slots, at) in enumerate(views):
+            context = self.first[slots].tobytes()
+            for index in range(at, at + (1 if row < D else tile)):
+                seen = self._seen(row, index, at, len(slots), D, tokens.positions)
+                self.second[tokens.slots[index]] = zlib.crc32(context[: 8 * seen])
+        sampled = []
+        for row, (slots, at) in enumerate(views):
+            index = int(inputs.sample_at[row])
+            if not len(slots) or not at <= index < at + (1 if row < D else tile):  # a row that does not sample
+                sampled.append(-1)
+                continue
+            seen = self._seen(row, index, at, len(slots), D, tokens.positions)
+            options = inputs.sampling
+            knobs = options.temperature[row], options.top_k[row], options.top_p[row], options.min_p[row]
+            ending = salt(*knobs, *options.seeds[row], tokens.positions[index] + 1)
+            sampled.append(next_token(self.second[slots[:seen]].tobytes() + ending))
+        return sampled
+
+    @staticmethod
+    def _seen(row: int, index: int, at: int, length: int, num_decodes: int, positions: np.ndarray) -> int:
+        """Tokens of its context that the token at `index` attends to; in a tile, only the first position is read."""
+        return length if row < num_decodes else min(length, int(positions[at]) + index - at + 1)
+
+    def close(self) -> None:
+        """See `jaxpaged.runner.Runner.close`."""
+
+
+def watched(
+    pool_type: type, num_pages: int, *, order: str = "oldest", seed: int = 0, on_free: Callable[[int], None] | None = None
+):
+    """A pool of that type that hands out its oldest, newest or a random free page first, and tells when a page is freed."""
+    rng = random.Random(seed)
+
+    class WatchedPool(pool_type):
+        def allocate(self, count: int) -> list[int] | None:
+            if order == "random":
+                rng.shuffle(self._free)
+            if order != "newest":
+                return super().allocate(count)
+            self._free.reverse()
+            pages = super().allocate(count)
+            self._free.reverse()
+            return pages
+
+        def free(self, pages) -> None:
+            super().free(pages)
+            for page in set(pages):
+                if on_free is not None and not self.num_owners(page):
+                    on_free(page)
+
+    return WatchedPool(num_pages)

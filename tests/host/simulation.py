@@ -1,0 +1,327 @@
+"""Random days of a scheduler's life: who asks what and when, lived through with a fake runner and judged against isolated runs.
+
+`simulate` asserts every law of the host side while it runs, so that a test is a seed and a planted bug is a failure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import random
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+from fake_runner import VOCAB_SIZE, FakeRunner, PaddedFakeRunner, isolated, isolated_padded, watched
+
+from jaxpaged.config import Bucket
+
+MODULES = ("jaxpaged.host.pages", "jaxpaged.host.request", "jaxpaged.host.scheduler", "jaxpaged.batch")
+
+
+def house() -> SimpleNamespace:
+    """The modules under test, as `sys.modules` has them now; tests/host/test_mutants.py puts others there."""
+    return SimpleNamespace(**{name.rpartition(".")[2]: importlib.import_module(name) for name in MODULES})
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request of a scenario, before any check."""
+
+    request_id: str
+    prompt: list[int]
+    params: dict
+    eos_token_ids: tuple[int, ...]
+    seed: int
+    arrival: int  # the step before which it comes
+    abort: int | None = None  # the step at which it is aborted
+    abort_in_flight: bool = False  # between plan and commit
+    error_at: int | None = None  # output tokens after which its logits are not finite
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A machine and what is asked of it."""
+
+    seed: int
+    num_pages: int
+    max_model_len: int
+    limits: dict
+    asks: list[Ask]
+    is_padded: bool
+
+    @property
+    def max_pool_len(self) -> int:
+        """Tokens in all pages but the null page."""
+        return (self.num_pages - 1) * self.limits["page_size"]
+
+    def max_len(self, ask: Ask) -> int:
+        """Tokens at which the request has to end: the last one needs no place in a page."""
+        asked = len(ask.prompt) + ask.params["max_tokens"] if ask.params["max_tokens"] else self.max_model_len
+        return min(asked, self.max_model_len, self.max_pool_len + 1)
+
+    def expected(self, ask: Ask) -> list[int]:
+        """The output of a run without scheduler."""
+        stop_ids = frozenset(ask.params["stop_token_ids"])
+        stop_ids |= frozenset() if ask.params["ignore_eos"] else frozenset(ask.eos_token_ids)
+        if not self.is_padded:
+            return isolated(ask.prompt, self.max_len(ask), stop_ids)
+        params = SimpleNamespace(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **ask.params})
+        return isolated_padded(ask.prompt, self.max_len(ask), stop_ids, params, ask.seed % 2**64)
+
+
+def random_scenario(seed: int, *, num_requests: int = 20, is_padded: bool = False, with_faults: bool = True) -> Scenario:
+    """A scenario whose every request can be served. Half of them have a pool too small for their crowd."""
+    rng = random.Random(f"scenario {seed}")
+    page_size = rng.choice((1, 2, 16))
+    max_model_len = rng.randint(2, 64)
+    if rng.random() < 0.7:  # about as many pages as one or two of its longest sequences need
+        num_pages = max(2, min(64, 1 + int(max_model_len * rng.choice((0.5, 1.0, 1.3, 1.6, 2.5)) / page_size)))
+    else:
+        num_pages = rng.randint(2, 64)
+    tile = rng.choice((1, 4, 16))
+    budget = rng.choice((1, 3, 16, 64, 512))
+    limits = {
+        "page_size": page_size,
+        "max_num_seqs": rng.choice((1, 2, 3, 8, 8, 32)),
+        "max_num_batched_tokens": budget,
+        "tile": tile,
+        "max_prefill_tiles": rng.choice((1, -(-budget // tile), -(-budget // tile))),
+        "long_prefill_token_threshold": rng.choice((0, 1, 7, page_size)),
+    }
+    scenario = Scenario(seed, num_pages, max_model_len, limits, [], is_padded)
+    longest = min(scenario.max_model_len - 1, scenario.max_pool_len)
+    arrival, patience = 0.0, rng.choice((0.0, 0.5, 4.0))
+    for number in range(num_requests):
+        arrival += rng.expovariate(1 / patience) if patience else 0.0
+        # Short, anything, or as long as the limits allow.
+        num_prompt = rng.choice(
+            (rng.randint(1, min(longest, 5)), rng.randint(1, longest), rng.randint(max(1, longest - 2), longest))
+        )
+        params = {
+            "max_tokens": rng.choice((None, None, 1, rng.randint(1, 8), rng.randint(1, 48))),
+            "ignore_eos": rng.random() < 0.3,
+            "stop_token_ids": (),
+        }
+        if is_padded:
+            params |= {"temperature": rng.random(), "top_k": rng.randint(-1, 9), "top_p": 1 - rng.random(), "min_p": rng.random()}
+        ask = Ask(
+            request_id=f"r{number}",
+            prompt=[rng.randrange(VOCAB_SIZE) for _ in range(num_prompt)],
+            params=params,
+            eos_token_ids=(),
+            seed=rng.getrandbits(64),
+            arrival=int(arrival),
+            abort=int(arrival) + rng.randint(0, 30) if with_faults and rng.random() < 0.1 else None,
+            abort_in_flight=rng.random() < 0.5,
+            error_at=rng.randint(0, 5) if with_faults and not is_padded and rng.random() < 0.05 else None,
+        )
+        if rng.random() < 0.3:  # tokens that will come, so that they stop it
+            output = scenario.expected(ask)
+            eos = (rng.choice(output),) if rng.random() < 0.5 else ()
+            stops = (rng.choice(output), rng.randrange(VOCAB_SIZE)) if rng.random() < 0.7 else ()
+            ask = dataclasses.replace(ask, eos_token_ids=eos, params={**params, "stop_token_ids": stops})
+        scenario.asks.append(ask)
+    return scenario
+
+
+@dataclass
+class Outcome:
+    """What a simulation has seen, for those who want numbers."""
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    num_preemptions: int = 0
+    max_preemptions: int = 0
+    reasons: Counter = field(default_factory=Counter)
+    outputs: dict[str, list[int]] = field(default_factory=dict)
+
+
+def buckets_of(limits) -> list[Bucket]:
+    """Compiled shapes for these limits, as `EngineConfig.buckets` orders them."""
+    rows = sorted({1, min(4, limits.max_num_seqs), limits.max_num_seqs})
+    tiles = sorted({0, 1, min(4, limits.max_prefill_tiles), limits.max_prefill_tiles})
+    return [Bucket(decode_rows, prefill_tiles) for prefill_tiles in tiles for decode_rows in rows]
+
+
+class Simulation:
+    """One scenario, lived through by `run`."""
+
+    def __init__(self, scenario: Scenario, *, order: str = "oldest", is_perturbed: bool = False):
+        self.scenario, self.is_perturbed, self.rng = scenario, is_perturbed, random.Random(scenario.seed)
+        self.house = house()
+        self.limits = self.house.scheduler.Limits(**scenario.limits)
+        self.asks = {ask.request_id: ask for ask in scenario.asks}
+        self.rank = {ask.request_id: rank for rank, ask in enumerate(scenario.asks)}
+        if scenario.is_padded:
+            width = -(-scenario.max_model_len // self.limits.page_size)
+            options = {"buckets": buckets_of(self.limits), "tile": self.limits.tile, "max_blocks_per_seq": width}
+            self.runner = PaddedFakeRunner(scenario.num_pages, self.limits.page_size, batch=self.house.batch, **options)
+        else:
+            self.runner = FakeRunner(scenario.num_pages, self.limits.page_size, self.fails)
+        self.pool = watched(
+            self.house.pages.PagePool, scenario.num_pages, order=order, seed=scenario.seed, on_free=self.runner.poison
+        )
+        self.scheduler = self.house.scheduler.Scheduler(self.pool, self.limits)
+        self.live: list[str] = []  # in order of arrival
+        self.outcome = Outcome(outputs={request_id: [] for request_id in self.asks})
+        self.endings: dict[str, object] = {}  # the last event of each request
+        self.admitted: list[str] = []
+
+    def fails(self, request_id: str, num_output: int) -> bool:
+        """Whether this row's logits are to be not finite."""
+        return num_output == self.asks[request_id].error_at
+
+    def run(self) -> Outcome:
+        """Live to the end of the last request; AssertionError, or whatever the code under test raises, when a law is broken."""
+        coming = deque(self.scenario.asks)
+        # The oldest request computes a token in every step and is never preempted, so its steps are fewer than its tokens.
+        most_steps = sum(self.scenario.max_len(ask) for ask in self.scenario.asks)
+        num_perturbed = 0
+        now = 0
+        while coming or self.live:
+            while coming and coming[0].arrival <= now:
+                self.add(coming.popleft())
+            self.abort(now, in_flight=False)
+            if self.is_perturbed and now < 100:
+                self.perturb()
+                num_perturbed += 1
+            self.step(now)
+            assert self.outcome.num_steps <= most_steps + num_perturbed, "livelock: more steps than the requests have tokens"
+            now += 1
+        self.judge()
+        return self.outcome
+
+    def add(self, ask: Ask) -> None:
+        request_module, scenario = self.house.request, self.scenario
+        request = request_module.Request.checked(
+            ask.request_id,
+            ask.prompt,
+            request_module.SamplingParams(**ask.params),
+            vocab_size=VOCAB_SIZE,
+            max_model_len=scenario.max_model_len,
+            max_pool_len=scenario.max_pool_len,
+            eos_token_ids=ask.eos_token_ids,
+            default_seed=ask.seed,
+        )
+        self.scheduler.add(request)
+        self.live.append(ask.request_id)
+        self.check()
+        if ask.seed % 4:
+            return
+        try:
+            self.scheduler.add(request)
+        except request_module.RequestError as error:
+            assert ask.request_id in str(error)
+        else:
+            raise AssertionError("a second request took the id of an unfinished one")
+        self.check()
+
+    def abort(self, now: int, *, in_flight: bool) -> None:
+        for ask in self.scenario.asks:
+            if ask.abort != now or ask.abort_in_flight != in_flight:
+                continue
+            free = self.pool.num_free
+            owned = sum(len(s.pages) for s in self.scheduler.running if s.request.request_id == ask.request_id)
+            event = self.scheduler.abort(ask.request_id)
+            assert (event is not None) == (ask.request_id in self.live)
+            if event is not None:
+                assert event.token_id is None and event.finish_reason == "abort"
+                assert self.pool.num_free == free + owned, "an aborted request keeps pages"
+                self.take(event)
+                assert self.scheduler.abort(ask.request_id) is None
+            self.check()
+
+    def perturb(self) -> None:
+        """Preempt for no reason, and change the size of chunks from step to step."""
+        if self.scheduler.running and self.rng.random() < 0.2:
+            self.scheduler._preempt(self.scheduler.running[-1])
+        threshold = self.rng.choice((0, 1, 2, 3, 7, 16))
+        self.scheduler.limits = dataclasses.replace(self.limits, long_prefill_token_threshold=threshold)
+
+    def step(self, now: int) -> None:
+        assert self.scheduler.has_unfinished == bool(self.live)
+        waiting_before = {s.request.request_id for s in self.scheduler.waiting}
+        plan = self.scheduler.plan()
+        assert (plan is not None) == bool(self.live)
+        if plan is None:
+            return self.abort(now, in_flight=True)
+        self.check()
+        self.look_at(plan, waiting_before)
+        token_ids, is_finite = self.runner.run(plan)
+        self.abort(now, in_flight=True)
+        events = self.scheduler.commit(plan, token_ids, is_finite)
+        self.check()
+        assert len({event.request_id for event in events}) == len(events)
+        for event in events:
+            self.take(event)
+        self.outcome.num_steps += 1
+        self.outcome.num_tokens += plan.num_tokens
+
+    def look_at(self, plan, waiting_before: set[str]) -> None:
+        """Is this plan within the limits, fair, and does it get on with the work?"""
+        limits = self.scheduler.limits
+        chunks = (*plan.decodes, *plan.prefills)
+        ids = [chunk.sequence.request.request_id for chunk in chunks]
+        assert 0 < plan.num_tokens == sum(chunk.num_tokens for chunk in chunks) <= limits.max_num_batched_tokens
+        assert self.live[0] in ids, "the oldest request sits a step out"
+        assert len(set(ids)) == len(ids), "one sequence has two chunks in one step"
+        assert sum(-(-chunk.num_tokens // limits.tile) for chunk in plan.prefills) <= limits.max_prefill_tiles
+        assert all(chunk.num_tokens == 1 and chunk.samples for chunk in plan.decodes)
+        for chunk in plan.prefills:
+            assert 0 < chunk.num_tokens <= (limits.long_prefill_token_threshold or chunk.num_tokens)
+            assert not (chunk.num_tokens == 1 and chunk.samples), "a decode among the prefills"
+        for chunk in chunks:
+            assert chunk.samples == (chunk.end == len(chunk.sequence.tokens))
+        ranks = [self.rank[s.request.request_id] for s in (*self.scheduler.running, *self.scheduler.waiting)]
+        assert ranks == sorted(ranks), "not in order of arrival"
+        new = [s.request.request_id for s in self.scheduler.running if s.request.request_id in waiting_before]
+        self.admitted += [request_id for request_id in new if request_id not in self.admitted]
+
+    def take(self, event) -> None:
+        """Book one event."""
+        assert event.request_id in self.live, "an event after the end"
+        if event.token_id is not None:
+            self.outcome.outputs[event.request_id].append(event.token_id)
+        if event.finish_reason is not None:
+            self.endings[event.request_id] = event
+            self.live.remove(event.request_id)
+
+    def check(self) -> None:
+        self.scheduler.check()
+        most = max((s.num_preemptions for s in self.scheduler.waiting), default=0)
+        self.outcome.max_preemptions = max(self.outcome.max_preemptions, most)
+
+    def judge(self) -> None:
+        """Every output is that of the isolated run, and nothing is left behind."""
+        assert not self.scheduler.has_unfinished and not self.scheduler.running and not self.scheduler.waiting
+        assert self.pool.num_used == 0, "leaked pages"
+        self.pool.check([])
+        first = [self.rank[request_id] for request_id in self.admitted]
+        assert first == sorted(first), "a later request was admitted first"
+        for request_id, ask in self.asks.items():
+            output, expected, event = self.outcome.outputs[request_id], self.scenario.expected(ask), self.endings[request_id]
+            self.outcome.reasons[str(event.finish_reason)] += 1
+            if event.finish_reason == "abort":
+                assert ask.abort is not None and output == expected[: len(output)]
+            elif event.finish_reason == "error":
+                assert event.token_id is None and event.stop_reason is None
+                assert len(output) == ask.error_at and output == expected[: len(output)]
+            else:
+                assert output == expected, f"{request_id} of seed {self.scenario.seed} differs from its isolated run"
+                assert ask.error_at is None or ask.error_at >= len(output)
+                stops = ask.params["stop_token_ids"] + (() if ask.params["ignore_eos"] else ask.eos_token_ids)
+                assert event.finish_reason == ("stop" if output[-1] in stops else "length")
+                assert event.stop_reason == (output[-1] if output[-1] in ask.params["stop_token_ids"] else None)
+                assert output[-1] in stops or len(ask.prompt) + len(output) == self.scenario.max_len(ask)
+        self.outcome.num_preemptions = self.scheduler.num_preemptions
+
+
+def simulate(scenario: Scenario, *, order: str = "oldest", is_perturbed: bool = False) -> Outcome:
+    """Live through a scenario; raises when a law is broken.
+
+    Args:
+      order: in which the pool hands out free pages: oldest, newest or random.
+      is_perturbed: preempt at random and change the chunk size from step to step, for the first hundred steps.
+    """
+    return Simulation(scenario, order=order, is_perturbed=is_perturbed).run()

@@ -1,0 +1,262 @@
+"""How strong is the simulation? Each known kind of bug is planted into the source, and the simulation has to fail.
+
+A planted bug is a replacement in the text of one module. When the text is gone the test says so: plant the bug anew, or drop it.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import simulation
+
+PAGES, REQUEST, SCHEDULER, BATCH = simulation.MODULES
+MOST_SCENARIOS = 60  # what a bug may survive
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in the source of `module`."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+
+
+MUTANTS = [
+    Mutant("hands out the null page", PAGES, "deque(range(1, num_pages))", "deque(range(num_pages))"),
+    Mutant("hands out a page twice", PAGES, "self._free.popleft() for", "self._free[0] for"),
+    Mutant("hands out fewer pages than asked", PAGES, "for _ in range(count)]", "for _ in range(max(count - 1, 0))]"),
+    Mutant("forgets a freed page", PAGES, "self._free.append(page)", "page != 1 and self._free.append(page)"),
+    Mutant("last token takes a place in the pool", REQUEST, "max_pool_len + 1)", "max_pool_len)"),
+    Mutant("one token more than the pool holds", REQUEST, "max_pool_len + 1)", "max_pool_len + 2)"),
+    Mutant("one token too many", REQUEST, "num_prompt + max_new,", "num_prompt + max_new + 1,"),
+    Mutant("refuses a prompt that fits the model", REQUEST, "num_prompt >= max_model_len", "num_prompt >= max_model_len - 1"),
+    Mutant("refuses a prompt that fits the pool", REQUEST, "num_prompt > max_pool_len", "num_prompt >= max_pool_len"),
+    Mutant("ignores ignore_eos", REQUEST, "if params.ignore_eos else", "if False else"),
+    Mutant("forgets the stop ids", REQUEST, "frozenset(params.stop_token_ids) |", "frozenset() |"),
+    Mutant(
+        "counts computed tokens one short",
+        REQUEST,
+        "len(self.tokens) - self.num_computed",
+        "len(self.tokens) - self.num_computed - 1",
+    ),
+    Mutant(
+        "reserves a page too few", SCHEDULER, "-(-num_tokens // self.limits.page_size)", "num_tokens // self.limits.page_size"
+    ),
+    Mutant(
+        "reserves for one token less",
+        SCHEDULER,
+        "-(-num_tokens // self.limits.page_size)",
+        "-(-(num_tokens - 1) // self.limits.page_size)",
+    ),
+    Mutant("preempted, num_computed is kept", SCHEDULER, "        sequence.num_computed = 0\n", ""),
+    Mutant(
+        "preempted, a computed token is kept",
+        SCHEDULER,
+        "sequence.num_computed = 0\n",
+        "sequence.num_computed = min(1, sequence.num_computed)\n",
+    ),
+    Mutant(
+        "preempted, pages are kept",
+        SCHEDULER,
+        "        self._release(sequence)\n        sequence.num_computed",
+        "        sequence.num_computed",
+    ),
+    Mutant(
+        "preempted, output is forgotten",
+        SCHEDULER,
+        "sequence.num_computed = 0\n",
+        "sequence.num_computed = 0; del sequence.tokens[sequence.num_prompt :]\n",
+    ),
+    Mutant("preempts the oldest", SCHEDULER, "self._preempt(self.running[-1])", "self._preempt(self.running[0])"),
+    Mutant(
+        "preempted, goes to the end of the queue", SCHEDULER, "self.waiting.appendleft(sequence)", "self.waiting.append(sequence)"
+    ),
+    Mutant("preempts nobody, sits out", SCHEDULER, "self._preempt(self.running[-1])\n", "index += 1\n"),
+    Mutant("frees pages twice", SCHEDULER, "self.pool.free(sequence.pages)", "self.pool.free(sequence.pages * 2)"),
+    Mutant("frees all pages but the last", SCHEDULER, "self.pool.free(sequence.pages)", "self.pool.free(sequence.pages[:-1])"),
+    Mutant("released, the page list is kept", SCHEDULER, "        sequence.pages = []\n", ""),
+    Mutant(
+        "an abort frees nothing",
+        SCHEDULER,
+        "        self._release(sequence)\n        del",
+        "        reason is FinishReason.ABORT or self._release(sequence)\n        del",
+    ),
+    Mutant(
+        "an aborted request stays in the queue", SCHEDULER, "            self.waiting.remove(sequence)\n", "            pass\n"
+    ),
+    Mutant(
+        "an aborted request's step is committed",
+        SCHEDULER,
+        "            if sequence.finish_reason is not None:  # aborted",
+        "            if False:  # aborted",
+    ),
+    Mutant(
+        "max_len is passed by one",
+        SCHEDULER,
+        "len(sequence.tokens) >= sequence.request.max_len",
+        "len(sequence.tokens) > sequence.request.max_len",
+    ),
+    Mutant(
+        "length before stop",
+        SCHEDULER,
+        "if sequence.tokens[-1] in sequence.request.stop_ids:",
+        "if len(sequence.tokens) < sequence.request.max_len and sequence.tokens[-1] in sequence.request.stop_ids:",
+    ),
+    Mutant(
+        "chunk starts a token late",
+        SCHEDULER,
+        "cls(sequence, sequence.num_computed, num_tokens,",
+        "cls(sequence, sequence.num_computed + 1, num_tokens,",
+    ),
+    Mutant(
+        "chunk starts a token early",
+        SCHEDULER,
+        "cls(sequence, sequence.num_computed, num_tokens,",
+        "cls(sequence, max(sequence.num_computed - 1, 0), num_tokens,",
+    ),
+    Mutant("samples in the middle of a prompt", SCHEDULER, "num_tokens == sequence.num_uncomputed)", "True)"),
+    Mutant(
+        "commits one computed token too many",
+        SCHEDULER,
+        "sequence.num_computed = chunk.end",
+        "sequence.num_computed = min(chunk.end + 1, len(chunk.sequence.tokens))",
+    ),
+    Mutant(
+        "admits without looking at the pool", SCHEDULER, "self._num_pages(len(sequence.tokens)) > self.pool.num_free", "False"
+    ),
+    Mutant(
+        "admits one sequence too many",
+        SCHEDULER,
+        "len(self.running) < self.limits.max_num_seqs",
+        "len(self.running) <= self.limits.max_num_seqs",
+    ),
+    Mutant(
+        "admits the youngest first",
+        SCHEDULER,
+        "self.running.append(self.waiting.popleft())",
+        "self.running.insert(0, self.waiting.popleft())",
+    ),
+    Mutant("never uses up the budget", SCHEDULER, "tokens_left, tiles_left = tokens_left - num_tokens, ", "tiles_left = "),
+    Mutant(
+        "never uses up the tiles",
+        SCHEDULER,
+        "return 0 if _is_decode(chunk) else -(-chunk.num_tokens // self.limits.tile)",
+        "return 0",
+    ),
+    Mutant("ignores the chunk threshold", SCHEDULER, "if self.limits.long_prefill_token_threshold:", "if False:"),
+    Mutant("keeps a row that is not finite", SCHEDULER, "if finite else FinishReason.ERROR", "if finite else None"),
+    Mutant(
+        "forgets the stop reason",
+        SCHEDULER,
+        "token_id if reason is FinishReason.STOP and",
+        "None if reason is FinishReason.STOP and",
+    ),
+    Mutant("takes an id twice", SCHEDULER, "if request.request_id in self._by_id:", "if False:"),
+    Mutant(
+        "prefills before decodes in the results",
+        SCHEDULER,
+        "[*self.decodes, *(chunk for chunk in self.prefills if chunk.samples)]",
+        "[*(chunk for chunk in self.prefills if chunk.samples), *self.decodes]",
+    ),
+    Mutant("slot one too far", BATCH, "places % page_size", "(places + 1) % page_size"),
+    Mutant("slot in the next page", BATCH, "pages[places // page_size]", "pages[(places // page_size + 1) % len(pages)]"),
+    Mutant("padding writes to slot -1", BATCH, "    sampling_rows = []\n", "    sampling_rows = []\n    slots[:] = -1\n"),
+    Mutant(
+        "padding writes to the first real page",
+        BATCH,
+        "    sampling_rows = []\n",
+        "    sampling_rows = []\n    slots[:] = page_size\n",
+    ),
+    Mutant("length one short", BATCH, "lens[row] = end", "lens[row] = end - 1"),
+    Mutant("length one long", BATCH, "lens[row] = end", "lens[row] = end + 1"),
+    Mutant("length of the chunk", BATCH, "lens[row] = end", "lens[row] = count"),
+    Mutant(
+        "block table shifted by one", BATCH, "tables[row, : len(pages)] = pages", "tables[row, : len(pages)] = np.roll(pages, 1)"
+    ),
+    Mutant(
+        "block table without its last page",
+        BATCH,
+        "tables[row, : len(pages)] = pages",
+        "tables[row, : len(pages) - 1] = pages[:-1]",
+    ),
+    Mutant("tokens of the sequence's start", BATCH, "chunk.sequence.tokens[start:end]", "chunk.sequence.tokens[:count]"),
+    Mutant("samples one token early", BATCH, "sample_at[row] = at + count - 1", "sample_at[row] = max(at, at + count - 2)"),
+    Mutant(
+        "samples the tile's padding",
+        BATCH,
+        "sample_at[row] = at + count - 1",
+        "sample_at[row] = min(at + count, len(token_ids) - 1)",
+    ),
+    Mutant("samples every tile of a chunk", BATCH, "chunk.samples and end == chunk.end", "chunk.samples"),
+    Mutant("decode position one too far", BATCH, "positions[row] = chunk.start", "positions[row] = chunk.end"),
+    Mutant("decode position of the chunk's row", BATCH, "positions[row] = chunk.start", "positions[row] = row"),
+    Mutant("tile positions count from zero", BATCH, "np.arange(start, start + tile)", "np.arange(tile)"),
+    Mutant(
+        "tile positions from the chunk's start",
+        BATCH,
+        "np.arange(start, start + tile)",
+        "np.arange(chunk.start, chunk.start + tile)",
+    ),
+    Mutant("prefills start at row 0", BATCH, "row, at = D, D", "row, at = 0, D"),
+    Mutant(
+        "tiles pack without padding",
+        BATCH,
+        "row, at = row + 1, at + tile",
+        "row, at = row + 1, at + min(tile, chunk.end - start)",
+    ),
+    Mutant(
+        "halves of the seed swapped",
+        BATCH,
+        "request.seed >> 32, request.seed & 0xFFFFFFFF",
+        "request.seed & 0xFFFFFFFF, request.seed >> 32",
+    ),
+    Mutant("temperature of the first row", BATCH, 'arrays["temperature"][row] =', 'arrays["temperature"][0] ='),
+    Mutant(
+        "bucket with too few rows",
+        BATCH,
+        "bucket.decode_rows >= len(plan.decodes)",
+        "bucket.decode_rows >= len(plan.decodes) - 1",
+    ),
+    Mutant("bucket with too few tiles", BATCH, "-(-chunk.num_tokens // tile)", "chunk.num_tokens // tile"),
+]
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, mutant: Mutant | None) -> None:
+    """Put fresh copies of the modules under test in the place of the real ones, one of them with the bug."""
+    for name in simulation.MODULES:
+        path = Path(sys.modules[name].__file__ or "")
+        source = path.read_text()
+        if mutant is not None and mutant.module == name:
+            assert mutant.old in source, f"{mutant.name!r}: {mutant.old!r} is no longer in {path.name}; plant this bug anew"
+            source = source.replace(mutant.old, mutant.new)
+        module = types.ModuleType(name)
+        module.__file__ = str(path)
+        monkeypatch.setitem(sys.modules, name, module)  # the later modules import the earlier ones from there
+        exec(compile(source, str(path), "exec"), vars(module))
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_planted_bug_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation.house()  # imports all of them
+    plant(monkeypatch, mutant)
+    is_padded = mutant.module == BATCH or "results" in mutant.name
+    for seed in range(MOST_SCENARIOS):
+        try:
+            simulation.simulate(simulation.random_scenario(seed, is_padded=is_padded))
+        except Exception:  # an AssertionError of a law, or whatever the broken code ran into
+            return
+    pytest.fail(f"{mutant.name!r} survives {MOST_SCENARIOS} scenarios")
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_without_a_bug_nothing_is_caught(is_padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation.house()
+    plant(monkeypatch, None)
+    for seed in range(10):
+        simulation.simulate(simulation.random_scenario(seed, is_padded=is_padded))
