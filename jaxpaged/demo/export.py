@@ -1,11 +1,10 @@
-"""The demo model as files: tokenizer, HF layout, and the token ids that another library gets from it.
+"""The demo model as files: tokenizer and HF layout.
 
-Knows formats. Refuses to know training: it is handed finished weights.
+Knows formats. Refuses to know training, it is handed finished weights; and releasing, which is `release`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -98,9 +97,9 @@ def write(folder: Path, recipe: Recipe, weights: W.Weights, tokenizer: Tokenizer
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(corpus.CHAT_TEMPLATE)
-    _write_json(folder / "config.json", hf_config(recipe))
-    _write_json(folder / "generation_config.json", {"eos_token_id": STOP_IDS, "pad_token_id": END_OF_TEXT_ID})
-    _write_json(
+    write_json(folder / "config.json", hf_config(recipe))
+    write_json(folder / "generation_config.json", {"eos_token_id": STOP_IDS, "pad_token_id": END_OF_TEXT_ID})
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -113,9 +112,5 @@ def write(folder: Path, recipe: Recipe, weights: W.Weights, tokenizer: Tokenizer
     )
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -164,9 +164,15 @@ def make_step(recipe: Recipe):
 
 
 def train(
-    recipe: Recipe, tokenizer: Tokenizer, checkpoints: Path, *, seed: int = 0, resume: bool = False, minutes: float = math.inf,
-    save_every: int = 200, stop_at: int | None = None,
-) -> tuple[W.Weights, list[tuple[int, float]]]:  # fmt: skip
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    checkpoints: Path,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    minutes: float = math.inf,
+    save_every: int = 200,
+) -> tuple[W.Weights, list[tuple[int, float]]]:
     """Train to the last step of the recipe and return the weights and this run's (step, loss) pairs.
 
     A run that was killed and resumed computes the same bits as one that was not: the batch depends on the step alone, and a
@@ -175,7 +181,6 @@ def train(
     Args:
       checkpoints: absolute folder, one per model.
       minutes: stop early, with a checkpoint, once this much time has passed.
-      stop_at: stop before this step, with a checkpoint, leaving the recipe's schedule as it is.
 
     Raises:
       ValueError: the folder holds checkpoints and resume is false.
@@ -190,15 +195,14 @@ def train(
             state, first = manager.restore(latest, args=ocp.args.StandardRestore(shapes)), latest
 
         step_function, log, began = make_step(recipe), [], time.monotonic()
-        last = recipe.steps if stop_at is None else stop_at
-        progress = tqdm(range(first, last), initial=first, total=last, unit="step", mininterval=5.0)
+        progress = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, unit="step", mininterval=5.0)
         for step in progress:
             state, loss = step_function(state, training_batch(tokenizer, recipe, seed, step))
             log.append((step, float(loss)))
             if step % 10 == 0:
                 progress.set_postfix(loss=f"{np.mean([value for _, value in log[-10:]]):.4f}")
             late = time.monotonic() - began > minutes * 60
-            if (step + 1) % save_every == 0 or step + 1 == last or late:
+            if (step + 1) % save_every == 0 or step + 1 == recipe.steps or late:
                 manager.save(step + 1, args=ocp.args.StandardSave(state))
             if late:
                 break
