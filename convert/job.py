@@ -99,6 +99,7 @@ def convert(
         finally:
             tensors.close()
         staging.seal(job.manifest(staging))
+        check_replaceable(target, overwrite=overwrite)  # again: hours may have passed
         staging.publish()
         staging.remove()
     notes = [note for note in notes if str(staging.path) not in note]

@@ -204,9 +204,14 @@ class Staging:
                 if error.errno not in _NO_EXCHANGE:
                     raise
                 # Two steps. A run that stops between them is rolled back by `recover`.
-                self._disk.rename(target, self.path / "replaced")
+                replaced = self.path / "replaced"
+                self._disk.rename(target, replaced)
                 self._disk.sync_folder(self.path)
-                self._disk.rename(self.checkpoint, target)
+                try:
+                    self._disk.rename(self.checkpoint, target)
+                except OSError:
+                    self._disk.rename(replaced, target)
+                    raise
         else:
             self._disk.rename(self.checkpoint, target)
         self._disk.sync_folder(self.path)
