@@ -6,7 +6,6 @@ Knows tokens and their limits. Refuses to know text, arrays and pages' contents.
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields
 
@@ -74,8 +73,11 @@ class SamplingParams:
             _check_int("seed", self.seed, -(2**63), 2**63 - 1)
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        if isinstance(self.stop_token_ids, (str, bytes)) or not isinstance(self.stop_token_ids, Seq):
-            raise RequestError(f"stop_token_ids: got {self.stop_token_ids!r}, expected a list of token ids")
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name}: got {_shown(getattr(self, name))}, expected True or False")
+        if isinstance(self.stop_token_ids, (str, bytes, bytearray)) or not isinstance(self.stop_token_ids, Seq):
+            raise RequestError(f"stop_token_ids: got {_shown(self.stop_token_ids)}, expected a list of token ids")
         for token_id in self.stop_token_ids:
             _check_int("stop_token_ids", token_id, 0, 2**31 - 1)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -84,14 +86,20 @@ class SamplingParams:
 def _check_number(name: str, value: object, low: float, high: float, *, exclude_low: bool = False) -> None:
     allowed = f"a finite number in {'(' if exclude_low else '['}{low:g}, {high:g}]"
     # `not (low <= value)` rather than `value < low`: every comparison with NaN is False, and NaN must not pass.
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not (low <= value <= high) or (exclude_low and value == low):  # type: ignore[operator]
-        raise RequestError(f"{name}: got {value!r}, expected {allowed}")
+        raise RequestError(f"{name}: got {_shown(value)}, expected {allowed}")
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(f"{name}: got {value!r}, expected a whole number in [{low}, {high}]")
+        raise RequestError(f"{name}: got {_shown(value)}, expected a whole number in [{low}, {high}]")
+
+
+def _shown(value: object, limit: int = 64) -> str:
+    """A value for a message of one short line, whatever it is."""
+    text = ascii(value).replace("\n", " ")  # an array's repr has lines
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 @dataclass(frozen=True)
@@ -132,13 +140,15 @@ class Request:
         Raises:
           RequestError: with the field, the value and the limit; no page has been taken.
         """
-        if isinstance(prompt_token_ids, (str, bytes)) or not isinstance(prompt_token_ids, Seq):
+        if not isinstance(request_id, str) or not request_id or not request_id.isprintable():
+            raise RequestError(f"request_id: got {_shown(request_id)}, expected a non-empty string of printable characters")
+        if isinstance(prompt_token_ids, (str, bytes, bytearray)) or not isinstance(prompt_token_ids, Seq):
             raise RequestError(f"prompt_token_ids: got {type(prompt_token_ids).__name__}, expected a list of token ids")
         if not prompt_token_ids:
             raise RequestError("prompt is empty: at least one token is needed")
         for token_id in prompt_token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise RequestError(f"prompt_token_ids: got {token_id!r}, expected token ids in [0, {vocab_size - 1}]")
+                raise RequestError(f"prompt_token_ids: got {_shown(token_id)}, expected token ids in [0, {vocab_size - 1}]")
         for token_id in params.stop_token_ids:
             if token_id >= vocab_size:
                 raise RequestError(f"stop_token_ids: got {token_id}, expected token ids in [0, {vocab_size - 1}]")
