@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+# Below this the likeliest token always wins, and dividing by it would overflow. The same bound as vLLM's.
+_LOWEST_TEMPERATURE = 1e-5
+
 
 @flax.struct.dataclass
 class SamplingInputs:
@@ -35,7 +38,7 @@ def sample(logits: jax.Array, sampling: SamplingInputs, positions: jax.Array) ->
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw(_: None) -> jax.Array:
-        is_greedy = sampling.temperature <= 0
+        is_greedy = sampling.temperature < _LOWEST_TEMPERATURE
         scaled = logits / jnp.where(is_greedy, 1.0, sampling.temperature)[:, None]
         needs_filter = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0))
         scaled = lax.cond(needs_filter, lambda x: keep_likely(x, sampling), lambda x: x, scaled)
@@ -43,7 +46,7 @@ def sample(logits: jax.Array, sampling: SamplingInputs, positions: jax.Array) ->
         return jnp.where(is_greedy, greedy, jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32))
 
     # A batch of greedy rows draws no noise.
-    return lax.cond(jnp.any(sampling.temperature > 0), draw, lambda _: greedy, None)
+    return lax.cond(jnp.any(sampling.temperature >= _LOWEST_TEMPERATURE), draw, lambda _: greedy, None)
 
 
 def _gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
@@ -75,6 +78,7 @@ def keep_likely(logits: jax.Array, sampling: SamplingInputs) -> jax.Array:
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
     """uint32 numbers in the same order as the float32 numbers x."""
+    x = jnp.where(x == 0, 0.0, x)  # -0.0 and 0.0 are one number with two bit patterns
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
