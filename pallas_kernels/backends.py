@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Literal
 
-Backend = Literal["auto", "reference", "xla"]
-BACKENDS = ("auto", "reference", "xla")
+from pallas_kernels import native
+
+logger = logging.getLogger("pallas_kernels")
+
+Backend = Literal["auto", "reference", "xla", "native"]
+BACKENDS = ("auto", "reference", "xla", "native")
 
 
 def resolve(backend: str) -> str:
-    """The name of the implementation that `backend` stands for on this machine.
+    """The name of the implementation that `backend` stands for on this machine. `auto` says once, in the log, what it chose.
 
     Raises:
       ValueError: the name is not one of BACKENDS.
+      NotImplementedError: the named backend cannot run here; the message says why.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
-    # The portable path is the only fast one so far, on every platform.
-    return "xla" if backend == "auto" else backend
+    if backend == "auto":
+        return _choose()
+    if backend == "native" and native.unavailable():
+        raise NotImplementedError(f"backend 'native' cannot run here: {native.unavailable()}; 'xla' and 'reference' can")
+    return backend
+
+
+@functools.cache
+def _choose() -> str:
+    reason = native.unavailable()
+    if reason is None:
+        logger.info("Using native attention backend out of potential backends: native, xla, reference.")
+        return "native"
+    logger.info("Using xla attention backend: native cannot run here (%s).", reason)
+    return "xla"

@@ -42,7 +42,8 @@ def paged_attend(tokens: PagedTokens, config: ModelConfig, num_pages: int, page_
     def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         first_page = layer * num_pages  # layer l's page p is row l * P + p of the flat pool, its null page row l * P
         slots = tokens.slots + first_page * page_size
-        k_pages, v_pages = write_kv_pages(cache.k_pages, k, slots), write_kv_pages(cache.v_pages, v, slots)
+        k_pages = write_kv_pages(cache.k_pages, k, slots, backend=backend)
+        v_pages = write_kv_pages(cache.v_pages, v, slots, backend=backend)
         options = {"scale": scale, "window": config.windows[layer] if config.windows else 0, "backend": backend}
         parts = []
         if D:

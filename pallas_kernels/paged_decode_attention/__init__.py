@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels import backends
+from pallas_kernels import backends, native
 from pallas_kernels.paged_decode_attention import reference, xla
 
 
@@ -34,10 +34,11 @@ def paged_decode_attention(
 
     Raises:
       ValueError: N is not a multiple of K, or the backend's name is unknown.
+      NotImplementedError: the named backend cannot run here; the message says why.
 
     Source: Kwon et al. 2023, PagedAttention (arXiv 2309.06180); online softmax, Milakov and Gimelshein 2018 (arXiv 1805.02867).
     """
     if q.shape[2] % k_pages.shape[1]:
         raise ValueError(f"q has {q.shape[2]} heads, not a multiple of the {k_pages.shape[1]} key/value heads")
-    implementation = {"reference": reference, "xla": xla}[backends.resolve(backend)]
+    implementation = {"reference": reference, "xla": xla, "native": native}[backends.resolve(backend)]
     return implementation.paged_decode_attention(q, k_pages, v_pages, block_tables, kv_lens, scale=scale, window=window)

@@ -48,7 +48,7 @@ def attend_at(
     (B, T, N, H), (_, K, S, _), M = q.shape, k_pages.shape, block_tables.shape[1]
     G, E = N // K, max(1, min(M, BLOCK_TOKENS // S))  # E pages a block
     C = E * S
-    I = min(B, max(1, ITEM_QUERIES // T))  # work items a turn
+    W = min(B, max(1, ITEM_QUERIES // T))  # work items a turn
 
     # The work list: row b owns blocks first_block[b] .. last, which are items ends[b] - count[b] .. ends[b] - 1.
     first_block = jnp.maximum(first_positions - window + 1, 0) // C if window else jnp.zeros_like(kv_lens)
@@ -64,22 +64,22 @@ def attend_at(
 
     def turn(carry):
         index, peak, total, out = carry
-        item = index * I + jnp.arange(I)
+        item = index * W + jnp.arange(W)
         is_real = item < num_items
         row = jnp.minimum(jnp.searchsorted(ends, item, side="right"), B - 1)
         block = jnp.where(is_real, item - ends[row] + count[row] + first_block[row], 0)
         pages = jnp.where(is_real[:, None], tables[row, block], 0)
         flat = pages[:, None, :] * K + jnp.arange(K)[None, :, None]
         # float32 from here: XLA's CPU backend runs a batch of small bfloat16 products 3x slower than the cast plus float32.
-        k = k_flat[flat].view(k_pages.dtype).astype(jnp.float32).reshape(I, K, C, H)
-        v = v_flat[flat].view(v_pages.dtype).astype(jnp.float32).reshape(I, K, C, H)
+        k = k_flat[flat].view(k_pages.dtype).astype(jnp.float32).reshape(W, K, C, H)
+        v = v_flat[flat].view(v_pages.dtype).astype(jnp.float32).reshape(W, K, C, H)
 
-        key_position = block[:, None] * C + jnp.arange(C)  # [I, C]
+        key_position = block[:, None] * C + jnp.arange(C)  # [W, C]
         exists = (key_position < kv_lens[row][:, None]) & is_real[:, None]
         sees = exists[:, None] & (key_position[:, None] <= query_position[row][:, :, None])
         if window:
             sees &= key_position[:, None] > query_position[row][:, :, None] - window
-        sees = sees[:, None]  # [I, 1, G*T, C]
+        sees = sees[:, None]  # [W, 1, G*T, C]
 
         scores = jnp.where(sees, jnp.einsum("ikqh,ikch->ikqc", queries[row], k), _LOWEST)
         item_peak = jnp.max(scores, axis=-1)
@@ -98,6 +98,6 @@ def attend_at(
 
     peak = jnp.full((B, K, G * T), _LOWEST)
     start = (jnp.int32(0), peak, jnp.zeros_like(peak), jnp.zeros((B, K, G * T, H)))
-    _, _, total, out = lax.while_loop(lambda carry: carry[0] * I < num_items, turn, start)
+    _, _, total, out = lax.while_loop(lambda carry: carry[0] * W < num_items, turn, start)
     out = out / jnp.where(total == 0, 1.0, total)[..., None]
     return jnp.moveaxis(out.reshape(B, K, G, T, H), 3, 1).reshape(B, T, N, H).astype(q.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels import backends
+from pallas_kernels import backends, native
 from pallas_kernels.paged_decode_attention import reference, xla
 
 
@@ -22,8 +22,8 @@ def paged_prefill_attention(
 ) -> jax.Array:
     """Attend each tile's T consecutive query tokens to the pages of the sequence that the tile is cut from.
 
-    Query token t of tile b sits at position first_positions[b] + t and sees positions up to its own, below kv_lens[b]. Tokens of a
-    tile at kv_lens[b] and beyond are padding; what they yield is finite and means nothing.
+    Query token t of tile b sits at position first_positions[b] + t and sees positions up to its own, below kv_lens[b]. Tokens of
+    a tile at kv_lens[b] and beyond are padding; what they yield is finite and means nothing.
 
     Args:
       q: [B, T, N, H], B tiles of T tokens.
@@ -36,5 +36,5 @@ def paged_prefill_attention(
     if q.shape[2] % k_pages.shape[1]:
         raise ValueError(f"q has {q.shape[2]} heads, not a multiple of the {k_pages.shape[1]} key/value heads")
     # Both operations are one loop over blocks with different tile heights, so they share one definition and one portable path.
-    implementation = {"reference": reference, "xla": xla}[backends.resolve(backend)]
+    implementation = {"reference": reference, "xla": xla, "native": native}[backends.resolve(backend)]
     return implementation.attend_at(q, k_pages, v_pages, block_tables, kv_lens, first_positions, scale=scale, window=window)

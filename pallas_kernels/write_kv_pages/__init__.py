@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import backends, native
 from pallas_kernels.bits import as_bits
 
 
-def write_kv_pages(pages: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+def write_kv_pages(pages: jax.Array, new: jax.Array, slots: jax.Array, *, backend: backends.Backend = "auto") -> jax.Array:
     """Put token x's heads at slot `slots[x]` = page * S + offset; in place when `pages` is donated to the surrounding jit.
 
     Args:
@@ -16,6 +17,8 @@ def write_kv_pages(pages: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Ar
       new: [X, K, H], cast to the pages' dtype.
       slots: int32 [X], each in [0, P * S). Live tokens have distinct slots; padding tokens all write to the null page.
     """
+    if backends.resolve(backend) == "native":
+        return native.write_kv_pages(pages, new, slots)
     S = pages.shape[2]
     new = new.astype(pages.dtype)
     if slots.shape[0] == 1:
