@@ -135,14 +135,17 @@ class Scheduler:
                 tokens_left, tiles_left = tokens_left - num_tokens, tiles_left - self._num_tiles(chunks[-1])
             index += 1
 
+        # Free pages that running sequences will take for tokens they already have.
+        num_lacking = sum(map(self._num_pages_lacking, self.running)) if self.waiting else 0
         # A step that preempted admits nobody: the pages it freed belong to the older sequences' next tokens.
         while self.waiting and not has_preempted and len(self.running) < self.limits.max_num_seqs:
             sequence = self.waiting[0]
             num_tokens = self._chunk_len(sequence, tokens_left, tiles_left)
-            # Enough for the whole sequence, not only its first chunk: else prompts half done would preempt each other.
-            if not num_tokens or self._num_pages(len(sequence.tokens)) > self.pool.num_free:
+            # Enough for all of its tokens, not only its first chunk: else prompts half done would preempt each other.
+            if not num_tokens or num_lacking + self._num_pages_lacking(sequence) > self.pool.num_free:
                 break
             self._reserve(sequence, num_tokens)
+            num_lacking += self._num_pages_lacking(sequence)
             self.running.append(self.waiting.popleft())
             chunks.append(Chunk.next(sequence, num_tokens))
             tokens_left, tiles_left = tokens_left - num_tokens, tiles_left - self._num_tiles(chunks[-1])
@@ -168,6 +171,10 @@ class Scheduler:
 
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.limits.page_size)
+
+    def _num_pages_lacking(self, sequence: Sequence) -> int:
+        """Pages that the sequence has yet to take for the tokens it has now."""
+        return self._num_pages(len(sequence.tokens)) - len(sequence.pages)
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give the sequence pages for its first `num_tokens` tokens; False, and nothing taken, when too few are free."""

@@ -128,7 +128,10 @@ MUTANTS = [
         "sequence.num_computed = min(chunk.end + 1, len(chunk.sequence.tokens))",
     ),
     Mutant(
-        "admits without looking at the pool", SCHEDULER, "self._num_pages(len(sequence.tokens)) > self.pool.num_free", "False"
+        "admits without looking at the pool",
+        SCHEDULER,
+        "num_lacking + self._num_pages_lacking(sequence) > self.pool.num_free",
+        "False",
     ),
     Mutant(
         "admits one sequence too many",

@@ -65,7 +65,7 @@ def test_the_scenarios_reach_what_they_are_for() -> None:
         num_preemptions += outcome.num_preemptions
         most = max(most, outcome.max_preemptions)
     assert set(reasons) == {"stop", "length", "abort", "error"} and min(reasons.values()) >= 20
-    assert num_preemptions > 100 and most >= 2
+    assert num_preemptions >= 50 and most >= 2
 
 
 def test_a_crowd_of_four_hundred() -> None:
@@ -94,6 +94,19 @@ def test_overload_makes_progress(page_size: int, threshold: int) -> None:
         outcome = simulate(scenario)
         assert outcome.reasons == {"length": 24}
         assert outcome.max_preemptions <= 8
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 16])
+def test_half_done_prompts_do_not_preempt_each_other(page_size: int) -> None:
+    """With one new token each nothing grows after its prompt, so every prompt token is computed once."""
+    for seed in seeds(60_000, 30):
+        random_one = random_scenario(seed, with_faults=False)
+        asks = [dataclasses.replace(ask, params=plain_params(1)) for ask in random_one.asks]
+        limits = {**random_one.limits, "page_size": page_size, "long_prefill_token_threshold": 1 + seed % 7}
+        num_pages = 2 + max(len(ask.prompt) for ask in asks) * (1 + seed % 3) // page_size
+        outcome = simulate(dataclasses.replace(random_one, asks=asks, limits=limits, num_pages=num_pages))
+        assert outcome.num_preemptions == 0
+        assert outcome.num_tokens == sum(len(ask.prompt) for ask in asks)
 
 
 def plain_params(max_tokens: int | None = None) -> dict:
