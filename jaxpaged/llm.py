@@ -9,7 +9,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,7 @@ Prompt = str | Mapping[str, Any] | Seq[int]
 Message = Mapping[str, Any]
 
 # generation_config.json's name -> ours. Its do_sample is not read, as in vLLM: a temperature that is written down is meant.
-_GENERATION_FIELDS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "max_new_tokens": "max_tokens"}
+_GENERATION_FIELDS = {name: name for name in ("temperature", "top_p", "top_k", "min_p")} | {"max_new_tokens": "max_tokens"}
 
 
 @dataclass(eq=False)
@@ -112,10 +112,11 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike[str] | None = None, *, use_tqdm_on_load: bool = True, **options: Any):
         config = EngineConfig.from_options(model=None if model is None else os.fspath(model), **options)
-        checkpoint = _open(config.model, config.revision)
+        checkpoint = open_model(config.model, config.revision)
         # Everything that can be refused is refused before the weights are read.
         resolved = config.resolved(checkpoint.config, jax.default_backend())
         self.tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, checkpoint)
+        self.generation_defaults = checkpoint.generation_defaults
         self._default_params = _default_params(checkpoint)
 
         started = time.perf_counter()
@@ -127,6 +128,7 @@ class LLM:
         self.model_config: ModelConfig = checkpoint.config
         self._live: dict[str, _Live] = {}
         self._ids = itertools.count()
+        self._is_closed = False
 
     # --- generating ---
 
@@ -186,7 +188,7 @@ class LLM:
 
     def stream(
         self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Like `generate`, but yield each request whenever it has a new token, the last time with `finished` set.
 
         Each RequestOutput holds everything so far (text and token ids), not the difference. Several prompts come interleaved: a
@@ -220,7 +222,7 @@ class LLM:
             sampling_params = self.get_default_sampling_params()
         each = [sampling_params] * len(listed) if isinstance(sampling_params, SamplingParams) else list(sampling_params)
         if len(each) != len(listed):
-            raise RequestError(f"sampling_params: got {len(each)} for {len(listed)} prompts, expected one for all or one for each")
+            raise RequestError(f"sampling_params: got {len(each)} for {len(listed)} prompts, expected one, or one for each")
         checked = []
         for index, (prompt, params) in enumerate(zip(listed, each, strict=True)):
             try:
@@ -235,7 +237,7 @@ class LLM:
         engine = self._open_engine()
         text, token_ids = self._tokens(prompt)
         Request.checked(
-            "",
+            "prompt",
             token_ids,
             params,
             vocab_size=engine.model.vocab_size,
@@ -266,7 +268,7 @@ class LLM:
         return text, self.tokenizer.encode(text)  # type: ignore[arg-type]
 
     def _open_engine(self) -> Engine:
-        if self.engine is None:
+        if self._is_closed:
             raise RequestError("the LLM is closed")
         return self.engine
 
@@ -295,7 +297,7 @@ class LLM:
     def _drop(self, lives: Seq[_Live]) -> None:
         """Take what is unfinished out of the engine."""
         for live in lives:
-            if self._live.pop(live.request.request_id, None) is not None and self.engine is not None:
+            if self._live.pop(live.request.request_id, None) is not None:
                 self.engine.abort(live.request.request_id)
 
     def _run(self, checked: Seq[_Checked], *, use_tqdm: bool) -> list[RequestOutput]:
@@ -326,7 +328,7 @@ class LLM:
             progress.close()
         return [live.output() for live in lives]
 
-    def _stream(self, checked: Seq[_Checked]) -> Iterator[RequestOutput]:
+    def _stream(self, checked: Seq[_Checked]) -> Generator[RequestOutput, None, None]:
         lives: list[_Live] = []
         try:
             for one in checked:
@@ -375,11 +377,9 @@ class LLM:
 
     def close(self) -> None:
         """End what runs and give the memory of weights and pages back. Closing twice is nothing."""
-        if self.engine is None:
-            return
+        self._is_closed = True
         self._live.clear()
         self.engine.close()
-        self.engine = None  # type: ignore[assignment]
 
     def __enter__(self) -> LLM:
         return self
@@ -399,11 +399,12 @@ def load_weights(
     Raises:
       CheckpointError: the model cannot be found or loaded.
     """
-    checkpoint = _open(None if model is None else os.fspath(model), revision)
+    checkpoint = open_model(None if model is None else os.fspath(model), revision)
     return checkpoints.load(checkpoint, dtype), checkpoint.config
 
 
-def _open(model: str | None, revision: str | None) -> Checkpoint:
+def open_model(model: str | None, revision: str | None = None) -> Checkpoint:
+    """The checkpoint that `LLM(model)` means, its weights not yet read. Raises CheckpointError."""
     is_demo = model is None or (model == "demo" and not Path(model).is_dir())
     checkpoint = checkpoints.open_checkpoint(MODEL_DIR if is_demo else model, revision=revision)  # type: ignore[arg-type]
     for warning in checkpoint.warnings:

@@ -29,6 +29,7 @@ logger = logging.getLogger("jaxpaged")
 MAX_TOKENIZER_BYTES = 200 * 2**20
 MAX_RENDERED = 4 * 2**20  # characters of a rendered chat: a template may loop over what a user sends
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -52,7 +53,7 @@ class Tokenizer:
         chat_templates: dict[str, str] | None = None,
         where: str = "chat template",
     ):
-        """`special_tokens` are by name ("eos_token"); `chat_templates` by name, of which "default" and "tool_use" mean something."""
+        """`special_tokens` are by name ("eos_token"); so are `chat_templates`: "default", and "tool_use" for calls with tools."""
         self.backend = backend
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -262,7 +263,7 @@ def _add_missing(backend: tokenizers.Tokenizer, options: dict[str, Any], special
     entries = listed.items() if isinstance(listed, dict) else ()
     for _, entry in sorted(entries, key=lambda item: int(item[0]) if str(item[0]).isdecimal() else 0):
         if isinstance(entry, dict) and isinstance(entry.get("content"), str) and entry["content"] not in known:
-            flags = {name: bool(entry[name]) for name in ("lstrip", "rstrip", "single_word", "normalized", "special") if name in entry}
+            flags = {name: bool(entry[name]) for name in _TOKEN_FLAGS if name in entry}
             backend.add_tokens([tokenizers.AddedToken(entry["content"], **flags)])
             known.add(entry["content"])
     more = options.get("additional_special_tokens") or options.get("extra_special_tokens")
@@ -294,7 +295,8 @@ def _environment() -> jinja2.Environment:
     """The environment in which templates of the hub are written, closed against templates that are not just templates."""
     import jinja2.ext
     from jinja2 import nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
     class Generation(jinja2.ext.Extension):

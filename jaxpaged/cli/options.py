@@ -1,0 +1,188 @@
+"""The grammar of flags, and flags made from the fields of a dataclass: one declaration for Python and the command line.
+
+vLLM's grammar: `--a_b` is `--a-b`, `--no-x` turns a switch off, `4k` is 4000 and `4K` is 4096. Knows no command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+from jaxpaged.config import nearest
+
+_DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_NONE: Mapping[str, str] = MappingProxyType({})
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood, in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, strict: no abbreviations, no flag twice, a hint for a misspelt one, and errors that are exceptions."""
+
+    def __init__(self, prog: str, description: str, epilog: str):
+        super().__init__(
+            prog=prog,
+            usage=f"{prog} [FLAGS]",
+            description=description,
+            epilog=epilog,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message.removeprefix('argument ')} (see '{self.prog} --help')")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse a command line; positional arguments may stand between flags, and everything after `--` is positional.
+
+        Raises:
+          UsageError: it cannot be understood.
+        """
+        head, tail = list(argv), []
+        if "--" in head:
+            at = head.index("--")
+            head, tail = head[:at], head[at:]
+        return self.parse_intermixed_args([*self._checked(head), *tail])
+
+    def _checked(self, argv: list[str]) -> list[str]:
+        """The same words with flags in their one spelling."""
+        words, seen = [], set()
+        for word in argv:
+            if not word.startswith("--") and word not in self._option_string_actions:
+                words.append(word)
+                continue
+            name, equals, value = word.partition("=")
+            flag = name.replace("_", "-")
+            action = self._option_string_actions.get(flag)
+            if action is None:
+                known = [option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")]
+                hint = nearest(flag.removeprefix("--"), [option.replace("-", "_") for option in known])
+                self.error(f"unknown flag {name!r}{_as_flag(hint)}")
+            if action.dest in seen:
+                self.error(f"{flag}: given twice")
+            seen.add(action.dest)
+            words.append(flag + equals + value)
+        return words
+
+
+def _as_flag(hint: str) -> str:
+    return re.sub(r"'(\w+)'", lambda match: f"'--{match[1].replace('_', '-')}'", hint)
+
+
+def whole_number(text: str) -> int:
+    """4096, 4k = 4000, 2.5k = 2500, 4K = 4096; likewise m, g, t and M, G, T."""
+    match = re.fullmatch(r"(-?\d+(?:_\d+)*)(\.\d+)?([kmgtKMGT]?)", text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number such as 4096, 4k or 2.5k")
+    whole, fraction, suffix = match.groups()
+    factor = _DECIMAL.get(suffix) or _BINARY.get(suffix) or 1
+    if not fraction:
+        return int(whole) * factor
+    digits = int(whole + fraction[1:]) * factor
+    if digits % 10 ** (len(fraction) - 1):
+        raise argparse.ArgumentTypeError(f"got {text!r}, which is not a whole number")
+    return digits // 10 ** (len(fraction) - 1)
+
+
+def number(text: str) -> float:
+    """A decimal number; whether it is in range is the dataclass's business."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number") from None
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    return tuple(whole_number(part) for part in text.split(","))
+
+
+_KINDS = {"int": (whole_number, "N"), "float": (number, "X"), "str": (str, "TEXT"), "tuple[int, ...]": (whole_numbers, "N,N,...")}
+
+
+def add_fields(
+    parser: argparse.ArgumentParser,
+    kind: type,
+    title: str,
+    *,
+    leave_out: Collection[str] = (),
+    defaults: Mapping[str, str] = _NONE,
+) -> None:
+    """A flag for each field of a dataclass, its help taken from the Args section of the class. Absent flags set nothing.
+
+    Args:
+      defaults: words for fields whose default is another on this command line.
+    """
+    group = parser.add_argument_group(title)
+    described = described_fields(kind)
+    for field in dataclasses.fields(kind):
+        if field.name in leave_out:
+            continue
+        # What is None in Python is a flag that is absent here.
+        text = re.sub(r"[;,] None (is|means) ([^;]*)", r" (default: \2)", described.get(field.name, "")).replace("%", "%%")
+        if field.name in defaults:
+            text = text.partition(" (default:")[0] + f" (default: {defaults[field.name]})"
+        elif field.default not in (None, "auto", ()) and not isinstance(field.default, bool):
+            text += f" (default: {field.default})"
+        flag, annotation = "--" + field.name.replace("_", "-"), str(field.type).removesuffix(" | None")
+        if annotation == "bool":
+            if field.default:
+                text += " (default: yes)"
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            continue
+        convert, metavar = _KINDS[annotation]
+        group.add_argument(flag, type=convert, metavar=metavar, default=argparse.SUPPRESS, help=text)
+
+
+def given_fields(arguments: argparse.Namespace, kind: type, *, leave_out: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of a dataclass that the command line set."""
+    names = (field.name for field in dataclasses.fields(kind) if field.name not in leave_out)
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+def described_fields(kind: type) -> dict[str, str]:
+    """Field name -> text, from the Args section of a class's docstring; empty under `python -OO`, which has no docstrings."""
+    _, _, section = (inspect.getdoc(kind) or "").partition("\nArgs:\n")
+    described: dict[str, str] = {}
+    name = None
+    for line in section.splitlines():
+        if line and not line.startswith(" "):
+            break  # the next section
+        entry = re.match(r"  (\w+): (.*)", line)
+        if entry:
+            name = entry[1]
+            described[name] = entry[2]
+        elif name and line.strip():
+            described[name] += " " + line.strip()
+    return {name: text.removesuffix(".") for name, text in described.items()}
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    """The flag `-v` that `set_up_logging` reads."""
+    parser.add_argument("-v", "--verbose", action="store_true", help="say on stderr where memory and time go")
+
+
+def set_up_logging(arguments: argparse.Namespace) -> None:
+    """Messages of the library go to stderr: warnings in the form of our errors, with `-v` everything."""
+    logger = logging.getLogger("jaxpaged")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Compact())
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if arguments.verbose else logging.WARNING)
+    logger.propagate = False
+
+
+class _Compact(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        head = "jaxpaged: " if record.levelno < logging.WARNING else f"jaxpaged: {record.levelname.lower()}: "
+        return head + record.getMessage()
