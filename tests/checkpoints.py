@@ -8,8 +8,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 
-from jaxpaged.checkpoint import safetensors
+from convert.cli import main
+from jaxpaged.checkpoint import CheckpointError, load, open_checkpoint, safetensors
 from jaxpaged.config import ModelConfig
 from jaxpaged.model.weights import declare
 
@@ -70,3 +72,21 @@ def write_model(
     tensors = random_tensors(values, dtype, seed)
     write_shards(directory, tensors, shards)
     return tensors
+
+
+def refused(directory: Path, capsys: pytest.CaptureFixture[str], *needles: str, dtype: str = "bfloat16") -> None:
+    """Loading raises, and the command ends with 3: one line, with all of `needles`, no traceback, nothing left behind."""
+    with pytest.raises(CheckpointError) as caught:
+        load(open_checkpoint(directory), dtype)
+    capsys.readouterr()
+    before = sorted(directory.parent.iterdir())
+    assert main([str(directory), str(directory.parent / "out"), "--quiet"]) == 3
+    assert sorted(directory.parent.iterdir()) == before
+    output = capsys.readouterr()
+    assert output.out == "" and output.err == f"jaxpaged: error: {caught.value}\n" and output.err.count("\n") == 1
+    for needle in needles:
+        assert needle in output.err
+
+
+def listing(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}

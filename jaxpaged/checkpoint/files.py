@@ -27,9 +27,9 @@ def shown(value: object, limit: int = 64) -> str:
 
 
 def listed(names: list[str], limit: int = 10) -> str:
-    """At most ten names and how many there are more."""
+    """At most ten names, each printable, and how many there are more."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(name if name.isprintable() and len(name) < 200 else shown(name) for name in names[:limit]) + more
 
 
 def regular_file(directory: Path, name: str) -> Path:

@@ -5,6 +5,7 @@ Knows names, shards and the index. Refuses to know devices: numpy in, numpy out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jaxpaged.model.weights import Parameter, declare
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _MAX_INDEX_BYTES = 2**25
+_PLAIN_NAME = re.compile(r"[^/\\\x00-\x1f]+\.safetensors")
 _FOREIGN = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".ckpt")
 _BLOCK = 2**22  # elements compared at once
 
@@ -112,7 +114,10 @@ class HfTensors:
         tensors = []
         for name, _ in parameter.parts:
             file, tensor = self._where[name]
-            tensors.append(file.read(tensor).astype(dtype, copy=False))
+            with np.errstate(
+                over="ignore", invalid="ignore"
+            ):  # what does not fit becomes an infinity, which `check_values` names
+                tensors.append(file.read(tensor).astype(dtype, copy=False))
         return parameter.pack(tensors)
 
     def source(self, parameter: Parameter) -> str:
@@ -152,7 +157,7 @@ def _shards(directory: Path) -> dict[str, set[str] | None]:
         raise CheckpointError(f"{where}: weight_map: expected an object that maps tensors to files, got {shown(weight_map)}")
     shards: dict[str, set[str] | None] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or "/" in shard or "\\" in shard:
+        if not isinstance(shard, str) or not _PLAIN_NAME.fullmatch(shard):
             raise CheckpointError(
                 f"{where}: {shown(name)}: {shown(shard)} is not a plain .safetensors file name in this directory"
             )
@@ -174,7 +179,7 @@ def _difference(missing: list[str], extra: list[str]) -> str:
         )
     if extra:
         hint = nearest(extra[0], missing) if missing else ""
-        names = listed([shown(name).strip("'") for name in extra])
+        names = listed(extra)
         parts.append(f"{len(extra)} unexpected tensors ({names}{hint})" if len(extra) > 1 else f"unexpected tensor {names}{hint}")
     if any("scale" in name or "zeros" in name for name in extra):
         parts.append("quantised checkpoints are not supported, load the original weights")

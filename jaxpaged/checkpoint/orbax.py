@@ -102,7 +102,8 @@ class OrbaxTensors:
             reader.check_unchanged()
         finally:
             reader.close()
-        return array.astype(dtype, copy=False)
+        with np.errstate(over="ignore", invalid="ignore"):  # what does not fit becomes an infinity, which `check_values` names
+            return array.astype(dtype, copy=False)
 
     def source(self, parameter: Parameter) -> str:
         """Where a parameter comes from, for messages."""
