@@ -263,9 +263,11 @@ class LLM:
             token_ids = token_ids.tolist()  # type: ignore[union-attr]  (numpy and jax arrays)
         if token_ids is not None:
             return text, token_ids
+        if text is None:
+            raise RequestError("prompt: got None, expected a text or a list of token ids")
         if self.tokenizer is None:
             raise RequestError("prompt: a text needs the tokenizer, and skip_tokenizer_init is set: pass token ids")
-        return text, self.tokenizer.encode(text)  # type: ignore[arg-type]
+        return text, self.tokenizer.encode(text)
 
     def _open_engine(self) -> Engine:
         if self._is_closed:
