@@ -14,8 +14,8 @@ Backend = Literal["auto", "reference", "xla", "native"]
 BACKENDS = ("auto", "reference", "xla", "native")
 
 
-def resolve(backend: str) -> str:
-    """The name of the implementation that `backend` stands for on this machine. `auto` says once, in the log, what it chose.
+def resolve(backend: str, head_dim: int) -> str:
+    """The name of the implementation that `backend` stands for on this machine, for heads of this size. `auto` says once, in the log, what it chose.
 
     Raises:
       ValueError: the name is not one of BACKENDS.
@@ -24,15 +24,15 @@ def resolve(backend: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        return _choose()
-    if backend == "native" and native.unavailable():
-        raise NotImplementedError(f"backend 'native' cannot run here: {native.unavailable()}; 'xla' and 'reference' can")
+        return _choose(head_dim)
+    if backend == "native" and native.unavailable(head_dim):
+        raise NotImplementedError(f"backend 'native' cannot run here: {native.unavailable(head_dim)}; 'xla' and 'reference' can")
     return backend
 
 
 @functools.cache
-def _choose() -> str:
-    reason = native.unavailable()
+def _choose(head_dim: int) -> str:
+    reason = native.unavailable(head_dim)
     if reason is None:
         logger.info("Using native attention backend out of potential backends: native, xla, reference.")
         return "native"

@@ -1,7 +1,7 @@
 """Paged attention and page writes on a CPU, in C++, called by XLA on its own threads.
 
-XLA's CPU backend reads a page pool through a gather at a small part of what memory gives (see TRIED.md). The source beside this file
-is compiled for the very machine at first use, with the compiler found there, and kept in the user's cache folder.
+XLA's CPU backend reads a page pool through a gather at a small part of what memory gives (see TRIED.md). The source beside this
+file is compiled for the very machine at first use, with the compiler found there, and kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -27,29 +27,36 @@ logger = logging.getLogger("pallas_kernels")
 
 _SOURCE = Path(__file__).with_name("paged_attention.cc")
 # Sums may be reordered for vector registers, and nothing else is loosened: infinities and NaN keep their meaning.
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
+_MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", *_MATH)
 # From the best for this machine to what every compiler takes.
 _TUNINGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
-_KINDS = {"bfloat16": 1, "float16": 2}
+_KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
 @functools.cache
-def unavailable() -> str | None:
-    """Why the native backend cannot run here, or None when it can. Builds and registers it at the first call."""
+def unavailable(head_dim: int) -> str | None:
+    """Why the native backend cannot run here for heads of this size, or None when it can. Builds and registers it at the first call."""
     if jax.default_backend() != "cpu":
         return f"it runs on cpu, the default backend is {jax.default_backend()}"
+    if head_dim % 16 or head_dim > 256:
+        return f"head size {head_dim} is not a multiple of 16 up to 256"
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     try:
-        library = ctypes.cdll.LoadLibrary(str(_build(compiler)))
+        library = ctypes.cdll.LoadLibrary(str(_build(compiler, head_dim)))
     except (OSError, RuntimeError) as error:
         return str(error)
-    for name in ("JaxpagedAttend", "JaxpagedWrite"):
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    for name in ("PagedAttend", "WritePages"):
+        jax.ffi.register_ffi_target(_target(name, head_dim), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return None
 
 
-def _build(compiler: str | None) -> Path:
-    """The shared library for this source, jax, compiler and processor; compiled when it is not there yet.
+def _target(name: str, head_dim: int) -> str:
+    return f"pallas_kernels.{name}.{head_dim}"
+
+
+def _build(compiler: str | None, head_dim: int) -> Path:
+    """The shared library for this source, head size, jax, compiler and processor; compiled when it is not there yet.
 
     Raises:
       RuntimeError: there is no compiler, or it fails.
@@ -57,8 +64,7 @@ def _build(compiler: str | None) -> Path:
     if compiler is None:
         raise RuntimeError("no C++ compiler was found (looked for c++, g++, clang++)")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    processor = _processor()
-    key = "\0".join((_SOURCE.read_text(), jax.__version__, compiler, version, processor, *_FLAGS))
+    key = "\0".join((_SOURCE.read_text(), str(head_dim), jax.__version__, compiler, version, _processor(), *_FLAGS))
     folder = Path.home() / ".cache" / "pallas_kernels"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
@@ -66,11 +72,12 @@ def _build(compiler: str | None) -> Path:
     target = folder / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if target.exists():
         return target
+    logger.info("Compiling the native attention backend for head size %d (once, a few seconds).", head_dim)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / "native.so"
+        arguments = [*_FLAGS, f"-DHEAD_SIZE={head_dim}", f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(built)]
         for tuning in _TUNINGS:
-            command = [compiler, *_FLAGS, *tuning, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(built)]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            result = subprocess.run([compiler, *tuning, *arguments], capture_output=True, text=True, check=False)
             if result.returncode == 0:
                 os.replace(built, target)  # whole or not at all, should two processes build at once
                 return target
@@ -98,12 +105,12 @@ def attend_at(
     window: int,
 ) -> jax.Array:
     """Causal attention of T consecutive queries per row, the first at `first_positions[b]`; both operations are this one."""
-    call = jax.ffi.ffi_call("JaxpagedAttend", jax.ShapeDtypeStruct(q.shape, q.dtype))
+    out = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+    call = jax.ffi.ffi_call(_target("PagedAttend", q.shape[-1]), out)
     pages = as_bits(k_pages), as_bits(v_pages)
-    kind = np.int64(_KINDS.get(k_pages.dtype.name, 0))
-    return call(
-        q, *pages, block_tables, kv_lens, first_positions, scale=np.float32(scale), window=np.int64(window), kind=kind
-    )
+    kind = np.int64(_KINDS[k_pages.dtype.name])
+    options = {"scale": np.float32(scale), "window": np.int64(window), "kind": kind}
+    return call(q.astype(jnp.float32), *pages, block_tables, kv_lens, first_positions, **options).astype(q.dtype)
 
 
 def paged_decode_attention(
@@ -123,5 +130,6 @@ def paged_decode_attention(
 def write_kv_pages(pages: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
     """See the contract in `pallas_kernels.write_kv_pages`."""
     bits = as_bits(pages)
-    call = jax.ffi.ffi_call("JaxpagedWrite", jax.ShapeDtypeStruct(bits.shape, bits.dtype), input_output_aliases={0: 0})
+    name = _target("WritePages", pages.shape[-1])
+    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(bits.shape, bits.dtype), input_output_aliases={0: 0})
     return call(bits, as_bits(new.astype(pages.dtype)), slots.astype(jnp.int32)).view(pages.dtype)

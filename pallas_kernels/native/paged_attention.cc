@@ -1,4 +1,5 @@
-// Paged attention and page writes for a CPU, called by XLA through its foreign function interface.
+// Paged attention and page writes for a CPU, called by XLA through its foreign function interface. Built for one HEAD_SIZE at a time,
+// a multiple of 16, so that it builds in seconds and its loops are unrolled.
 //
 // One task is one row and one key/value head. It walks the row's pages once, in blocks of tokens, with an online softmax in
 // float32, and touches no token outside [first visible, kv_len): what unused places hold, NaN or not, is never read.
@@ -13,6 +14,10 @@
 #include <thread>
 #include <type_traits>
 #include <vector>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -39,18 +44,6 @@ inline float ToFloat(BFloat16 x) {
   return y;
 }
 
-inline void FromFloat(float x, float* out) { *out = x; }
-inline void FromFloat(float x, Half* out) { out->value = static_cast<_Float16>(x); }
-inline void FromFloat(float x, BFloat16* out) {  // round to nearest even; a NaN stays one
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) {
-    out->bits = static_cast<uint16_t>(bits >> 16) | 0x40;
-    return;
-  }
-  out->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 // exp for x <= 0, within 2 ulp; plain arithmetic, so that the compiler vectorises it. Cody and Waite reduction, minimax
 // polynomial of the classic Cephes expf.
 inline float ExpNonPositive(float x) {
@@ -72,14 +65,41 @@ inline float ExpNonPositive(float x) {
   return p * scale;
 }
 
-template <int H_>
-struct HeadSize {
-  static constexpr int Get(int) { return H_; }
-};
-template <>
-struct HeadSize<0> {
-  static int Get(int h) { return h; }
-};
+// Sixteen floats: one AVX-512 register, and whatever the compiler makes of it elsewhere.
+constexpr int kLanes = 16;
+typedef float Vec __attribute__((vector_size(64)));
+
+inline Vec Load(const float* p) {
+  Vec x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+#ifdef __AVX512F__  // GCC 12 makes sixteen scalar conversions of what is one instruction
+inline Vec Load(const BFloat16* p) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return reinterpret_cast<Vec>(_mm512_slli_epi32(wide, 16));
+}
+inline Vec Load(const Half* p) {
+  return reinterpret_cast<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+#else
+template <typename P>
+inline Vec Load(const P* p) {
+  Vec x;
+  for (int i = 0; i < kLanes; ++i) x[i] = ToFloat(p[i]);
+  return x;
+}
+#endif
+inline void Store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
+inline float Sum(Vec x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x));
+#else
+  float total = 0.0f;
+  for (int i = 0; i < kLanes; ++i) total += x[i];
+  return total;
+#endif
+}
 
 // Several threads take tasks from one counter. The caller works too and waits only for tasks that have begun, so a pool whose
 // threads are all busy costs time but cannot deadlock.
@@ -108,143 +128,167 @@ struct Shape {
   int64_t window;
 };
 
-template <typename Q, typename P, int H_>
-void AttendRow(const Shape& d, const Q* q, const P* k_pages, const P* v_pages, const int32_t* table, int64_t kv_len, int64_t first,
-               int64_t head, Q* out) {
-  const int H = HeadSize<H_>::Get(d.H);
+// What one query has gathered so far: the largest score, the sum of weights, and where its weighted values are.
+struct Query {
+  const float* q;  // [H], scaled
+  float* sum;      // [H]
+  float peak, total;
+  int64_t low, high;  // it sees positions [low, high)
+};
+
+// One block of `count` tokens, the first at position `start`, for NQ queries at once, so that a row of K or V is read once for all.
+// The row's pages are of type P; V registers of kLanes make up a head.
+template <typename P, int V, int NQ>
+inline void AttendBlock(Query* queries, const P* const* k_rows, const P* const* v_rows, int64_t start, int count) {
+  float weights[NQ][kBlock];
+  for (int j = 0; j < count; ++j) {
+    Vec k[V];
+    for (int v = 0; v < V; ++v) k[v] = Load(k_rows[j] + v * kLanes);
+    for (int i = 0; i < NQ; ++i) {
+      Vec dot = Load(queries[i].q) * k[0];
+      for (int v = 1; v < V; ++v) dot += Load(queries[i].q + v * kLanes) * k[v];
+      weights[i][j] = Sum(dot);
+    }
+  }
+  Vec sums[NQ][V];
+  for (int i = 0; i < NQ; ++i) {
+    Query& query = queries[i];
+    const int a = std::clamp<int64_t>(query.low - start, 0, count), b = std::clamp<int64_t>(query.high - start, 0, count);
+    float peak = query.peak;
+    for (int j = a; j < b; ++j) peak = weights[i][j] > peak ? weights[i][j] : peak;
+    float total = 0.0f;
+    for (int j = 0; j < a; ++j) weights[i][j] = 0.0f;
+    for (int j = a; j < b; ++j) weights[i][j] = ExpNonPositive(weights[i][j] - peak);
+    for (int j = b; j < count; ++j) weights[i][j] = 0.0f;
+    for (int j = a; j < b; ++j) total += weights[i][j];
+    const float rescale = ExpNonPositive(query.peak - peak);
+    query.total = query.total * rescale + total;
+    query.peak = peak;
+    for (int v = 0; v < V; ++v) sums[i][v] = Load(query.sum + v * kLanes) * rescale;
+  }
+  for (int j = 0; j < count; ++j)
+    for (int v = 0; v < V; ++v) {
+      const Vec value = Load(v_rows[j] + v * kLanes);
+      for (int i = 0; i < NQ; ++i) sums[i][v] += weights[i][j] * value;
+    }
+  for (int i = 0; i < NQ; ++i)
+    for (int v = 0; v < V; ++v) Store(queries[i].sum + v * kLanes, sums[i][v]);
+}
+
+// The largest number of queries whose sums stay in the 32 registers beside what else is needed there.
+template <int V>
+constexpr int GroupSize() {
+  return V <= 5 ? 4 : V <= 8 ? 2 : 1;
+}
+
+template <typename P, int V>
+inline void AttendQueries(Query* queries, int num_queries, const P* const* k_rows, const P* const* v_rows, int64_t start, int count) {
+  constexpr int kGroup = GroupSize<V>();
+  int i = 0;
+  for (; i + kGroup <= num_queries; i += kGroup) {
+    if (queries[i + kGroup - 1].high <= start) continue;  // the block is in these queries' future
+    AttendBlock<P, V, kGroup>(queries + i, k_rows, v_rows, start, count);
+  }
+  if constexpr (kGroup >= 4)
+    if (num_queries - i == 3) return AttendBlock<P, V, 3>(queries + i, k_rows, v_rows, start, count);
+  if constexpr (kGroup >= 2)
+    for (; i + 2 <= num_queries; i += 2) AttendBlock<P, V, 2>(queries + i, k_rows, v_rows, start, count);
+  for (; i < num_queries; ++i) AttendBlock<P, V, 1>(queries + i, k_rows, v_rows, start, count);
+}
+
+// All queries of one row that share one key/value head. A head of V * kLanes numbers.
+template <typename P, int V>
+void AttendRow(const Shape& d, const float* q, const P* k_pages, const P* v_pages, const int32_t* table, int64_t kv_len,
+               int64_t first, int64_t head, float* out) {
+  constexpr int H = V * kLanes;
   const int G = d.N / d.K, num_queries = G * d.T;
+  const bool converts = !std::is_same_v<P, float> && num_queries > 2 * GroupSize<V>();
   // Reused by every task of a thread: an allocation for each costs more than a short row.
   thread_local std::vector<float> buffer;
-  buffer.resize(static_cast<size_t>(num_queries) * (2 * H + 2) + 2 * kBlock * H);
-  float* queries = buffer.data();
-  float* sums = queries + num_queries * H;
-  float* peaks = sums + num_queries * H;
-  float* totals = peaks + num_queries;
-  float* k_block = totals + num_queries;
+  thread_local std::vector<Query> queries;
+  buffer.resize(static_cast<size_t>(num_queries) * 2 * H + 2 * kBlock * H);
+  queries.resize(num_queries);
+  float* k_block = buffer.data() + num_queries * 2 * H;
   float* v_block = k_block + kBlock * H;
 
   for (int t = 0; t < d.T; ++t)
     for (int g = 0; g < G; ++g) {
-      const Q* source = q + (t * d.N + head * G + g) * H;
-      float* query = queries + (t * G + g) * H;
-      for (int h = 0; h < H; ++h) query[h] = ToFloat(source[h]) * d.scale;
+      const int i = t * G + g;
+      const float* source = q + (t * d.N + head * G + g) * H;
+      float* scaled = buffer.data() + i * 2 * H;
+      for (int h = 0; h < H; ++h) scaled[h] = source[h] * d.scale;
+      std::fill(scaled + H, scaled + 2 * H, 0.0f);
+      const int64_t high = std::min(kv_len, first + t + 1);
+      const int64_t low = d.window ? std::max<int64_t>(0, first + t + 1 - d.window) : 0;
+      queries[i] = {scaled, scaled + H, kLowest, 0.0f, low, high};
     }
-  std::fill(sums, sums + num_queries * H, 0.0f);
-  std::fill(peaks, peaks + num_queries, kLowest);
-  std::fill(totals, totals + num_queries, 0.0f);
 
-  const int64_t begin = d.window ? std::max<int64_t>(0, first - d.window + 1) : 0;
-  for (int64_t start = begin; start < kv_len; start += kBlock) {
+  for (int64_t start = num_queries ? queries[0].low : 0; start < kv_len; start += kBlock) {
     const int count = std::min<int64_t>(kBlock, kv_len - start);
-    const float* k_rows[kBlock];
-    const float* v_rows[kBlock];
+    const P* k_rows[kBlock];
+    const P* v_rows[kBlock];
     for (int j = 0; j < count; ++j) {
       const int64_t place = start + j;
       const int64_t offset = ((table[place / d.S] * d.K + head) * d.S + place % d.S) * H;
-      if constexpr (std::is_same_v<P, float>) {
-        k_rows[j] = k_pages + offset;
-        v_rows[j] = v_pages + offset;
-      } else {
-        float* k_row = k_block + j * H;
-        float* v_row = v_block + j * H;
-        for (int h = 0; h < H; ++h) k_row[h] = ToFloat(k_pages[offset + h]);
-        for (int h = 0; h < H; ++h) v_row[h] = ToFloat(v_pages[offset + h]);
-        k_rows[j] = k_row;
-        v_rows[j] = v_row;
+      k_rows[j] = k_pages + offset;
+      v_rows[j] = v_pages + offset;
+      // Pages lie anywhere, so the processor cannot foresee the next one: ask for a token of the next block as each of this is named.
+      const int64_t ahead = place + kBlock;
+      if (ahead < kv_len) {
+        const int64_t next = ((table[ahead / d.S] * d.K + head) * d.S + ahead % d.S) * H;
+        for (size_t byte = 0; byte < H * sizeof(P); byte += 64) {
+          __builtin_prefetch(reinterpret_cast<const char*>(k_pages + next) + byte);
+          __builtin_prefetch(reinterpret_cast<const char*>(v_pages + next) + byte);
+        }
       }
     }
-    for (int t = 0; t < d.T; ++t) {
-      // Query t sees [low, high) of the context; [a, b) of this block.
-      const int64_t high = std::min(kv_len, first + t + 1);
-      const int64_t low = d.window ? std::max<int64_t>(0, first + t + 1 - d.window) : 0;
-      const int a = std::clamp<int64_t>(low - start, 0, count), b = std::clamp<int64_t>(high - start, 0, count);
-      if (a >= b) continue;
-      for (int g = 0; g < G; ++g) {
-        const int i = t * G + g;
-        const float* query = queries + i * H;
-        float scores[kBlock];
-        float peak = peaks[i];
-        for (int j = a; j < b; ++j) {
-          const float* k_row = k_rows[j];
-          float dot = 0.0f;
-          for (int h = 0; h < H; ++h) dot += query[h] * k_row[h];
-          scores[j] = dot;
-        }
-        for (int j = a; j < b; ++j) peak = scores[j] > peak ? scores[j] : peak;
-        float total = 0.0f;
-        for (int j = a; j < b; ++j) scores[j] = ExpNonPositive(scores[j] - peak);
-        for (int j = a; j < b; ++j) total += scores[j];
-        const float rescale = ExpNonPositive(peaks[i] - peak);
-        float* sum = sums + i * H;
-        float local[H_ ? H_ : 1];
-        float* acc = H_ ? local : sum;  // a head size known at compile time keeps the sum in registers
-        for (int h = 0; h < H; ++h) acc[h] = sum[h] * rescale;
-        for (int j = a; j < b; ++j) {
-          const float weight = scores[j];
-          const float* v_row = v_rows[j];
-          for (int h = 0; h < H; ++h) acc[h] += weight * v_row[h];
-        }
-        if (H_) std::memcpy(sum, acc, H * sizeof(float));
-        peaks[i] = peak;
-        totals[i] = totals[i] * rescale + total;
-      }
+    if (!converts) {
+      AttendQueries<P, V>(queries.data(), num_queries, k_rows, v_rows, start, count);
+      continue;
     }
+    // Many queries read each row: convert it once.
+    const float* k_converted[kBlock];
+    const float* v_converted[kBlock];
+    for (int j = 0; j < count; ++j) {
+      for (int v = 0; v < V; ++v) Store(k_block + j * H + v * kLanes, Load(k_rows[j] + v * kLanes));
+      for (int v = 0; v < V; ++v) Store(v_block + j * H + v * kLanes, Load(v_rows[j] + v * kLanes));
+      k_converted[j] = k_block + j * H;
+      v_converted[j] = v_block + j * H;
+    }
+    AttendQueries<float, V>(queries.data(), num_queries, k_converted, v_converted, start, count);
   }
 
   for (int t = 0; t < d.T; ++t)
     for (int g = 0; g < G; ++g) {
-      const int i = t * G + g;
-      const float inverse = totals[i] == 0.0f ? 0.0f : 1.0f / totals[i];
-      Q* target = out + (t * d.N + head * G + g) * H;
-      for (int h = 0; h < H; ++h) FromFloat(sums[i * H + h] * inverse, target + h);
+      const Query& query = queries[t * G + g];
+      const float inverse = query.total == 0.0f ? 0.0f : 1.0f / query.total;
+      float* target = out + (t * d.N + head * G + g) * H;
+      for (int h = 0; h < H; ++h) target[h] = query.sum[h] * inverse;
     }
 }
 
-template <typename Q, typename P>
-void AttendAll(ffi::ThreadPool& pool, const Shape& d, const void* q, const void* k, const void* v, const int32_t* tables,
-               const int32_t* kv_lens, const int32_t* first, void* out) {
-  auto attend = d.H == 64 ? AttendRow<Q, P, 64> : d.H == 128 ? AttendRow<Q, P, 128> : d.H == 32 ? AttendRow<Q, P, 32> : AttendRow<Q, P, 0>;
+template <typename P>
+void AttendAll(ffi::ThreadPool& pool, const Shape& d, const float* q, const void* k, const void* v, const int32_t* tables,
+               const int32_t* kv_lens, const int32_t* first, float* out) {
   ParallelFor(pool, d.B * d.K, [&](int64_t task) {
     const int64_t b = task / d.K, head = task % d.K, row = b * d.T * d.N * d.H;
-    attend(d, static_cast<const Q*>(q) + row, static_cast<const P*>(k), static_cast<const P*>(v), tables + b * d.M, kv_lens[b],
-           first[b], head, static_cast<Q*>(out) + row);
+    AttendRow<P, HEAD_SIZE / kLanes>(d, q + row, static_cast<const P*>(k), static_cast<const P*>(v), tables + b * d.M, kv_lens[b],
+                                     first[b], head, out + row);
   });
 }
 
-// Calls `f` with a null pointer of the C++ type of an element type; false for one that is not a float of 16 or 32 bits.
-template <typename F>
-bool WithType(ffi::DataType type, const F& f) {
-  switch (type) {
-    case ffi::DataType::F32: f(static_cast<float*>(nullptr)); return true;
-    case ffi::DataType::BF16: f(static_cast<BFloat16*>(nullptr)); return true;
-    case ffi::DataType::F16: f(static_cast<Half*>(nullptr)); return true;
-    default: return false;
-  }
-}
-
-ffi::DataType PageType(ffi::AnyBuffer pages, int64_t kind) {
-  // Pages of 16-bit floats travel as uint16; `kind` says which: 1 bfloat16, 2 float16.
-  if (kind == 1) return ffi::DataType::BF16;
-  if (kind == 2) return ffi::DataType::F16;
-  return pages.element_type();
-}
-
-ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Buffer<ffi::S32> tables,
-                  ffi::Buffer<ffi::S32> kv_lens, ffi::Buffer<ffi::S32> first, ffi::Result<ffi::AnyBuffer> out, float scale,
+// Pages of 16-bit floats travel as uint16; `kind` says what they are: 0 float32, 1 bfloat16, 2 float16.
+ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Buffer<ffi::S32> tables,
+                  ffi::Buffer<ffi::S32> kv_lens, ffi::Buffer<ffi::S32> first, ffi::Result<ffi::Buffer<ffi::F32>> out, float scale,
                   int64_t window, int64_t kind) {
   auto qd = q.dimensions();
   auto kd = k.dimensions();
+  if (qd[3] != HEAD_SIZE) return ffi::Error::Internal("built for another head size");
   Shape d{qd[0], qd[1], qd[2], qd[3], kd[1], kd[2], tables.dimensions()[1], scale, window};
-  bool known = false;
-  WithType(q.element_type(), [&](auto* q_type) {
-    known = WithType(PageType(k, kind), [&](auto* page_type) {
-      using Q = std::remove_pointer_t<decltype(q_type)>;
-      using P = std::remove_pointer_t<decltype(page_type)>;
-      AttendAll<Q, P>(pool, d, q.untyped_data(), k.untyped_data(), v.untyped_data(), tables.typed_data(), kv_lens.typed_data(),
-                      first.typed_data(), out->untyped_data());
-    });
-  });
-  return known ? ffi::Error::Success() : ffi::Error::InvalidArgument("queries and pages must be float32, bfloat16 or float16");
+  auto attend = kind == 0 ? AttendAll<float> : kind == 1 ? AttendAll<BFloat16> : AttendAll<Half>;
+  attend(pool, d, q.typed_data(), k.untyped_data(), v.untyped_data(), tables.typed_data(), kv_lens.typed_data(), first.typed_data(),
+         out->typed_data());
+  return ffi::Error::Success();
 }
 
 // pages [P, K, S, H] is updated in place: `out` is the same buffer. Elements only move, so their type does not matter.
@@ -263,18 +307,18 @@ ffi::Error Write(ffi::AnyBuffer pages, ffi::AnyBuffer fresh, ffi::Buffer<ffi::S3
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxpagedAttend, Attend,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PagedAttend, Attend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("window")
                                   .Attr<int64_t>("kind"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxpagedWrite, Write,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WritePages, Write,
                               ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::AnyBuffer>());

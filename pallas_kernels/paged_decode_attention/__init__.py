@@ -40,5 +40,5 @@ def paged_decode_attention(
     """
     if q.shape[2] % k_pages.shape[1]:
         raise ValueError(f"q has {q.shape[2]} heads, not a multiple of the {k_pages.shape[1]} key/value heads")
-    implementation = {"reference": reference, "xla": xla, "native": native}[backends.resolve(backend)]
+    implementation = {"reference": reference, "xla": xla, "native": native}[backends.resolve(backend, q.shape[-1])]
     return implementation.paged_decode_attention(q, k_pages, v_pages, block_tables, kv_lens, scale=scale, window=window)

@@ -36,5 +36,5 @@ def paged_prefill_attention(
     if q.shape[2] % k_pages.shape[1]:
         raise ValueError(f"q has {q.shape[2]} heads, not a multiple of the {k_pages.shape[1]} key/value heads")
     # Both operations are one loop over blocks with different tile heights, so they share one definition and one portable path.
-    implementation = {"reference": reference, "xla": xla, "native": native}[backends.resolve(backend)]
+    implementation = {"reference": reference, "xla": xla, "native": native}[backends.resolve(backend, q.shape[-1])]
     return implementation.attend_at(q, k_pages, v_pages, block_tables, kv_lens, first_positions, scale=scale, window=window)
