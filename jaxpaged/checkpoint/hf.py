@@ -6,7 +6,7 @@ Knows names, shards and the index. Refuses to know devices: numpy in, numpy out.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class HfTensors:
             self.close()
             raise
 
-    def _open(self, shards: dict[str, set[str] | None]) -> None:
+    def _open(self, shards: Mapping[str, set[str] | None]) -> None:
         for shard, expected in shards.items():
             file = SafetensorsFile(regular_file(self._directory, shard))
             self._files.append(file)
@@ -137,7 +137,7 @@ class HfTensors:
             file.close()
 
 
-def _shards(directory: Path) -> dict[str, set[str] | None]:
+def _shards(directory: Path) -> Mapping[str, set[str] | None]:
     """The weight files, each with the tensors the index expects in it; None where there is no index."""
     present = sorted(path.name for path in directory.glob("*.safetensors"))
     if SINGLE in present:
@@ -155,15 +155,13 @@ def _shards(directory: Path) -> dict[str, set[str] | None]:
     weight_map = read_json(directory, INDEX, max_bytes=_MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: weight_map: expected an object that maps tensors to files, got {shown(weight_map)}")
-    shards: dict[str, set[str] | None] = {}
+    shards: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _PLAIN_NAME.fullmatch(shard):
             raise CheckpointError(
                 f"{where}: {shown(name)}: {shown(shard)} is not a plain .safetensors file name in this directory"
             )
-        expected = shards.setdefault(shard, set())
-        assert expected is not None
-        expected.add(name)
+        shards.setdefault(shard, set()).add(name)
     for shard in shards:
         regular_file(directory, shard)
     if unlisted := [name for name in present if name.startswith("model") and name not in shards]:

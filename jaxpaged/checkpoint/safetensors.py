@@ -130,14 +130,13 @@ def _tensor(where: str, name: str, entry: Any, offset: int) -> Tensor:
 
 
 def _check_cover(path: Path, tensors: Iterable[Tensor], start: int, size: int) -> None:
-    last = None
+    last = ""
     for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
         if tensor.begin < start:
-            assert last is not None
-            raise CheckpointError(f"{path}: {shown(tensor.name)} overlaps {shown(last.name)} by {start - tensor.begin:,} bytes")
+            raise CheckpointError(f"{path}: {shown(tensor.name)} overlaps {shown(last)} by {start - tensor.begin:,} bytes")
         if tensor.begin > start:
             raise CheckpointError(f"{path}: hole of {tensor.begin - start:,} bytes before {shown(tensor.name)}")
-        start, last = tensor.end, tensor
+        start, last = tensor.end, tensor.name
     if start > size:
         raise CheckpointError(
             f"{path}: truncated: needs {start:,} bytes, has {size:,} ({start - size:,} missing); download again"
