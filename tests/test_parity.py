@@ -25,6 +25,7 @@ from jaxpaged.engine import Engine
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import step as model_step
 from jaxpaged.model.weights import Weights
+from pallas_kernels import backends
 
 PAGE = 8
 NUM_TOKENS = 64
@@ -85,7 +86,7 @@ def check_greedy(scores: np.ndarray, prompt: list[int], answer: list[int]) -> No
 
 
 @functools.cache
-def paged_logits(family: Family) -> tuple[list[list[int]], list[np.ndarray]]:
+def paged_logits(family: Family, backend: str) -> tuple[list[list[int]], list[np.ndarray]]:
     """Sequences, and the scores after each of their tokens: all but the last four by one prefill, those by decoding."""
     config, num_decoded = family.config, 4
     sequences = [prompt + prompt[:1] * num_decoded for prompt in family.prompts()]
@@ -97,8 +98,8 @@ def paged_logits(family: Family) -> tuple[list[list[int]], list[np.ndarray]]:
         padded[row, : lens[row]] = sequence[:-num_decoded]
 
     cache = kv_cache.init_cache(config, B * M + 1, PAGE)
-    prefill = jax.jit(functools.partial(model_step.prefill, config=config), donate_argnums=1)
-    decode = jax.jit(functools.partial(model_step.decode, config=config), donate_argnums=1)
+    prefill = jax.jit(functools.partial(model_step.prefill, config=config, backend=backend), donate_argnums=1)
+    decode = jax.jit(functools.partial(model_step.decode, config=config, backend=backend), donate_argnums=1)
     scores, cache = prefill(loaded(family), cache, padded, tables, lens)
     rows = [list(np.asarray(scores[row, : lens[row]])) for row in range(B)]
     for offset in range(num_decoded):
@@ -118,9 +119,14 @@ def check_logits(got: np.ndarray, want: np.ndarray) -> None:
 
 @each_family
 def test_logits_equal_the_oracle(family: Family) -> None:
+    """With the backend that this machine chooses, and with the one that runs everywhere."""
     tensors = family.tensors()
-    for sequence, scores in zip(*paged_logits(family), strict=True):
-        check_logits(scores, oracle.logits(tensors, family.config, sequence))
+    want = None
+    for backend in dict.fromkeys((backends.resolve("auto"), "xla")):
+        sequences, got = paged_logits(family, backend)
+        want = want or [oracle.logits(tensors, family.config, sequence) for sequence in sequences]
+        for one, other in zip(got, want, strict=True):
+            check_logits(one, other)
 
 
 @each_family
@@ -156,7 +162,7 @@ def test_a_saved_checkpoint_loads_to_the_same_weights(family: Family, torch, tmp
 
 @each_family
 def test_logits_equal_transformers(family: Family, torch) -> None:
-    sequences, got = paged_logits(family)
+    sequences, got = paged_logits(family, backends.resolve("auto"))
     want = transformers_logits(torch, family, sequences)
     for row, sequence in enumerate(sequences):
         check_logits(got[row], want[row, : len(sequence)])

@@ -30,7 +30,10 @@ def compiled(case: Case, is_prefill: bool, backend: str):
 def call(case: Case, is_prefill: bool, backend: str, given: Arrays) -> np.ndarray:
     last = (given.first_positions,) if is_prefill else ()
     fields = (given.q, given.k_pages, given.v_pages, given.block_tables, given.kv_lens, *last)
-    return np.asarray(compiled(case, is_prefill, backend)(*fields))
+    try:
+        return np.asarray(compiled(case, is_prefill, backend)(*fields))
+    except NotImplementedError as error:
+        pytest.skip(str(error))
 
 
 def by_definition(case: Case, given: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
