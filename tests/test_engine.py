@@ -32,6 +32,7 @@ from jaxpaged.model.cache import KVCache
 from jaxpaged.model.step import StepInputs, forward_paged
 from jaxpaged.model.weights import Weights
 from jaxpaged.runner import JaxRunner, ResourceError, plan_memory
+from pallas_kernels.backends import BACKENDS
 
 # Grouped heads, biases, one layer that sees everything and one with a window: the most that a single family asks of a step.
 (FAMILY,) = [family for family in families.FAMILIES if family.name == "qwen2-window"]
@@ -510,6 +511,11 @@ def test_a_bad_option_is_named(name: str, value: object) -> None:
         EngineConfig(**{name: value})
     assert "\n" not in str(caught.value)
     assert repr(value) in str(caught.value) or value in (None, ""), "the value is not in the message"
+
+
+def test_every_backend_of_the_kernels_is_an_option() -> None:
+    for name in BACKENDS:
+        assert EngineConfig(attention_backend=name).attention_backend == name
 
 
 def test_an_unknown_option_names_its_neighbour() -> None:
