@@ -26,6 +26,7 @@ from jaxpaged.engine import Engine
 from jaxpaged.host.request import FinishReason, Request, RequestError, SamplingParams, TokenEvent
 from jaxpaged.model.weights import Weights
 from jaxpaged.outputs import CompletionOutput, Metric, RequestOutput, RequestStateStats
+from jaxpaged.runner import attention_backend
 from jaxpaged.tokenizer import Detokenizer, Tokenizer
 
 logger = logging.getLogger("jaxpaged")
@@ -115,12 +116,13 @@ class LLM:
         checkpoint = open_model(config.model, config.revision)
         # Everything that can be refused is refused before the weights are read.
         resolved = config.resolved(checkpoint.config, jax.default_backend())
+        attention_backend(resolved, checkpoint.config)
         self.tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, checkpoint)
         self.generation_defaults = checkpoint.generation_defaults
         self._default_params = _default_params(checkpoint)
 
         started = time.perf_counter()
-        weights = checkpoints.load(checkpoint, resolved.dtype, use_tqdm=use_tqdm_on_load)
+        weights = checkpoints.load(checkpoint, resolved.dtype, allow_nonfinite=config.allow_nonfinite, use_tqdm=use_tqdm_on_load)
         self.load_s = time.perf_counter() - started
         self.engine = Engine.from_weights(config, checkpoint.config, weights, use_tqdm=use_tqdm_on_load)
         self.warm_up_s = time.perf_counter() - started - self.load_s
@@ -294,6 +296,12 @@ class LLM:
             changed.append(live)
             if event.finish_reason is not None:
                 del self._live[event.request_id]
+        if not engine.has_unfinished:
+            # Someone else took our requests out of the engine: without this we would wait for them for ever.
+            for live in self._live.values():
+                live.record(TokenEvent(live.request.request_id, None, FinishReason.ABORT), engine.clock())
+                changed.append(live)
+            self._live.clear()
         return changed
 
     def _drop(self, lives: Seq[_Live]) -> None:

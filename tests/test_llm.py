@@ -177,7 +177,7 @@ BAD_PROMPTS = [
     ([1, 320], "expected token ids in"),
     ([1, -1], "expected token ids in"),
     ([1.5], "expected token ids in"),
-    ("x" * 4000, r"prompt has [\d,]+ tokens, the limit is 127"),
+    ("x" * 4000, r"prompt has [\d,]+ tokens, the limit is 255"),
     (b"bytes", "expected a list of token ids"),
     ({"prompts": "x"}, "prompts"),
     ({}, "expected 'prompt'"),
@@ -231,6 +231,14 @@ def test_an_interrupted_call_leaves_the_llm_usable(llm: LLM, monkeypatch: pytest
             llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert llm.stats()["kv_blocks_active"] == 0 and not llm.engine.has_unfinished
     assert texts(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
+def test_a_request_that_someone_else_aborts_ends(llm: LLM):
+    stream = llm.stream("hello", GREEDY)
+    request_id = next(stream).request_id
+    assert llm.engine.abort(request_id) is not None
+    last = list(stream)[-1]
+    assert last.finished and last.outputs[0].finish_reason == "abort"
 
 
 # --- the whole life ----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 )
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
     "tie_word_embeddings": True, "eos_token_id": 0, "dtype": "float32", "rms_norm_eps": 1e-6,
 }  # fmt: skip
 # Two compiled steps instead of eight: what is compiled is the test's business only in tests of compiling.

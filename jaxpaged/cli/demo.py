@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from jaxpaged.host.request import TokenEvent
     from jaxpaged.llm import LLM
     from jaxpaged.tokenizer import Detokenizer
 
@@ -83,6 +84,16 @@ class _Shown:
     num_pages: int = 0
     state: str = "waiting"
 
+    def record(self, event: TokenEvent) -> None:
+        """Take in one new token, or the end."""
+        if event.token_id is not None:
+            self.token_ids.append(event.token_id)
+            if event.finish_reason != "stop":  # the token that stops a text is no part of it
+                self.detokenizer.add(event.token_id)
+        if event.finish_reason is not None:
+            self.detokenizer.finish()
+            self.state = event.finish_reason.value
+
 
 @dataclass
 class _Record:
@@ -101,7 +112,6 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     is_terminal = sys.stdout.isatty()
     console = Console(highlight=False, soft_wrap=not is_terminal, width=None if is_terminal else 110)
-    console.print(f"[bold]jaxpaged {__version__}[/bold]: eight prompts, one page pool")
     with open_llm(arguments, **_defaults(arguments)) as llm:
         _introduce(console, llm)
         shown = [_prepare(llm, question, max_tokens) for question, max_tokens in PROMPTS]
@@ -136,6 +146,7 @@ def _introduce(console: Console, llm: LLM) -> None:
 
     from jaxpaged.model import weights
 
+    console.print(f"[bold]jaxpaged {__version__}[/bold]: eight prompts, one page pool")
     num_parameters = weights.num_bytes(llm.model_config, "float32") // 4
     device = jax.devices()[0]
     name = llm.config.model or "the bundled model"
@@ -176,14 +187,7 @@ def _generate(console: Console, llm: LLM, shown: list[_Shown], *, is_live: bool)
             events = engine.step()
             record.seconds += time.perf_counter() - started
             for event in events:
-                one = by_id[event.request_id]
-                if event.token_id is not None:
-                    one.token_ids.append(event.token_id)
-                if event.token_id is not None and event.finish_reason != "stop":
-                    one.detokenizer.add(event.token_id)
-                if event.finish_reason is not None:
-                    one.detokenizer.finish()
-                    one.state = event.finish_reason.value
+                by_id[event.request_id].record(event)
             _look(engine, by_id, record, num_rows=len(events))
             if live is not None:
                 live.update(_table(shown, record, engine.pool.num_usable))

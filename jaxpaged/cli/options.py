@@ -51,8 +51,15 @@ class Parser(argparse.ArgumentParser):
         head, tail = list(argv), []
         if "--" in head:
             at = head.index("--")
-            head, tail = head[:at], head[at:]
-        return self.parse_intermixed_args([*self._checked(head), *tail])
+            head, tail = head[:at], head[at + 1 :]
+        # parse_intermixed_args forgets about `--`. No argument can hold a NUL, so it marks the words that are no flags.
+        found = self.parse_intermixed_args([*self._checked(head), *("\0" + word for word in tail)])
+        for name, value in vars(found).items():
+            if isinstance(value, str):
+                setattr(found, name, value.removeprefix("\0"))
+            elif isinstance(value, list):
+                setattr(found, name, [word.removeprefix("\0") for word in value])
+        return found
 
     def _checked(self, argv: list[str]) -> list[str]:
         """The same words with flags in their one spelling."""
