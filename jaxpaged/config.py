@@ -83,7 +83,7 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, fields: _Fields) -> RopeConfig:
-        # transformers 5 writes rope_parameters with rope_theta inside; transformers 4 wrote rope_theta and rope_scaling beside each other.
+        # transformers 5 writes rope_parameters with rope_theta inside; 4 wrote rope_theta and rope_scaling beside each other.
         name = "rope_parameters" if fields.values.get("rope_parameters") is not None else "rope_scaling"
         scaling = fields.values.get(name) or {}
         if not isinstance(scaling, dict):
@@ -271,21 +271,22 @@ class EngineConfig:
       max_model_len: tokens of a prompt and its output together; auto is the model's limit.
       block_size: tokens of one page; auto is 16 on a CPU, 64 on a GPU.
       max_num_seqs: sequences in one step; auto is 32 on a CPU, 256 on a GPU.
-      max_num_batched_tokens: tokens computed in one step, so also the longest chunk of a prompt; auto is 512 on a CPU, 2048 on a GPU.
+      max_num_batched_tokens: tokens of one step, so also the longest chunk of a prompt; auto is 512 on a CPU, 2048 on a GPU.
       long_prefill_token_threshold: longest chunk of one prompt in one step; 0 for no limit of its own.
       kv_cache_dtype: of the page pool; auto is dtype.
       num_gpu_blocks_override: pages of the pool, whatever the memory.
       kv_cache_memory_bytes: bytes of the pool; overrides gpu_memory_utilization.
-      gpu_memory_utilization: share of the device's memory for weights, temporaries and pool; on a CPU the device is this machine. Auto
+      gpu_memory_utilization: share of the device's memory for weights, temporaries and pool; a CPU's device is the machine. Auto
         is 0.92 on a GPU, and on a CPU room for max_num_seqs full-length sequences within 4 GiB and a quarter of the free memory.
       seed: of requests that bring none of their own.
       enforce_eager: compile each bucket at its first use instead of all of them at start-up.
       skip_tokenizer_init: load no tokenizer; prompts and answers are token ids.
+      allow_nonfinite: load weights that hold NaN or infinities, or a matrix of zeros.
       attention_backend: a backend of pallas_kernels, by name.
       prefill_tile: tokens of one prefill tile; auto is 16 on a CPU, 64 on a GPU.
       decode_row_buckets: decode rows that get a compiled step of their own.
       prefill_tile_buckets: likewise prefill tiles; 0, a step that only decodes, is always one.
-      compilation_cache_dir: where compiled steps are kept between runs; auto is jaxpaged's folder in the user's cache, "none" keeps nothing.
+      compilation_cache_dir: where compiled steps are kept between runs; auto is a folder in the user's cache, "none" is nowhere.
 
     Raises:
       ConfigError: an unknown option, or a value out of range, named with what is allowed.
@@ -307,6 +308,7 @@ class EngineConfig:
     seed: int = 0
     enforce_eager: bool = False
     skip_tokenizer_init: bool = False
+    allow_nonfinite: bool = False
     attention_backend: str = "auto"
     prefill_tile: int | None = None
     decode_row_buckets: tuple[int, ...] | None = None
@@ -346,7 +348,7 @@ class EngineConfig:
             value = self.gpu_memory_utilization
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
                 raise ConfigError(f"gpu_memory_utilization: got {value!r}, expected a number in (0, 1]")
-        for name in ("enforce_eager", "skip_tokenizer_init"):
+        for name in ("enforce_eager", "skip_tokenizer_init", "allow_nonfinite"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected True or False")
         for name, low in (("decode_row_buckets", 1), ("prefill_tile_buckets", 0)):

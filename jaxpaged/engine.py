@@ -6,7 +6,6 @@ Owns a scheduler and a runner. Refuses to know text, checkpoints' formats and th
 from __future__ import annotations
 
 import itertools
-import logging
 import random
 import time
 from collections.abc import Callable
@@ -18,9 +17,7 @@ from jaxpaged.config import EngineConfig, ModelConfig
 from jaxpaged.host.pages import PagePool
 from jaxpaged.host.request import Request, RequestError, SamplingParams, TokenEvent
 from jaxpaged.host.scheduler import Limits, Scheduler
-from jaxpaged.runner import JaxRunner, Runner, memory_table, plan_memory, use_compilation_cache
-
-logger = logging.getLogger("jaxpaged")
+from jaxpaged.runner import JaxRunner, Runner, plan_memory, use_compilation_cache
 
 
 class Engine:
@@ -72,21 +69,8 @@ class Engine:
         runner = JaxRunner(config, model, weights, num_pages=num_pages)
         if not config.enforce_eager:
             runner.warm_up(use_tqdm=use_tqdm)
-        engine = cls(config, model, runner, pool=pool_type(num_pages))
-        engine._log_memory()
-        return engine
-
-    def _log_memory(self) -> None:
-        runner = self.runner
-        assert isinstance(runner, JaxRunner)
-        analyses = (compiled.memory_analysis() for compiled in runner.compiled.values())
-        temporary = max((analysis.temp_size_in_bytes for analysis in analyses if analysis is not None), default=0)
-        for what, size in memory_table(self.config, self.model, runner.num_pages, temporary):
-            logger.info("%-60s %12s", what, f"{size / 2**20:,.1f} MiB")
-        num_tokens = self.pool.num_usable * self.config.block_size  # type: ignore[operator]
-        logger.info("GPU KV cache size: %s tokens", f"{num_tokens:,}")
-        max_len = self.config.max_model_len
-        logger.info("Maximum concurrency for %s tokens per request: %.2fx", f"{max_len:,}", num_tokens / max_len)  # type: ignore[operator]
+        runner.log_memory()
+        return cls(config, model, runner, pool=pool_type(num_pages))
 
     # --- requests ---
 
@@ -101,7 +85,7 @@ class Engine:
         if self._is_closed:
             raise RequestError("the engine is closed")
         request = Request.checked(
-            request_id if request_id is not None else f"req-{next(self._ids)}",
+            request_id if request_id is not None else self._new_id(),
             prompt_token_ids,
             params if params is not None else SamplingParams(),
             vocab_size=self.model.vocab_size,
@@ -114,6 +98,10 @@ class Engine:
         self.scheduler.add(request)
         self.num_prompt_tokens += len(request.prompt_token_ids)
         return request
+
+    def _new_id(self) -> str:
+        """An id that no unfinished request has, those that callers chose included."""
+        return next(name for name in (f"req-{number}" for number in self._ids) if name not in self.scheduler)
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """End a request now; its pages are free when this returns. None when it is unknown or already over."""

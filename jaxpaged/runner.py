@@ -10,7 +10,6 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +27,7 @@ from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import step as model_step
 from jaxpaged.model import weights as model_weights
 from jaxpaged.model.weights import Weights
+from pallas_kernels import backends
 
 logger = logging.getLogger("jaxpaged")
 
@@ -63,10 +63,9 @@ class JaxRunner:
         self.buckets = config.buckets()
         self.cache = kv_cache.init_cache(model, num_pages, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
         self.compiled: dict[Bucket, jax.stages.Compiled] = {}
-        self._pad = functools.partial(
-            batch.pad, tile=config.prefill_tile, page_size=config.block_size, max_blocks_per_seq=config.max_blocks_per_seq
-        )
-        step = functools.partial(model_step.step, config=model, backend=config.attention_backend)
+        sizes = {"tile": config.prefill_tile, "page_size": config.block_size, "max_blocks_per_seq": config.max_blocks_per_seq}
+        self._pad = functools.partial(batch.pad, **sizes)  # type: ignore[arg-type]
+        step = functools.partial(model_step.step, config=model, backend=attention_backend(config, model))
         self._jitted = jax.jit(step, donate_argnums=1)
 
     def run(self, plan: StepPlan) -> tuple[Seq[int], Seq[bool]]:
@@ -95,12 +94,43 @@ class JaxRunner:
         inputs, _ = self._pad(StepPlan((), ()), bucket)
         return self._jitted.lower(self.weights, self.cache, inputs).compile()
 
+    def log_memory(self) -> None:
+        """The start-up table of where every byte goes, and what the pool can hold, in the words that people search logs for."""
+        config, model = self.config, self.model
+        page_bytes = kv_cache.page_bytes(model, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
+        analyses = [compiled.memory_analysis() for compiled in self.compiled.values()]
+        temporary_bytes = max((analysis.temp_size_in_bytes for analysis in analyses if analysis is not None), default=0)
+        pages = f"KV pages ({self.num_pages:,} x {page_bytes:,} bytes, {config.kv_cache_dtype})"
+        rows = [
+            (f"weights ({config.dtype})", model_weights.num_bytes(model, config.dtype)),
+            (pages, self.num_pages * page_bytes),
+            ("temporaries of the largest step", temporary_bytes),
+        ]
+        for what, size in rows:
+            logger.info("%-60s %12s", what, f"{size / 2**20:,.1f} MiB")
+        num_tokens = (self.num_pages - 1) * config.block_size  # type: ignore[operator]
+        max_len = config.max_model_len
+        logger.info("GPU KV cache size: %s tokens", f"{num_tokens:,}")
+        logger.info("Maximum concurrency for %s tokens per request: %.2fx", f"{max_len:,}", num_tokens / max_len)  # type: ignore[operator]
+
     def close(self) -> None:
         """See `Runner.close`."""
         for array in jax.tree.leaves((self.weights, self.cache)):
             if not array.is_deleted():
                 array.delete()
         self.compiled.clear()
+
+
+def attention_backend(config: EngineConfig, model: ModelConfig) -> backends.Backend:
+    """The backend of pallas_kernels that the options mean on this machine.
+
+    Raises:
+      ConfigError: there is none of this name, or it cannot run here.
+    """
+    try:
+        return backends.resolve(config.attention_backend, model.head_dim)
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"attention_backend: {error}") from None
 
 
 def plan_memory(config: EngineConfig, model: ModelConfig) -> int:
@@ -119,14 +149,12 @@ def plan_memory(config: EngineConfig, model: ModelConfig) -> int:
         useful = config.max_num_seqs * config.max_blocks_per_seq + 1  # type: ignore[operator]
         num_pages = min(useful, _spare_bytes(config, model) // page_bytes)
     if num_pages < 2:
-        raise ConfigError(
-            f"the page pool has room for {num_pages} pages of {page_bytes:,} bytes, at least 2 are needed (raise kv_cache_memory_bytes)"
-        )
+        room = f"the page pool has room for {num_pages} pages of {page_bytes:,} bytes"
+        raise ConfigError(f"{room}, at least 2 are needed (raise kv_cache_memory_bytes)")
     available = _memory()[1]
     if num_pages * page_bytes > available:
-        raise ResourceError(
-            f"the page pool needs {num_pages * page_bytes / 2**30:.2f} GiB ({num_pages:,} pages), {available / 2**30:.2f} GiB are free"
-        )
+        needed = f"{num_pages * page_bytes / 2**30:.2f} GiB ({num_pages:,} pages)"
+        raise ResourceError(f"the page pool needs {needed}, {available / 2**30:.2f} GiB are free")
     return num_pages
 
 
@@ -171,16 +199,3 @@ def user_cache_dir() -> Path:
     """The folder of jaxpaged in the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME")  # the desktop standard's own variable, not an option of ours
     return (Path(base) if base else Path.home() / ".cache") / "jaxpaged"
-
-
-def memory_table(config: EngineConfig, model: ModelConfig, num_pages: int, temporary_bytes: int) -> list[tuple[str, int]]:
-    """Where each byte goes: (what, bytes) lines of the start-up table."""
-    page_bytes = kv_cache.page_bytes(model, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
-    return [
-        (f"weights ({config.dtype})", model_weights.num_bytes(model, config.dtype)),
-        (f"KV pages ({num_pages:,} x {page_bytes:,} bytes, {config.kv_cache_dtype})", num_pages * page_bytes),
-        ("temporaries of the largest step", temporary_bytes),
-    ]
-
-
-WeightsLoader = Callable[[], Weights]

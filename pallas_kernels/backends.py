@@ -14,8 +14,8 @@ Backend = Literal["auto", "reference", "xla", "native"]
 BACKENDS = ("auto", "reference", "xla", "native")
 
 
-def resolve(backend: str, head_dim: int) -> str:
-    """The name of the implementation that `backend` stands for on this machine, for heads of this size. `auto` says once, in the log, what it chose.
+def resolve(backend: str, head_dim: int) -> Backend:
+    """The implementation that `backend` stands for on this machine, for heads of this size. `auto` logs its choice once.
 
     Raises:
       ValueError: the name is not one of BACKENDS.
@@ -27,11 +27,11 @@ def resolve(backend: str, head_dim: int) -> str:
         return _choose(head_dim)
     if backend == "native" and native.unavailable(head_dim):
         raise NotImplementedError(f"backend 'native' cannot run here: {native.unavailable(head_dim)}; 'xla' and 'reference' can")
-    return backend
+    return backend  # type: ignore[return-value]
 
 
 @functools.cache
-def _choose(head_dim: int) -> str:
+def _choose(head_dim: int) -> Backend:
     reason = native.unavailable(head_dim)
     if reason is None:
         logger.info("Using native attention backend out of potential backends: native, xla, reference.")

@@ -63,11 +63,13 @@ class PagePool:
             self._refs[page] += 1
 
     def free(self, pages: Iterable[int]) -> None:
-        """Take one reference from each page; those without owners become free. The last page goes first, as a sequence shrinks."""
+        """Take one reference from each page; those without owners become free, the last page first, as a sequence shrinks."""
         pages = list(pages)
         for page, times in Counter(pages).items():
             if not 0 < page < self.num_pages or self._refs[page] < times:
-                raise PoolError(f"page {page} is freed {times} times, it has {self._refs[page] if 0 <= page < self.num_pages else 0} owners")
+                raise PoolError(
+                    f"page {page} is freed {times} times, it has {self._refs[page] if 0 <= page < self.num_pages else 0} owners"
+                )
         for page in reversed(pages):
             self._refs[page] -= 1
             if not self._refs[page]:
@@ -92,7 +94,9 @@ class PagePool:
             raise PoolError(f"the free list holds a page that is not one of 1..{self.num_pages - 1}")
         for page in range(1, self.num_pages):
             if (page in free) == (self._refs[page] > 0):
-                raise PoolError(f"page {page} has {self._refs[page]} owners and is {'' if page in free else 'not '}in the free list")
+                raise PoolError(
+                    f"page {page} has {self._refs[page]} owners and is {'' if page in free else 'not '}in the free list"
+                )
         if owners is not None:
             held = Counter(page for pages in owners for page in pages)
             for page in range(1, self.num_pages):

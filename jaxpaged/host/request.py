@@ -155,9 +155,11 @@ class Request:
         num_prompt = len(prompt_token_ids)
         # One place must be left for the first new token.
         if num_prompt >= max_model_len:
-            raise RequestError(f"prompt has {num_prompt:,} tokens, the limit is {max_model_len - 1:,} (max_model_len {max_model_len:,} less one new token)")
+            limit = f"{max_model_len - 1:,} (max_model_len {max_model_len:,} less one new token)"
+            raise RequestError(f"prompt has {num_prompt:,} tokens, the limit is {limit}")
         if num_prompt > max_pool_len:
-            raise RequestError(f"prompt has {num_prompt:,} tokens, the whole page pool holds {max_pool_len:,} (raise num_gpu_blocks_override or kv_cache_memory_bytes)")
+            limit = f"{max_pool_len:,} (raise num_gpu_blocks_override or kv_cache_memory_bytes)"
+            raise RequestError(f"prompt has {num_prompt:,} tokens, the whole page pool holds {limit}")
         max_new = params.max_tokens if params.max_tokens is not None else max_model_len
         # The last token is sampled but never written to a page, so the pool's limit is one token further.
         max_len = min(num_prompt + max_new, max_model_len, max_pool_len + 1)

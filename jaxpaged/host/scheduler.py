@@ -108,6 +108,10 @@ class Scheduler:
         self._finish(sequence, FinishReason.ABORT)
         return TokenEvent(request_id, None, FinishReason.ABORT)
 
+    def __contains__(self, request_id: str) -> bool:
+        """Whether an unfinished request has this id."""
+        return request_id in self._by_id
+
     @property
     def has_unfinished(self) -> bool:
         """Whether a call of `plan` would find something to do."""
@@ -245,9 +249,13 @@ class Scheduler:
         self.pool.check(sequence.pages for sequence in self.running)
         for sequence in (*self.running, *self.waiting):
             if not 0 <= sequence.num_computed <= len(sequence.tokens):
-                raise RuntimeError(f"{sequence.request.request_id}: num_computed {sequence.num_computed} of {len(sequence.tokens)} tokens")
+                raise RuntimeError(
+                    f"{sequence.request.request_id}: num_computed {sequence.num_computed} of {len(sequence.tokens)} tokens"
+                )
             if self._num_pages(sequence.num_computed) > len(sequence.pages):
-                raise RuntimeError(f"{sequence.request.request_id}: {len(sequence.pages)} pages for {sequence.num_computed} tokens")
+                raise RuntimeError(
+                    f"{sequence.request.request_id}: {len(sequence.pages)} pages for {sequence.num_computed} tokens"
+                )
         if len(self.running) > self.limits.max_num_seqs:
             raise RuntimeError(f"{len(self.running)} sequences run, max_num_seqs is {self.limits.max_num_seqs}")
         if len(self.running) + len(self.waiting) != len(self._by_id):

@@ -1,6 +1,6 @@
 """Paged attention of one step: write the new keys and values, then attend decode rows and prefill tiles to their pages.
 
-Knows how a step's flat tokens split into rows and tiles. Refuses to know the formula of attention, which is pallas_kernels' business.
+Knows how a step's flat tokens split into rows and tiles. Refuses to know the formula of attention: pallas_kernels has it.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> ja
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> jax.Array:
     """Angle per position of each of the H/2 pairs: float32 [H/2].
 
-    Source: RoFormer (arXiv 2104.09864); "linear" divides by factor; "llama3" divides the low frequencies and leaves the high ones,
-    as in Llama 3.1's reference code.
+    Source: RoFormer (arXiv 2104.09864); "linear" divides by factor; "llama3" divides the low frequencies and leaves the
+    high ones, as in Llama 3.1's reference code.
     """
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequencies = 1.0 / (rope.theta**exponent)

@@ -86,7 +86,7 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
 def _largest_threshold(ranks: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
     """Per row the largest t for which the weights of the entries with rank >= t still sum to at least `target`; uint32 [R]."""
 
-    def try_bit(index: int, threshold: jax.Array) -> jax.Array:
+    def try_bit(index: jax.Array, threshold: jax.Array) -> jax.Array:
         candidate = threshold | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
         total = jnp.sum(jnp.where(ranks >= candidate[:, None], weights, 0.0), axis=-1)
         return jnp.where(total >= target, candidate, threshold)

@@ -20,7 +20,7 @@ from pallas_kernels.backends import Backend
 
 @flax.struct.dataclass
 class StepInputs:
-    """Everything the device needs for one step, padded to a bucket. R = D + C rows may sample: one per decode row, one per tile."""
+    """Everything the device needs for one step, padded to a bucket. R = D + C rows may sample: a decode row each, a tile each."""
 
     tokens: PagedTokens
     sample_at: jax.Array  # int32 [R], index into the step's X tokens

@@ -1,7 +1,7 @@
 """The transformer as one function over a flat list of tokens: embed, the layers, the final norm.
 
-Knows every flag of `ModelConfig`. Refuses to know how keys and values are kept: attention is a function that the caller passes in,
-so that paged steps, dense training and tests run the very same layers.
+Knows every flag of `ModelConfig`. Refuses to know how keys and values are kept: attention is a function that the caller
+passes in, so that paged steps, dense training and tests run the very same layers.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from jaxpaged.model.weights import Layer, Weights
 State = TypeVar("State")
 
 
-class Attend(Protocol[State]):
-    """Attention over whatever the state holds: (layer index, q [X, N, H], k [X, K, H], v [X, K, H], state) -> (out [X, N, H], state).
+class Attend(Protocol):
+    """Attention over whatever the state holds: (layer, q [X, N, H], k [X, K, H], v [X, K, H], state) -> (out [X, N, H], state).
 
     q and k are already normalised and rotated. The state is threaded through the layers in order.
     """
 
-    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Any) -> tuple[jax.Array, Any]: ...
+    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Any, /) -> tuple[jax.Array, Any]: ...
 
 
 def forward(

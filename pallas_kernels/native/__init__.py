@@ -36,7 +36,7 @@ _KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 @functools.cache
 def unavailable(head_dim: int) -> str | None:
-    """Why the native backend cannot run here for heads of this size, or None when it can. Builds and registers it at the first call."""
+    """Why this backend cannot run here for heads of this size, or None when it can. Builds and registers it at the first call."""
     if jax.default_backend() != "cpu":
         return f"it runs on cpu, the default backend is {jax.default_backend()}"
     if head_dim % 16 or head_dim > 256:
