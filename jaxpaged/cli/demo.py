@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from jaxpaged.cli.generate import open_llm
+from jaxpaged.cli.generate import counted, open_llm
 from jaxpaged.cli.options import Parser, add_fields, add_verbose, given_fields, set_up_logging
 from jaxpaged.config import DTYPE_BYTES, EngineConfig
 from jaxpaged.host.request import SamplingParams
@@ -30,10 +30,10 @@ DESCRIPTION = "Watch paged attention at work: eight prompts of different lengths
 EPILOG = """\
 examples:
   jaxpaged demo
-  jaxpaged demo --num-gpu-blocks-override 24          so few pages that sequences have to give theirs back
+  jaxpaged demo --num-gpu-blocks-override 17          so few pages that sequences have to give theirs back
   jaxpaged demo ./llama --dtype bfloat16              any model that jaxpaged can load
 
-Flags left out take small values here: float32, 8 sequences, pages of 16 tokens, at most 1,024 tokens in all.
+Flags left out take small values here: float32, 8 sequences of at most 1,024 tokens, a pool of 32 pages of 16 tokens.
 Ends with a check: each prompt alone has to give the tokens that it gave in the crowd. Exit code 1 if one does not."""
 
 _TEXT = (
@@ -52,14 +52,15 @@ PROMPTS = (
     ("Tell me a story about a dog.", 128),
 )
 
-# Two compiled steps instead of eight, and a pool in which one full-length sequence of the bundled model would fill every page.
+# Two compiled steps instead of eight, and a pool that could not hold one sequence of full length, were it reserved in advance.
 _OPTIONS: dict[str, Any] = {
     "max_num_seqs": 8,
     "max_num_batched_tokens": 128,
     "prefill_tile_buckets": (8,),
     "decode_row_buckets": (8,),
 }
-_NUM_TOKENS = 1024  # of the pool, and at most of one sequence
+_MAX_LEN = 1024
+_PAGE_TOKENS, _NUM_PAGES = 16, 32
 _FRAME_S = 0.025  # a step takes about 2 ms: too fast to watch. Only the steps themselves are timed
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -135,9 +136,9 @@ def _defaults(arguments: argparse.Namespace) -> dict[str, Any]:
 
     if "max_model_len" not in given:
         limit = open_model(given.get("model"), given.get("revision")).config.max_position_embeddings
-        defaults["max_model_len"] = min(limit, _NUM_TOKENS)
+        defaults["max_model_len"] = min(limit, _MAX_LEN)
     if not given.keys() & {"num_gpu_blocks_override", "kv_cache_memory_bytes", "gpu_memory_utilization", "block_size"}:
-        defaults |= {"block_size": 16, "num_gpu_blocks_override": _NUM_TOKENS // 16 + 1}
+        defaults |= {"block_size": _PAGE_TOKENS, "num_gpu_blocks_override": _NUM_PAGES + 1}
     return defaults
 
 
@@ -264,7 +265,7 @@ def _print_numbers(console: Console, llm: LLM, shown: list[_Shown], record: _Rec
     console.print("\n[bold]What happened[/bold]")
     console.print(
         f"  {num_prompt:,} prompt tokens and {num_new:,} new tokens in {steps} steps and {record.seconds:.2f} s: "
-        f"{num_new / record.seconds:,.0f} tokens/s, {llm.stats()['num_preemptions']} preemptions"
+        f"{num_new / record.seconds:,.0f} tokens/s, {counted(int(llm.stats()['num_preemptions']), 'preemption')}"
     )
     console.print(f"  batch by step   {_sparkline(record.batch_sizes)}  {max(record.batch_sizes)} at most")
     console.print(f"  pages by step   {_sparkline(record.pages)}  {peak} of {num_pages} at most")

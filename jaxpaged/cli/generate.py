@@ -134,4 +134,10 @@ def _stream(llm: LLM, prompts: list[str], params: SamplingParams) -> list[Reques
 def _report(outputs: list[RequestOutput], seconds: float) -> None:
     num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     speed = num_tokens / seconds if seconds else 0.0
-    print(f"jaxpaged: {len(outputs)} prompts, {num_tokens:,} tokens in {seconds:.2f} s ({speed:,.1f} tokens/s)", file=sys.stderr)
+    what = f"{counted(len(outputs), 'prompt')}, {counted(num_tokens, 'token')}"
+    print(f"jaxpaged: {what} in {seconds:.2f} s ({speed:,.1f} tokens/s)", file=sys.stderr)
+
+
+def counted(count: int, thing: str) -> str:
+    """1 prompt, 2 prompts."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
