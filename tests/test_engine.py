@@ -513,7 +513,7 @@ def test_a_bad_option_is_named(name: str, value: object) -> None:
 
 @pytest.mark.parametrize("name", ["fast", "", None, 3])
 def test_an_unknown_backend_is_refused_before_anything_compiles(name: object) -> None:
-    with pytest.raises(ConfigError, match="attention_backend: .*expected one of auto"):
+    with pytest.raises(ConfigError, match=r"attention_backend: .*expected one of auto"):
         Engine.from_weights(EngineConfig(**OPTIONS, attention_backend=name), MODEL, new_weights())
 
 
