@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from text_model import CONFIG, FAST, write_text_model
+from tokenizers.processors import TemplateProcessing
 
 import jaxpaged
 from jaxpaged import LLM, RequestError, SamplingParams
@@ -103,6 +104,10 @@ def test_the_text_is_the_decoded_ids_without_the_token_that_stopped_it(llm: LLM)
     assert completion.token_ids == ids[: ids.index(stop) + 1]
     assert (completion.finish_reason, completion.stop_reason, completion.finished()) == ("stop", stop, True)
     assert completion.text == llm.get_tokenizer().decode(ids[: ids.index(stop)])
+    for length in range(1, 9):  # most of these end in the middle of a character
+        params = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
+        for completion in (output.outputs[0] for output in llm.generate(PROMPTS, params, use_tqdm=False)):
+            assert completion.text == llm.get_tokenizer().decode(completion.token_ids)
     no_text = SamplingParams(temperature=0.0, max_tokens=12, detokenize=False, ignore_eos=True)
     assert texts(llm.generate(PROMPTS[0], no_text, use_tqdm=False)) == [""]
 
@@ -135,6 +140,16 @@ def test_chat_is_generate_on_the_rendered_conversation(llm: LLM):
     template = "{{ extra }}{{ messages[0].content }}"
     own = llm.chat(one, GREEDY, use_tqdm=False, chat_template=template, chat_template_kwargs={"extra": "!"})
     assert own[0].prompt == "! hello "
+
+
+def test_a_chat_gets_no_second_beginning_of_sequence(llm: LLM):
+    backend = llm.get_tokenizer().backend
+    backend.post_processor = TemplateProcessing(single="<turn> $A", special_tokens=[("<turn>", 1)])  # type: ignore[assignment]
+    try:
+        assert llm.generate("hello", GREEDY, use_tqdm=False)[0].prompt_token_ids[0] == 1
+        assert llm.chat([{"role": "user", "content": "hello"}], GREEDY, use_tqdm=False)[0].prompt_token_ids.count(1) == 2
+    finally:
+        backend.post_processor = None  # type: ignore[assignment]
 
 
 def test_stream_ends_with_what_generate_gives_and_only_grows(llm: LLM):

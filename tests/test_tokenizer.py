@@ -192,6 +192,21 @@ def test_a_template_cannot_change_the_messages_and_kwargs_cannot_replace_them(ou
         ours.apply_chat_template(messages, documents=[])
 
 
+def test_a_template_sees_plain_values_only(ours: Tokenizer):
+    class Content:
+        called = False
+
+        def call(self) -> str:
+            Content.called = True
+            return "called"
+
+    messages = [{"role": "user", "content": Content()}]
+    assert ours.apply_chat_template(messages, chat_template="{{ messages[0].content }}") == "<Content>"
+    with pytest.raises(RequestError, match="call"):
+        ours.apply_chat_template(messages, chat_template="{{ messages[0].content.call() }}")
+    assert not Content.called
+
+
 def test_without_a_template_the_error_says_so(directory: Path):
     with pytest.raises(RequestError, match="the model has no chat template"):
         Tokenizer(Tokenizer.load(directory).backend).apply_chat_template(CHATS[0])
