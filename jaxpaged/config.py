@@ -334,7 +334,8 @@ class EngineConfig:
         for name in ("model", "tokenizer", "revision", "compilation_cache_dir"):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected a string")
-        if self.block_size is not None and self.block_size not in BLOCK_SIZES:
+        # 16.0 equals 16, so membership alone is not a check.
+        if self.block_size is not None and (type(self.block_size) is not int or self.block_size not in BLOCK_SIZES):
             raise ConfigError(f"block_size: got {self.block_size!r}, expected one of {', '.join(map(str, BLOCK_SIZES))}")
         self._check_int("max_model_len", 2, 2**30)
         self._check_int("max_num_seqs", 1, 4096)
@@ -355,7 +356,7 @@ class EngineConfig:
             sizes = getattr(self, name)
             if sizes is None:
                 continue
-            if isinstance(sizes, (str, bytes)) or not all(isinstance(size, int) and size >= low for size in sizes):
+            if not isinstance(sizes, (tuple, list)) or not all(type(size) is int and size >= low for size in sizes):
                 raise ConfigError(f"{name}: got {sizes!r}, expected whole numbers of at least {low}")
             object.__setattr__(self, name, tuple(sorted(set(sizes))))
 
@@ -401,13 +402,11 @@ class EngineConfig:
         )
 
     def buckets(self) -> list[Bucket]:
-        """Every shape that is compiled, smallest first; the largest of each kind is always among them. For resolved options."""
+        """Every shape that is compiled, smallest first; the largest holds every step. For resolved options."""
         if self.decode_row_buckets is None or self.prefill_tile_buckets is None or self.max_num_seqs is None:
             raise ConfigError("buckets() needs resolved options")
-        rows = sorted({size for size in self.decode_row_buckets if size < self.max_num_seqs} | {self.max_num_seqs})
-        tiles = sorted(
-            {0, *(size for size in self.prefill_tile_buckets if size < self.max_prefill_tiles), self.max_prefill_tiles}
-        )
+        rows = _enough(self.decode_row_buckets, self.max_num_seqs)
+        tiles = _enough((0, *self.prefill_tile_buckets), self.max_prefill_tiles)
         return [Bucket(decode_rows, prefill_tiles) for prefill_tiles in tiles for decode_rows in rows]
 
     @property
@@ -421,6 +420,12 @@ class EngineConfig:
         return -(-self.max_model_len // self.block_size)  # type: ignore[operator]
 
 
+def _enough(sizes: tuple[int, ...], largest: int) -> list[int]:
+    """The sizes up to the first that holds `largest`, which is added when none does."""
+    above = [size for size in sizes if size >= largest]
+    return sorted({size for size in sizes if size < largest} | {min(above, default=largest)})
+
+
 def _default_rows(max_num_seqs: int, dtype: str, on_cpu: bool) -> tuple[int, ...]:
     """Few sizes: rows cost little where the weights' bytes are the cost, and each size compiles once per prefill size.
 
@@ -428,5 +433,5 @@ def _default_rows(max_num_seqs: int, dtype: str, on_cpu: bool) -> tuple[int, ...
     a 2048 x 8192 weight, 2 cores with AVX-512, November 2026).
     """
     first = 8 if on_cpu and dtype != "float32" else 1
-    sizes = {first, 8} | {2**k for k in range(4, 12, 1 if not on_cpu else 2)}
-    return tuple(sorted(min(size, max(max_num_seqs, first)) for size in sizes if size <= max_num_seqs or size == first))
+    sizes = {first, 8, *(2**k for k in range(5 if on_cpu else 4, 12, 2 if on_cpu else 1))}
+    return tuple(sorted({size for size in sizes if size < max_num_seqs} | {max(max_num_seqs, first)}))
