@@ -82,9 +82,18 @@ class Engine:
         Raises:
           RequestError: it can never be served; nothing was taken for it.
         """
+        request = self.check_request(prompt_token_ids, params, request_id=request_id)
+        self.scheduler.add(request)
+        self.num_prompt_tokens += len(request.prompt_token_ids)
+        return request
+
+    def check_request(
+        self, prompt_token_ids: Seq[int], params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> Request:
+        """The request that `add_request` would queue, without queuing it. Raises as `add_request`."""
         if self._is_closed:
             raise RequestError("the engine is closed")
-        request = Request.checked(
+        return Request.checked(
             request_id if request_id is not None else self._new_id(),
             prompt_token_ids,
             params if params is not None else SamplingParams(),
@@ -95,9 +104,6 @@ class Engine:
             default_seed=self._seeds.getrandbits(64),
             arrival_s=self.clock(),
         )
-        self.scheduler.add(request)
-        self.num_prompt_tokens += len(request.prompt_token_ids)
-        return request
 
     def _new_id(self) -> str:
         """An id that no unfinished request has, those that callers chose included."""

@@ -238,14 +238,7 @@ class LLM:
             raise RequestError(f"sampling_params: got {type(params).__name__}, expected SamplingParams")
         engine = self._open_engine()
         text, token_ids = self._tokens(prompt)
-        Request.checked(
-            "prompt",
-            token_ids,
-            params,
-            vocab_size=engine.model.vocab_size,
-            max_model_len=self.config.max_model_len,  # type: ignore[arg-type]
-            max_pool_len=engine.pool.num_usable * self.config.block_size,  # type: ignore[operator]
-        )
+        engine.check_request(token_ids, params, request_id="prompt")
         return _Checked(text, token_ids, params)
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, Seq[int]]:
