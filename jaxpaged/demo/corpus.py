@@ -105,7 +105,7 @@ SHARES = {
     "copy": 16,
     "order": 14,
     "arithmetic": 14,
-    "drill": 10,
+    "drill": 16,
     "reading": 16,
     "json": 8,
     "tools": 6,

@@ -150,7 +150,7 @@ pipeline_tag: text-generation
 | context | {max_position_embeddings} tokens |
 | tokenizer | byte-level BPE, {vocab_size} tokens, every digit alone; ChatML marks |
 | trained from | nothing, on text that the project's own generator writes (`jaxpaged/demo/corpus.py`); no outside text |
-| training | {steps:,} steps of {tokens_per_step:,} tokens, {tokens:,} in all; AdamW, float32, two CPU cores shared with other work; {time} |
+| training | {steps:,} steps of {tokens_per_step:,} tokens, {tokens:,} in all; AdamW, float32, two busy CPU cores; {time} |
 | recipe | `python -m jaxpaged.demo.train --which {which} --seed {seed}` |
 | bits per byte | {bits_per_byte} on held-out text, with the weights rounded to bfloat16 |
 | sha256 of the weights | `{weights_sha256}` |

@@ -407,8 +407,13 @@ def foreign_words(rng: Random) -> Example:
 def drill(rng: Random) -> str:
     """Plain lines of one kind: dense practice in digits and in copying, without the chat around it."""
     kind = rng.random()
-    if kind < 0.6:
+    if kind < 0.4:
         return "\n".join(f"{formula} = {value}" for formula, value in (_sum(rng) for _ in range(rng.randint(4, 12))))
+    if kind < 0.7:
+        # Nothing but repetition can predict the second half: the shortest way to learn to look back.
+        pool = words.NAMES + _PLAIN_WORDS + words.CITIES + words.JOBS
+        text = " ".join(rng.choice(pool) for _ in range(rng.randint(3, 12)))
+        return " ".join([text] * rng.randint(2, 4))
     if kind < 0.9:
         text = _random_text(rng)
         return "\n".join([text] * rng.randint(2, 3))

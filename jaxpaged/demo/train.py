@@ -47,9 +47,9 @@ class Recipe:
     steps: int = 1000
     tokens_per_step: int = 2048
     # (share of the steps, row length): short rows first, because attention over long ones is most of their cost.
-    phases: tuple[tuple[float, int], ...] = ((0.87, 256), (0.09, 512), (0.04, 1024))
+    phases: tuple[tuple[float, int], ...] = ((0.491, 64), (0.482, 256), (0.018, 512), (0.009, 1024))
     peak_rate: float = 2e-3
-    warmup: int = 300
+    warmup: int = 200
     weight_decay: float = 0.1
 
     @property
@@ -67,8 +67,8 @@ class Recipe:
 
 
 RECIPES = {
-    "model": Recipe(hidden_size=160, num_layers=5, intermediate_size=448, steps=4400),
-    "draft": Recipe(hidden_size=96, num_layers=2, intermediate_size=256, steps=2600),
+    "model": Recipe(hidden_size=128, num_layers=4, intermediate_size=384, steps=4400),
+    "draft": Recipe(hidden_size=96, num_layers=2, intermediate_size=256, steps=800),
 }
 
 
@@ -129,21 +129,32 @@ def losses(weights: W.Weights, config: ModelConfig, tokens: jax.Array) -> jax.Ar
     return optax.softmax_cross_entropy_with_integer_labels(scores, tokens[:, 1:].reshape(-1)).reshape(B, T)
 
 
+def learning_rate(recipe: Recipe) -> optax.Schedule:
+    """Two cosine cycles: the first, of 18/22 of the steps, is left at 14/22 for one of half the height.
+
+    Copying appears all at once at about two fifths of the way. A single cycle has little left to learn with by then.
+    """
+    floor, left = recipe.peak_rate * 0.01, recipe.steps * 14 // 22
+    first = optax.warmup_cosine_decay_schedule(0.0, recipe.peak_rate, recipe.warmup, recipe.steps * 18 // 22, floor)
+    second = optax.warmup_cosine_decay_schedule(float(first(left)), recipe.peak_rate / 2, 50, recipe.steps - left, floor)
+    return optax.join_schedules([first, second], [left])
+
+
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, recipe.peak_rate, recipe.warmup, recipe.steps, end_value=recipe.peak_rate * 0.01
-    )
     decay = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)  # norms are not shrunk
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=recipe.weight_decay, mask=decay))
+    adamw = optax.adamw(learning_rate(recipe), b2=0.95, weight_decay=recipe.weight_decay, mask=decay)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
 def first_state(recipe: Recipe, seed: int) -> dict[str, Any]:
     """Weights and optimizer state before step 0."""
     weights = W.init(recipe.config, jax.random.key(seed))
-    # The two products that write to the residual stream start smaller, so that its size does not grow with depth (GPT-2).
-    scale = (2 * recipe.num_layers) ** -0.5
+    # Which word a token is must stay visible behind what the layers add: with embeddings of 0.02 and layers at full size, 1,600
+    # steps had learnt every format and not one copied word (2 CPU cores, November 2026).
+    embed = weights.embed * (recipe.hidden_size**-0.5 / weights.embed.std())
+    scale = 0.1 * (2 * recipe.num_layers) ** -0.5
     layers = [layer.replace(o=layer.o * scale, down=layer.down * scale) for layer in weights.layers]  # type: ignore[attr-defined]
-    weights = weights.replace(layers=layers)  # type: ignore[attr-defined]
+    weights = weights.replace(layers=layers, embed=embed)  # type: ignore[attr-defined]
     return {"weights": weights, "optimizer": optimizer(recipe).init(weights)}
 
 
