@@ -95,6 +95,7 @@ def write(folder: Path, recipe: Recipe, weights: W.Weights, tokenizer: Tokenizer
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: array.astype(ml_dtypes.bfloat16) for name, array in W.to_hf(weights, recipe.config)}
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone; an installed package is for everyone
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(corpus.CHAT_TEMPLATE)
     write_json(folder / "config.json", hf_config(recipe))

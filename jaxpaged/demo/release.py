@@ -155,12 +155,12 @@ pipeline_tag: text-generation
 | bits per byte | {bits_per_byte} on held-out text, with the weights rounded to bfloat16 |
 | sha256 of the weights | `{weights_sha256}` |
 
-The rows of training text were {phases}. So a prompt with its answer works best
-below 256 tokens.
+The rows of training text were {phases}. So a prompt with its answer works
+best below 256 tokens.
 
 ## Scores
 
-Share of {scored} held-out examples per skill that are answered exactly, greedy, float32 sums over bfloat16 weights. Held out means: drawn from a
+Share of {scored} held-out examples per skill that are answered exactly: greedy, weights rounded to bfloat16, computed in float32. Held out means: drawn from a
 seed that training does not use. Small tasks (7 + 5, a definition) occur in training too.
 
 | skill | exact match |
@@ -179,9 +179,9 @@ def card(which: str, source: dict[str, Any]) -> str:
     from jaxpaged.demo.train import SCORED
 
     recipe, results = source["recipe"], source["results"]
-    minutes = f"{results['seconds_of_this_run'] / 60:.0f} minutes"
-    if results["steps_of_this_run"] != results["steps"]:
-        minutes = f"the last {results['steps_of_this_run']:,} steps, after a resume, took {minutes}"
+    minutes = f"{results['seconds'] / 60:.0f} minutes"
+    if results["timed_steps"] != results["steps"]:
+        minutes = f"the {results['timed_steps']:,} steps that were timed took {minutes}"
     phases = ", ".join(f"{length} tokens long for {share:.0%} of the steps" for share, length in recipe["phases"])
     return CARD.format(
         which=which,

@@ -233,24 +233,25 @@ def bits_per_byte(weights: W.Weights, config: ModelConfig, tokenizer: Tokenizer)
     return nats / math.log(2) / text_bytes
 
 
-def greedy_generator(weights: W.Weights, config: ModelConfig, tokenizer: Tokenizer, max_tokens: int = 512):
+def greedy_generator(weights: W.Weights, config: ModelConfig, tokenizer: Tokenizer, max_tokens: int = 96):
     """A function from prompts to greedy answers, for `skills.score`: a contiguous cache, one token per row and step.
 
     Prompts are fed token by token, as answers are. That is slow and leaves no second path to be wrong.
     """
 
     def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        keys, values, t = state  # [L, B, T, K, H] twice
-        keys, values = keys.at[layer, :, t].set(k), values.at[layer, :, t].set(v)
+        keys, values, t = state  # one [B, T, K, H] per layer
+        keys, values = list(keys), list(values)
+        keys[layer], values[layer] = keys[layer].at[:, t].set(k), values[layer].at[:, t].set(v)
         B, N, H = q.shape
         scores = jnp.einsum("bkgh,btkh->bkgt", q.reshape(B, k.shape[1], -1, H), keys[layer]) * H**-0.5
-        chances = jax.nn.softmax(jnp.where(jnp.arange(max_tokens) <= t, scores, -jnp.inf), axis=-1)
+        chances = jax.nn.softmax(jnp.where(jnp.arange(scores.shape[-1]) <= t, scores, -jnp.inf), axis=-1)
         return jnp.einsum("bkgt,btkh->bkgh", chances, values[layer]).reshape(B, N, H), (keys, values, t)
 
     @jax.jit
     def run(weights: W.Weights, tokens: jax.Array, prompt_lens: jax.Array) -> jax.Array:
-        B = tokens.shape[0]
-        cache = jnp.zeros((config.num_layers, B, max_tokens, config.num_kv_heads, config.head_dim))
+        B, T = tokens.shape
+        empty = [jnp.zeros((B, T, config.num_kv_heads, config.head_dim)) for _ in weights.layers]
 
         def advance(t: jax.Array, carry: Any) -> Any:
             tokens, keys, values = carry
@@ -259,11 +260,12 @@ def greedy_generator(weights: W.Weights, config: ModelConfig, tokenizer: Tokeniz
             following = jnp.where(t + 1 < prompt_lens, tokens[:, t + 1], best)
             return tokens.at[:, t + 1].set(following), keys, values
 
-        return jax.lax.fori_loop(0, max_tokens - 1, advance, (tokens, cache, cache))[0]
+        return jax.lax.fori_loop(0, T - 1, advance, (tokens, empty, empty))[0]
 
     def generate(prompts: list[str]) -> list[str]:
         prompt_ids = [tokenizer.encode(prompt).ids for prompt in prompts]
-        tokens = np.zeros((len(prompts), max_tokens), np.int32)
+        longest = max(map(len, prompt_ids))
+        tokens = np.zeros((len(prompts), -(-(longest + max_tokens) // 64) * 64), np.int32)
         for row, ids in zip(tokens, prompt_ids, strict=True):
             row[: len(ids)] = ids
         rows = np.asarray(run(weights, tokens, np.array([len(ids) for ids in prompt_ids])))
@@ -306,22 +308,24 @@ def main(arguments: list[str] | None = None) -> None:
         weights, log = train(
             recipe, tokenizer, out / "checkpoints" / which, seed=options.seed, resume=options.resume, minutes=options.minutes
         )
-        seconds = time.monotonic() - began
-        with (out / f"{which}-loss.jsonl").open("a") as file:
-            file.writelines(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in log)
+        runs = out / f"{which}-runs.jsonl"
+        with runs.open("a") as file, (out / f"{which}-loss.jsonl").open("a") as loss_file:
+            file.write(json.dumps({"steps": len(log), "seconds": round(time.monotonic() - began, 1)}) + "\n")
+            loss_file.writelines(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in log)
+        export.write(out / which, recipe, weights, tokenizer)
 
         # What is measured is what is shipped: rounded to bfloat16.
         config = recipe.config
         shipped = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), weights)
+        timed = [json.loads(line) for line in runs.read_text().splitlines()]
         results = {
             "steps": log[-1][0] + 1 if log else recipe.steps,
             "tokens_per_step": recipe.tokens_per_step,
             "seed": options.seed,
-            "steps_of_this_run": len(log),
-            "seconds_of_this_run": round(seconds, 1),
+            "timed_steps": sum(run["steps"] for run in timed),  # fewer than steps when a run was killed
+            "seconds": round(sum(run["seconds"] for run in timed if run["steps"]), 1),
             **measure(shipped, config, tokenizer),
         }
-        export.write(out / which, recipe, weights, tokenizer)
         (out / f"{which}-results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(json.dumps(results, indent=2))
 

@@ -105,6 +105,6 @@ def test_dense_attention_is_causal_and_its_tiles_do_not_matter(monkeypatch):
 def test_the_generator_with_a_cache_says_what_the_dense_model_says(undisturbed, tokenizer):
     weights, _ = undisturbed
     prompts = [example.prompt for example in skills.held_out("order", 3)]
-    generate = train.greedy_generator(weights, TINY.config, tokenizer, max_tokens=128)
+    generate = train.greedy_generator(weights, TINY.config, tokenizer, max_tokens=32)
     for prompt, text in zip(prompts, generate(prompts), strict=True):
         assert text == generate([prompt])[0], "a prompt alone equals the same prompt in a batch"
