@@ -134,9 +134,11 @@ def learning_rate(recipe: Recipe) -> optax.Schedule:
 
     Copying appears all at once at about two fifths of the way. A single cycle has little left to learn with by then.
     """
-    floor, left = recipe.peak_rate * 0.01, recipe.steps * 14 // 22
-    first = optax.warmup_cosine_decay_schedule(0.0, recipe.peak_rate, recipe.warmup, recipe.steps * 18 // 22, floor)
-    second = optax.warmup_cosine_decay_schedule(float(first(left)), recipe.peak_rate / 2, 50, recipe.steps - left, floor)
+    steps, peak = recipe.steps, recipe.peak_rate
+    left, warmup = steps * 14 // 22, min(recipe.warmup, steps // 4)  # a short trial run warms up for a quarter of its steps
+    first = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps * 18 // 22, peak * 0.01)
+    rate_left = float(first(left))  # type: ignore[arg-type]
+    second = optax.warmup_cosine_decay_schedule(rate_left, peak / 2, min(50, (steps - left) // 4), steps - left, peak * 0.01)
     return optax.join_schedules([first, second], [left])
 
 
