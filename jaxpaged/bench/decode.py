@@ -1,9 +1,9 @@
 """Decode speed at a fixed context, beside transformers' continuous batching: `python -m jaxpaged.bench.decode --compare hf`.
 
-A model of the 135M shape with random weights is written to a temporary folder and loaded by both. Each measurement is the time
-for prompts with a few new tokens taken from the time for the same prompts with `tokens` more: so prefill and start-up cancel.
-`context` is the mean length over the tokens timed. Peers run in turn after one round that does not count; the median over rounds
-is reported.
+A model of the 135M shape with random weights is written to a temporary folder and loaded by both. Both report when each token
+came; what counts are the tokens between the moment when every sequence has its second token and the first end of a sequence, so
+prefill and start-up are left out. `context` is the mean length meanwhile. Peers run in turn after one round that does not count;
+the median over rounds is reported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 import jax
 
 from jaxpaged.config import ModelConfig
-from jaxpaged.engine import Engine
 from jaxpaged.host.request import SamplingParams
 from jaxpaged.llm import LLM
 from jaxpaged.model import weights as model_weights
@@ -42,10 +41,8 @@ SHAPE_135M = {
     "hidden_act": "silu",
 }
 
-# New tokens of the shorter run, which are not timed: with a single one, transformers takes another path than when it decodes.
-FIRST_TOKENS = 4
-
-Generate = Callable[[list[list[int]], int], None]
+# Prompts and new tokens to generate -> for each prompt, when each of its tokens came, in seconds.
+Generate = Callable[[list[list[int]], int], list[list[float]]]
 
 
 def write_random_model(directory: Path, shape: dict, dtype: str) -> None:
@@ -59,7 +56,7 @@ def write_random_model(directory: Path, shape: dict, dtype: str) -> None:
     (directory / "config.json").write_text(json.dumps({**shape, "dtype": dtype, "torch_dtype": dtype}))
 
 
-def our_generate(directory: Path, dtype: str, num_seqs: int, max_len: int) -> tuple[Generate, Engine]:
+def our_generate(directory: Path, dtype: str, num_seqs: int, max_len: int) -> tuple[Generate, LLM]:
     """jaxpaged on the model, compiled for this many sequences."""
     llm = LLM(
         directory,
@@ -71,11 +68,15 @@ def our_generate(directory: Path, dtype: str, num_seqs: int, max_len: int) -> tu
         use_tqdm_on_load=False,
     )
 
-    def generate(prompts: list[list[int]], num_tokens: int) -> None:
+    def generate(prompts: list[list[int]], num_tokens: int) -> list[list[float]]:
         params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-        llm.generate(prompts, params, use_tqdm=False)
+        times = {llm.engine.add_request(prompt, params).request_id: [] for prompt in prompts}
+        while llm.engine.has_unfinished:
+            for event in llm.engine.step():
+                times[event.request_id].append(time.perf_counter())
+        return list(times.values())
 
-    return generate, llm.engine
+    return generate, llm
 
 
 def hf_generate(directory: Path, dtype: str) -> Generate:
@@ -85,23 +86,24 @@ def hf_generate(directory: Path, dtype: str) -> Generate:
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
 
-    def generate(prompts: list[list[int]], num_tokens: int) -> None:
+    def generate(prompts: list[list[int]], num_tokens: int) -> list[list[float]]:
         config = GenerationConfig(max_new_tokens=num_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        results = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
-        num_made = sum(len(result.generated_tokens) for result in results.values())
-        if num_made != num_tokens * len(prompts):
-            raise RuntimeError(f"transformers made {num_made} tokens, expected {num_tokens * len(prompts)}")
+        results = model.generate_batch(inputs=prompts, generation_config=config, record_timestamps=True)
+        times = [list(result.timestamps or []) for result in results.values()]
+        if [len(each) for each in times] != [num_tokens] * len(prompts):
+            raise RuntimeError(f"transformers made {[len(each) for each in times]} tokens, expected {num_tokens} each")
+        return times
 
     return generate
 
 
-def decode_speed(generate: Generate, prompts: list[list[int]], num_tokens: int) -> float:
-    """New tokens per second while decoding."""
-    started = time.perf_counter()
-    generate(prompts, FIRST_TOKENS)
-    middle = time.perf_counter()
-    generate(prompts, FIRST_TOKENS + num_tokens)
-    return len(prompts) * num_tokens / (time.perf_counter() - middle - (middle - started))
+def decode_speed(times: list[list[float]]) -> float:
+    """Tokens per second while all sequences decode."""
+    begin, end = max(each[1] for each in times), min(each[-1] for each in times)
+    num_tokens = sum(begin < moment <= end for each in times for moment in each)
+    if not num_tokens:
+        raise RuntimeError("the sequences never decoded together: raise --tokens")
+    return num_tokens / (end - begin)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jaxpaged.bench.decode", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--num-seqs", default="1,8,16,64", help="sequences at a time, separated by commas (%(default)s)")
     parser.add_argument("--context", type=int, default=512, help="mean tokens of context (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=32, help="new tokens that are timed (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each sequence (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each, in turn (%(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 or float32 (%(default)s)")
     parser.add_argument("--compare", choices=["hf"], help="also run transformers' continuous batching")
@@ -117,8 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     rng = random.Random(0)
-    prompt_len = args.context - FIRST_TOKENS - args.tokens // 2
-    max_len = prompt_len + FIRST_TOKENS + args.tokens
+    prompt_len = args.context - args.tokens // 2
+    max_len = prompt_len + args.tokens
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
@@ -126,15 +128,15 @@ def main(argv: list[str] | None = None) -> int:
         hf = hf_generate(directory, args.dtype) if args.compare else None
         for num_seqs in map(int, args.num_seqs.split(",")):
             prompts = [[rng.randrange(SHAPE_135M["vocab_size"]) for _ in range(prompt_len)] for _ in range(num_seqs)]
-            ours, engine = our_generate(directory, args.dtype, num_seqs, max_len)
+            ours, llm = our_generate(directory, args.dtype, num_seqs, max_len)
             peers = {"jaxpaged": ours} | ({"transformers": hf} if hf else {})
             speeds: dict[str, list[float]] = {name: [] for name in peers}
             for generate in peers.values():
-                generate(prompts, 2)
+                generate(prompts[:1], 4)
             for _ in range(args.rounds):
                 for name, generate in peers.items():
-                    speeds[name].append(decode_speed(generate, prompts, args.tokens))
-            engine.close()
+                    speeds[name].append(decode_speed(generate(prompts, args.tokens)))
+            llm.close()
             for name, values in speeds.items():
                 row = {"peer": name, "num_seqs": num_seqs, "tokens_per_s": statistics.median(values)}
                 rows.append({**row, "lowest": min(values), "highest": max(values)})
