@@ -54,7 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     sampling = given_fields(arguments, SamplingParams, leave_out=SEED)
     SamplingParams(**sampling)  # refuses bad values before anything is loaded
     set_up_logging(arguments)
-    llm = open_llm(arguments)
+    # A few prompts need a few rows: half as many steps to compile at the first run.
+    defaults = {"max_num_seqs": 8} if len(arguments.prompts) <= 8 else {}
+    llm = open_llm(arguments, **defaults)
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in arguments.prompts]
     with llm:
         params = with_defaults(llm, sampling, MAX_TOKENS)
