@@ -430,7 +430,7 @@ def _default_rows(max_num_seqs: int, dtype: str, on_cpu: bool) -> tuple[int, ...
     """Few sizes: rows cost little where the weights' bytes are the cost, and each size compiles once per prefill size.
 
     One bfloat16 row is never worth a bucket on a CPU: XLA converts the whole weight for it (20 ms against 2 ms for 8 rows,
-    a 2048 x 8192 weight, 2 cores with AVX-512, November 2026).
+    a 2048 x 8192 weight, 2 cores with AVX-512, a prototype, November 2026).
     """
     first = 8 if on_cpu and dtype != "float32" else 1
     sizes = {first, 8, *(2**k for k in range(5 if on_cpu else 4, 12, 2 if on_cpu else 1))}

@@ -113,20 +113,6 @@ def attend_at(
     return call(q.astype(jnp.float32), *pages, block_tables, kv_lens, first_positions, **options).astype(q.dtype)
 
 
-def paged_decode_attention(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    block_tables: jax.Array,
-    kv_lens: jax.Array,
-    *,
-    scale: float,
-    window: int,
-) -> jax.Array:
-    """See the contract in `pallas_kernels.paged_decode_attention`."""
-    return attend_at(q, k_pages, v_pages, block_tables, kv_lens, kv_lens - q.shape[1], scale=scale, window=window)
-
-
 def write_kv_pages(pages: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
     """See the contract in `pallas_kernels.write_kv_pages`."""
     bits = as_bits(pages)

@@ -41,4 +41,6 @@ def paged_decode_attention(
     if q.shape[2] % k_pages.shape[1]:
         raise ValueError(f"q has {q.shape[2]} heads, not a multiple of the {k_pages.shape[1]} key/value heads")
     implementation = {"reference": reference, "xla": xla, "native": native}[backends.resolve(backend, q.shape[-1])]
-    return implementation.paged_decode_attention(q, k_pages, v_pages, block_tables, kv_lens, scale=scale, window=window)
+    # A decode row is a tile that ends with its sequence, so both attention operations are one function in every backend.
+    first_positions = kv_lens - q.shape[1]
+    return implementation.attend_at(q, k_pages, v_pages, block_tables, kv_lens, first_positions, scale=scale, window=window)

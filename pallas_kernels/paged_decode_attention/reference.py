@@ -6,22 +6,6 @@ import jax
 import jax.numpy as jnp
 
 
-def paged_decode_attention(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    block_tables: jax.Array,
-    kv_lens: jax.Array,
-    *,
-    scale: float,
-    window: int,
-) -> jax.Array:
-    """See the contract in `pallas_kernels.paged_decode_attention`."""
-    T = q.shape[1]
-    first = kv_lens - T
-    return attend_at(q, k_pages, v_pages, block_tables, kv_lens, first, scale=scale, window=window)
-
-
 def attend_at(
     q: jax.Array,
     k_pages: jax.Array,

@@ -18,21 +18,6 @@ ITEM_QUERIES = 16
 _LOWEST = -1e30  # stands for -inf: finite, so that exp(lowest - lowest) is 1 and never NaN
 
 
-def paged_decode_attention(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    block_tables: jax.Array,
-    kv_lens: jax.Array,
-    *,
-    scale: float,
-    window: int,
-) -> jax.Array:
-    """See the contract in `pallas_kernels.paged_decode_attention`."""
-    T = q.shape[1]
-    return attend_at(q, k_pages, v_pages, block_tables, kv_lens, kv_lens - T, scale=scale, window=window)
-
-
 def attend_at(
     q: jax.Array,
     k_pages: jax.Array,
