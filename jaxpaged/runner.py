@@ -28,6 +28,7 @@ from jaxpaged.model import step as model_step
 from jaxpaged.model import weights as model_weights
 from jaxpaged.model.weights import Weights
 from pallas_kernels import backends
+from pallas_kernels.paged_decode_attention import dispatch
 
 logger = logging.getLogger("jaxpaged")
 
@@ -128,9 +129,16 @@ def attention_backend(config: EngineConfig, model: ModelConfig) -> backends.Back
       ConfigError: there is none of this name, or it cannot run here.
     """
     try:
-        return backends.resolve(config.attention_backend, model.head_dim)
+        choice = dispatch.choose(
+            dispatch.DECODE,
+            config.attention_backend,
+            head_dim=model.head_dim,
+            page_size=config.block_size,  # type: ignore[arg-type]
+            dtypes=(config.dtype, config.kv_cache_dtype),
+        )
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"attention_backend: {error}") from None
+    return "interpret" if config.attention_backend == "interpret" else choice.name  # type: ignore[return-value]
 
 
 def plan_memory(config: EngineConfig, model: ModelConfig) -> int:

@@ -35,7 +35,7 @@ ONLY = {
     "jaxpaged.version": (),
     "jaxpaged.config": (),
     "jaxpaged.host": ("jaxpaged.config", "jaxpaged.host"),
-    "pallas_kernels": ("pallas_kernels", "jax", "jaxlib", "numpy"),
+    "pallas_kernels": ("pallas_kernels", "jax", "jaxlib", "numpy", "ml_dtypes"),
 }
 # file -> the only reads of the environment in library code: they set no option of ours.
 ENVIRONMENT = {

@@ -16,12 +16,16 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bits import as_bits
+
+if TYPE_CHECKING:
+    from pallas_kernels.paged_decode_attention.dispatch import Arrays, Options
 
 logger = logging.getLogger("pallas_kernels")
 
@@ -93,24 +97,17 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def attend_at(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    block_tables: jax.Array,
-    kv_lens: jax.Array,
-    first_positions: jax.Array,
-    *,
-    scale: float,
-    window: int,
-) -> jax.Array:
-    """Causal attention of T consecutive queries per row, the first at `first_positions[b]`; both operations are this one."""
+def attend(arrays: Arrays, options: Options) -> tuple[jax.Array, jax.Array]:
+    """Causal attention of T consecutive queries per row, the first at `first_positions[b]`: [B, T, N, H] and LSE [B, T, N]."""
+    q, k_pages, v_pages, block_tables, kv_lens, first_positions, sinks, k_scales, v_scales = arrays
     out = jax.ShapeDtypeStruct(q.shape, jnp.float32)
     call = jax.ffi.ffi_call(_target("PagedAttend", q.shape[-1]), out)
     pages = as_bits(k_pages), as_bits(v_pages)
     kind = np.int64(_KINDS[k_pages.dtype.name])
-    options = {"scale": np.float32(scale), "window": np.int64(window), "kind": kind}
-    return call(q.astype(jnp.float32), *pages, block_tables, kv_lens, first_positions, **options).astype(q.dtype)
+    attributes = {"scale": np.float32(options.scale), "window": np.int64(options.window), "kind": kind}
+    return call(q.astype(jnp.float32), *pages, block_tables, kv_lens, first_positions, **attributes).astype(q.dtype), jnp.zeros(
+        q.shape[:3]
+    )
 
 
 def write_kv_pages(pages: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:

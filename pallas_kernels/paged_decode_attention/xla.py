@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.bits import as_bits
+from pallas_kernels.paged_decode_attention.dispatch import Arrays, Options
 
 # Tokens of one block, and query positions of all work items of one turn of the loop.
 BLOCK_TOKENS = 128
@@ -18,18 +19,10 @@ ITEM_QUERIES = 16
 _LOWEST = -1e30  # stands for -inf: finite, so that exp(lowest - lowest) is 1 and never NaN
 
 
-def attend_at(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    block_tables: jax.Array,
-    kv_lens: jax.Array,
-    first_positions: jax.Array,
-    *,
-    scale: float,
-    window: int,
-) -> jax.Array:
-    """Causal attention of T consecutive queries per row, the first at `first_positions[b]`; shared with the prefill operation."""
+def attend(arrays: Arrays, options: Options) -> tuple[jax.Array, jax.Array]:
+    """Causal attention of T consecutive queries per row, the first at `first_positions[b]`: [B, T, N, H] and LSE [B, T, N]."""
+    q, k_pages, v_pages, block_tables, kv_lens, first_positions, sinks, k_scales, v_scales = arrays
+    window = options.window
     (B, T, N, H), (_, K, S, _), M = q.shape, k_pages.shape, block_tables.shape[1]
     G, E = N // K, max(1, min(M, BLOCK_TOKENS // S))  # E pages a block
     C = E * S
@@ -44,7 +37,7 @@ def attend_at(
 
     # [P*K, S, H]: the gather then yields [item, K, context, H] with no transposition.
     k_flat, v_flat = as_bits(k_pages).reshape(-1, S, H), as_bits(v_pages).reshape(-1, S, H)
-    queries = jnp.moveaxis(q.reshape(B, T, K, G, H), 1, 3).astype(jnp.float32).reshape(B, K, G * T, H) * scale
+    queries = jnp.moveaxis(q.reshape(B, T, K, G, H), 1, 3).astype(jnp.float32).reshape(B, K, G * T, H) * options.scale
     query_position = jnp.tile(first_positions[:, None] + jnp.arange(T), (1, G))  # [B, G*T]
 
     def turn(carry):
@@ -58,6 +51,8 @@ def attend_at(
         # float32 from here: XLA's CPU backend runs a batch of small bfloat16 products 3x slower than the cast plus float32.
         k = k_flat[flat].view(k_pages.dtype).astype(jnp.float32).reshape(W, K, C, H)
         v = v_flat[flat].view(v_pages.dtype).astype(jnp.float32).reshape(W, K, C, H)
+        if k_scales is not None and v_scales is not None:
+            k, v = k * _scales_of(k_scales, flat, C), v * _scales_of(v_scales, flat, C)
 
         key_position = block[:, None] * C + jnp.arange(C)  # [W, C]
         exists = (key_position < kv_lens[row][:, None]) & is_real[:, None]
@@ -66,7 +61,10 @@ def attend_at(
             sees &= key_position[:, None] > query_position[row][:, :, None] - window
         sees = sees[:, None]  # [W, 1, G*T, C]
 
-        scores = jnp.where(sees, jnp.einsum("ikqh,ikch->ikqc", queries[row], k), _LOWEST)
+        scores = jnp.einsum("ikqh,ikch->ikqc", queries[row], k)
+        if options.soft_cap:
+            scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
+        scores = jnp.where(sees, scores, _LOWEST)
         item_peak = jnp.max(scores, axis=-1)
         weights = jnp.where(sees, jnp.exp(scores - item_peak[..., None]), 0.0)
         # A weight of 0 times a NaN is a NaN: places that hold no token of this row are masked in V as well.
@@ -82,7 +80,26 @@ def attend_at(
         return index + 1, new_peak, total, out
 
     peak = jnp.full((B, K, G * T), _LOWEST)
-    start = (jnp.int32(0), peak, jnp.zeros_like(peak), jnp.zeros((B, K, G * T, H)))
-    _, _, total, out = lax.while_loop(lambda carry: carry[0] * W < num_items, turn, start)
+    total = jnp.zeros_like(peak)
+    if sinks is not None:
+        # A sink is a first score whose value is 0.
+        peak = jnp.broadcast_to(jnp.repeat(sinks.astype(jnp.float32).reshape(K, G), T, axis=1), peak.shape)
+        total = jnp.ones_like(peak)
+    start = (jnp.int32(0), peak, total, jnp.zeros((B, K, G * T, H)))
+    _, peak, total, out = lax.while_loop(lambda carry: carry[0] * W < num_items, turn, start)
     out = out / jnp.where(total == 0, 1.0, total)[..., None]
-    return jnp.moveaxis(out.reshape(B, K, G, T, H), 3, 1).reshape(B, T, N, H).astype(q.dtype)
+    is_empty = (total == 0) | (kv_lens == 0)[:, None, None]
+    lse = jnp.where(is_empty, -jnp.inf, peak + jnp.log(jnp.where(is_empty, 1.0, total)))
+
+    def by_token(x: jax.Array) -> jax.Array:
+        """[B, K, G*T, ...] to [B, T, N, ...]."""
+        return jnp.moveaxis(x.reshape(B, K, G, T, *x.shape[3:]), 3, 1).reshape(B, T, N, *x.shape[3:])
+
+    return by_token(out).astype(q.dtype), by_token(lse)
+
+
+def _scales_of(scales: jax.Array, flat: jax.Array, num_tokens: int) -> jax.Array:
+    """Scales of gathered pages, `flat` [W, K, E] being page * K + head: [W, K, num_tokens, 1], or what broadcasts to it."""
+    if scales.ndim == 1:
+        return scales[:, None, None]
+    return scales.reshape(-1, scales.shape[-1])[flat].reshape(*flat.shape[:2], num_tokens, 1)

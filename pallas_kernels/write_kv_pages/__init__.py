@@ -17,7 +17,8 @@ def write_kv_pages(pages: jax.Array, new: jax.Array, slots: jax.Array, *, backen
       new: [X, K, H], cast to the pages' dtype.
       slots: int32 [X], each in [0, P * S). Live tokens have distinct slots; padding tokens all write to the null page.
     """
-    if backends.resolve(backend, pages.shape[-1]) == "native":
+    choice = backends.choose("write_kv_pages", backend, native=lambda: native.unavailable(pages.shape[-1]))
+    if choice.name == "native":
         return native.write_kv_pages(pages, new, slots)
     S = pages.shape[2]
     new = new.astype(pages.dtype)

@@ -7,9 +7,9 @@ import functools
 import jax
 import numpy as np
 import pytest
-from cases import DTYPES
 
 from pallas_kernels import write_kv_pages
+from pallas_kernels.paged_decode_attention.cases import DTYPES
 
 
 @functools.cache

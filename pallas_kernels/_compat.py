@@ -1,0 +1,113 @@
+"""Every difference between the jax versions that the Mosaic kernels run on, so that no kernel's body asks for a version.
+
+Also the seam between a chip and jax's GPU interpreter. Refuses to know any kernel. Import it only where a kernel is built: it
+imports Mosaic.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.target import Target
+
+# As Any: what a type checker sees depends on the jax it finds, and this file is where versions differ.
+plgpu: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+
+_VERSION = jax.__version_info__[:3]
+
+
+def kernel(
+    body: Callable[..., None],
+    *,
+    target: Target,
+    out_type: Any = (),
+    scratch_types: Any = (),
+    grid: Sequence[int] = (),
+    grid_names: Sequence[str] = (),
+    num_threads: int | None = None,
+    thread_name: str | None = None,
+    approx_math: bool = True,
+    name: str | None = None,
+) -> Callable[..., Any]:
+    """`plgpu.kernel` for a chip, or on the interpreter with its race detector on.
+
+    Raises:
+      RuntimeError: (at the call, interpreted) two threads touched the same memory in no order.
+    """
+    if target.is_interpreted:
+        _register_interpretation()
+    if name is not None:
+        body.__name__ = name  # what ptxas and profilers call the kernel
+    threads = {} if num_threads is None else {"num_threads": num_threads, "thread_name": thread_name}
+    call = plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch_types,
+        grid=tuple(grid),
+        grid_names=tuple(grid_names),
+        compiler_params=plgpu.CompilerParams(approx_math=approx_math),
+        interpret=_interpret_params() if target.is_interpreted else None,
+        **threads,
+    )
+    return call
+
+
+def store(ref: Any, value: jax.Array) -> None:
+    """`ref[...] = value` for a value in any layout, GMEM included (jax 0.12 wants to be told that the store is not optimal)."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def fence_async_shared_cta() -> None:
+    """Order this thread's generic reads of shared memory before a later copy engine write to it.
+
+    Without it, refilling a slot that registers were loaded from is a race (the interpreter sees it).
+    """
+    plgpu.commit_smem()
+
+
+def _interpret_params() -> Any:
+    if _VERSION >= (0, 12, 0):
+        return plgpu.InterpretGPUParams(detect_races=True, on_race="raise")
+    return plgpu.InterpretGPUParams(detect_races=True)
+
+
+def check_races() -> None:
+    """Raise when a kernel interpreted since the last `reset_interpreter` raced. jax 0.11 only prints; 0.12 has raised already.
+
+    Raises:
+      RuntimeError: two threads touched the same memory in no order.
+    """
+    races = _callbacks()._races  # get_races() fails when no kernel has run
+    if races is not None and races.races_found:
+        raise RuntimeError("the kernel has a data race (printed above)")
+
+
+def reset_interpreter() -> None:
+    """Forget the interpreter's state, which an exception inside a kernel leaves behind."""
+    _callbacks().reset_gpu_interpret_mode_state()
+
+
+def _callbacks() -> Any:
+    return importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
+
+
+@functools.cache
+def _register_interpretation() -> None:
+    """Give `mma` a meaning on a CPU: the interpreter runs what is plain arithmetic natively, and has no rule for this one."""
+    from jax._src.interpreters import mlir
+
+    primitives: Any = importlib.import_module("jax._src.pallas.mosaic_gpu.primitives")
+
+    def product(acc: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return acc + jnp.dot(a, b, preferred_element_type=acc.dtype)
+
+    mlir.register_lowering(primitives.mma_p, mlir.lower_fun(product, multiple_results=False), platform="cpu")

@@ -1,0 +1,23 @@
+"""What the kernels' tests share: the interpreter's races are failures, and no test sees what another left behind in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+from pallas_kernels.backends import MOSAIC_JAX
+
+
+@pytest.fixture(autouse=True)
+def races_are_failures() -> Iterator[None]:
+    """Forget the interpreter's state before each test, and fail one whose last kernel raced (jax 0.11 only prints it)."""
+    if jax.__version_info__[:3] < MOSAIC_JAX:
+        yield
+        return
+    from pallas_kernels import _compat
+
+    _compat.reset_interpreter()
+    yield
+    _compat.check_races()
