@@ -11,7 +11,7 @@ OPERATIONS = [operations.operation(name) for name in operations.NAMES]
 
 
 def rungs(wanted: str = "") -> list:
-    """(operation, case, backend) for every backend that can run without a GPU; INTERPRET, where there is one, is the interpreter's list.
+    """(operation, case, backend) for all that runs without a GPU; the interpreter has a list of its own where there is one.
 
     wanted: only operations whose cases have a function of this name.
     """
