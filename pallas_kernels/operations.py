@@ -14,6 +14,8 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,8 +163,14 @@ def load(path: Path) -> tuple[Operation, Call]:
             about = json.loads(str(file["call"]))
             arrays = {key: file[key].view(_dtype(dtype)) for key, dtype in about["dtypes"].items()}
         return operation(about["operation"]), Call(arrays, about["options"])
-    except (KeyError, OSError, TypeError, json.JSONDecodeError) as error:
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (*_FOREIGN, ValueError) as error:
         raise ValueError(f"{path}: not a case of pallas_kernels ({error})") from None
+
+
+# What numpy, zipfile and this module raise on a file that is damaged or something else.
+_FOREIGN = (KeyError, OSError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def _savable(x: np.ndarray) -> np.ndarray:
