@@ -35,12 +35,18 @@ _MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassoci
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", *_MATH)
 # From the best for this machine to what every compiler takes.
 _TUNINGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
-_KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
+_KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "float8_e4m3fn": 3, "int8": 4}  # of pages that `attend` reads
+
+
+def unavailable(head_dim: int, page_dtype: str = "float32") -> str | None:
+    """Why this backend cannot run here for such pages, or None when it can. Builds and registers it at the first call."""
+    if page_dtype not in _KINDS:
+        return f"pages of {page_dtype} are not among {', '.join(_KINDS)}"
+    return _unavailable(head_dim)
 
 
 @functools.cache
-def unavailable(head_dim: int) -> str | None:
-    """Why this backend cannot run here for heads of this size, or None when it can. Builds and registers it at the first call."""
+def _unavailable(head_dim: int) -> str | None:
     if jax.default_backend() != "cpu":
         return f"it runs on cpu, the default backend is {jax.default_backend()}"
     if head_dim % 16 or head_dim > 256:
@@ -100,14 +106,19 @@ def _processor() -> str:
 def attend(arrays: Arrays, options: Options) -> tuple[jax.Array, jax.Array]:
     """Causal attention of T consecutive queries per row, the first at `first_positions[b]`: [B, T, N, H] and LSE [B, T, N]."""
     q, k_pages, v_pages, block_tables, kv_lens, first_positions, sinks, k_scales, v_scales = arrays
-    out = jax.ShapeDtypeStruct(q.shape, jnp.float32)
-    call = jax.ffi.ffi_call(_target("PagedAttend", q.shape[-1]), out)
-    pages = as_bits(k_pages), as_bits(v_pages)
-    kind = np.int64(_KINDS[k_pages.dtype.name])
-    attributes = {"scale": np.float32(options.scale), "window": np.int64(options.window), "kind": kind}
-    return call(q.astype(jnp.float32), *pages, block_tables, kv_lens, first_positions, **attributes).astype(q.dtype), jnp.zeros(
-        q.shape[:3]
+    outputs = jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
+    call = jax.ffi.ffi_call(_target("PagedAttend", q.shape[-1]), outputs)
+    optional = (jnp.zeros(0) if x is None else x.astype(jnp.float32) for x in (sinks, k_scales, v_scales))
+    out, lse = call(
+        q.astype(jnp.float32),
+        *(as_bits(k_pages), as_bits(v_pages), block_tables, kv_lens, first_positions),
+        *optional,
+        scale=np.float32(options.scale),
+        soft_cap=np.float32(options.soft_cap),
+        window=np.int64(options.window),
+        kind=np.int64(_KINDS[k_pages.dtype.name]),
     )
+    return out.astype(q.dtype), lse
 
 
 def write_kv_pages(pages: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:

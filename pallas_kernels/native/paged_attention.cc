@@ -3,6 +3,7 @@
 //
 // One task is one row and one key/value head. It walks the row's pages once, in blocks of tokens, with an online softmax in
 // float32, and touches no token outside [first visible, kv_len): what unused places hold, NaN or not, is never read.
+// Scales of pages never meet the pages' numbers: a key's multiplies its score, a value's its weight.
 // The order of a task's sums depends on its own row alone, so a row's bits do not depend on the batch.
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <thread>
 #include <type_traits>
@@ -34,14 +36,32 @@ struct BFloat16 {
 struct Half {
   _Float16 value;
 };
+struct Float8 {  // e4m3fn: no infinities, one NaN of either sign
+  uint8_t bits;
+};
+using Int8 = int8_t;
+
+constexpr uint8_t kFloat8NaN = 0x7f;  // without the sign
+
+// What the numbers of a page are multiplied by after Load: an e4m3's bits are read as those of a half, whose exponents are 8 less.
+template <typename P>
+constexpr float kUnit = std::is_same_v<P, Float8> ? 256.0f : 1.0f;
 
 inline float ToFloat(float x) { return x; }
+inline float ToFloat(Int8 x) { return static_cast<float>(x); }
 inline float ToFloat(Half x) { return static_cast<float>(x.value); }
 inline float ToFloat(BFloat16 x) {
   uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float y;
   std::memcpy(&y, &bits, 4);
   return y;
+}
+inline float ToFloat(Float8 x) {
+  const uint8_t magnitude = x.bits & 0x7f;
+  const uint16_t half = (x.bits & 0x80) << 8 | (magnitude == kFloat8NaN ? 0x7e00 : magnitude << 7);
+  _Float16 y;
+  std::memcpy(&y, &half, 2);
+  return static_cast<float>(y);
 }
 
 // exp for x <= 0, within 2 ulp; plain arithmetic, so that the compiler vectorises it. Cody and Waite reduction, minimax
@@ -65,6 +85,20 @@ inline float ExpNonPositive(float x) {
   return p * scale;
 }
 
+// tanh within 2 ulp, as plain: Cephes' polynomial near 0, where 1 - exp would cancel. A NaN fails the comparison and passes through.
+inline float Tanh(float x) {
+  const float size = std::fabs(x), square = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const float near = x + x * square * p;
+  const float e = ExpNonPositive(-2.0f * size);
+  const float far = std::copysign((1.0f - e) / (1.0f + e), x);
+  return size < 0.625f ? near : far;
+}
+
 // Sixteen floats: one AVX-512 register, and whatever the compiler makes of it elsewhere.
 constexpr int kLanes = 16;
 typedef float Vec __attribute__((vector_size(64)));
@@ -74,13 +108,25 @@ inline Vec Load(const float* p) {
   std::memcpy(&x, p, sizeof x);
   return x;
 }
-#ifdef __AVX512F__  // GCC 12 makes sixteen scalar conversions of what is one instruction
+#if defined(__AVX512BW__) && defined(__AVX512VL__)  // GCC 12 makes sixteen scalar conversions of what is one instruction
 inline Vec Load(const BFloat16* p) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return reinterpret_cast<Vec>(_mm512_slli_epi32(wide, 16));
 }
 inline Vec Load(const Half* p) {
   return reinterpret_cast<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+inline Vec Load(const Int8* p) {
+  return reinterpret_cast<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+}
+inline Vec Load(const Float8* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  // The sign arrives in bits 15 and 14; the mask keeps one of them.
+  __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+  const __m128i magnitude = _mm_and_si128(bytes, _mm_set1_epi8(0x7f));
+  const __mmask16 is_nan = _mm_cmpeq_epi8_mask(magnitude, _mm_set1_epi8(static_cast<int8_t>(kFloat8NaN)));
+  half = _mm256_mask_blend_epi16(is_nan, half, _mm256_set1_epi16(0x7e00));
+  return reinterpret_cast<Vec>(_mm512_cvtph_ps(half));
 }
 #else
 template <typename P>
@@ -122,10 +168,18 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t num_tasks, const Task& task) {
   while (state->done.load(std::memory_order_acquire) < num_tasks) std::this_thread::yield();
 }
 
-struct Shape {
-  int64_t B, T, N, H, K, S, M;
-  float scale;
+// One call. Optional arrays are null when they were not given.
+struct Call {
+  int64_t B, T, N, K, S, M;
+  float scale, soft_cap;
   int64_t window;
+  const float* q;                        // [B, T, N, H]
+  const void *k_pages, *v_pages;         // [P, K, S, H]
+  const int32_t *tables, *kv_lens, *first;
+  const float *sinks;                    // [N]
+  const float *k_scales, *v_scales;      // [K], or [P, K, S] if has_token_scales
+  bool has_token_scales;
+  float *out, *lse;                      // [B, T, N, H], [B, T, N]
 };
 
 // What one query has gathered so far: the largest score, the sum of weights, and where its weighted values are.
@@ -136,12 +190,45 @@ struct Query {
   int64_t low, high;  // it sees positions [low, high)
 };
 
-// One block of `count` tokens, the first at position `start`, for NQ queries at once, so that a row of K or V is read once for all.
-// The row's pages are of type P; V registers of kLanes make up a head.
+// Tokens [start, start + count) of a row. The scales are null, or those of its tokens.
+struct Block {
+  int64_t start;
+  int count;
+  float soft_cap;
+  const float *k_scales, *v_scales;
+};
+
+// Turns a query's scores of a block into what its values are to be multiplied by, and returns what its sum so far is to be.
+__attribute__((noinline)) float Weigh(Query& query, const Block& block, float* weights) {
+  const int count = block.count;
+  const int a = std::clamp<int64_t>(query.low - block.start, 0, count), b = std::clamp<int64_t>(query.high - block.start, 0, count);
+  if (block.k_scales)
+    for (int j = a; j < b; ++j) weights[j] *= block.k_scales[j];
+  if (block.soft_cap != 0.0f) {
+    const float cap = block.soft_cap, inverse = 1.0f / cap;
+    for (int j = a; j < b; ++j) weights[j] = cap * Tanh(weights[j] * inverse);
+  }
+  float peak = query.peak;
+  for (int j = a; j < b; ++j) peak = weights[j] > peak ? weights[j] : peak;
+  float total = 0.0f;
+  for (int j = 0; j < a; ++j) weights[j] = 0.0f;
+  for (int j = a; j < b; ++j) weights[j] = ExpNonPositive(weights[j] - peak);
+  for (int j = b; j < count; ++j) weights[j] = 0.0f;
+  for (int j = a; j < b; ++j) total += weights[j];
+  const float rescale = ExpNonPositive(query.peak - peak);
+  query.total = query.total * rescale + total;
+  query.peak = peak;
+  if (block.v_scales)
+    for (int j = a; j < b; ++j) weights[j] *= block.v_scales[j];
+  return rescale;
+}
+
+// One block for NQ queries at once, so that a row of K or V is read once for all. The row's pages are of type P; V registers of
+// kLanes make up a head.
 template <typename P, int V, int NQ>
-inline void AttendBlock(Query* queries, const P* const* k_rows, const P* const* v_rows, int64_t start, int count) {
+inline void AttendBlock(Query* queries, const P* const* k_rows, const P* const* v_rows, const Block& block) {
   float weights[NQ][kBlock];
-  for (int j = 0; j < count; ++j) {
+  for (int j = 0; j < block.count; ++j) {
     Vec k[V];
     for (int v = 0; v < V; ++v) k[v] = Load(k_rows[j] + v * kLanes);
     for (int i = 0; i < NQ; ++i) {
@@ -150,23 +237,12 @@ inline void AttendBlock(Query* queries, const P* const* k_rows, const P* const* 
       weights[i][j] = Sum(dot);
     }
   }
+  float rescale[NQ];
+  for (int i = 0; i < NQ; ++i) rescale[i] = Weigh(queries[i], block, weights[i]);
   Vec sums[NQ][V];
-  for (int i = 0; i < NQ; ++i) {
-    Query& query = queries[i];
-    const int a = std::clamp<int64_t>(query.low - start, 0, count), b = std::clamp<int64_t>(query.high - start, 0, count);
-    float peak = query.peak;
-    for (int j = a; j < b; ++j) peak = weights[i][j] > peak ? weights[i][j] : peak;
-    float total = 0.0f;
-    for (int j = 0; j < a; ++j) weights[i][j] = 0.0f;
-    for (int j = a; j < b; ++j) weights[i][j] = ExpNonPositive(weights[i][j] - peak);
-    for (int j = b; j < count; ++j) weights[i][j] = 0.0f;
-    for (int j = a; j < b; ++j) total += weights[i][j];
-    const float rescale = ExpNonPositive(query.peak - peak);
-    query.total = query.total * rescale + total;
-    query.peak = peak;
-    for (int v = 0; v < V; ++v) sums[i][v] = Load(query.sum + v * kLanes) * rescale;
-  }
-  for (int j = 0; j < count; ++j)
+  for (int i = 0; i < NQ; ++i)
+    for (int v = 0; v < V; ++v) sums[i][v] = Load(queries[i].sum + v * kLanes) * rescale[i];
+  for (int j = 0; j < block.count; ++j)
     for (int v = 0; v < V; ++v) {
       const Vec value = Load(v_rows[j] + v * kLanes);
       for (int i = 0; i < NQ; ++i) sums[i][v] += weights[i][j] * value;
@@ -182,27 +258,34 @@ constexpr int GroupSize() {
 }
 
 template <typename P, int V>
-inline void AttendQueries(Query* queries, int num_queries, const P* const* k_rows, const P* const* v_rows, int64_t start, int count) {
+inline void AttendQueries(Query* queries, int num_queries, const P* const* k_rows, const P* const* v_rows, const Block& block) {
   constexpr int kGroup = GroupSize<V>();
   int i = 0;
   for (; i + kGroup <= num_queries; i += kGroup) {
-    if (queries[i + kGroup - 1].high <= start) continue;  // the block is in these queries' future
-    AttendBlock<P, V, kGroup>(queries + i, k_rows, v_rows, start, count);
+    if (queries[i + kGroup - 1].high <= block.start) continue;  // the block is in these queries' future
+    AttendBlock<P, V, kGroup>(queries + i, k_rows, v_rows, block);
   }
   if constexpr (kGroup >= 4)
-    if (num_queries - i == 3) return AttendBlock<P, V, 3>(queries + i, k_rows, v_rows, start, count);
+    if (num_queries - i == 3) return AttendBlock<P, V, 3>(queries + i, k_rows, v_rows, block);
   if constexpr (kGroup >= 2)
-    for (; i + 2 <= num_queries; i += 2) AttendBlock<P, V, 2>(queries + i, k_rows, v_rows, start, count);
-  for (; i < num_queries; ++i) AttendBlock<P, V, 1>(queries + i, k_rows, v_rows, start, count);
+    for (; i + 2 <= num_queries; i += 2) AttendBlock<P, V, 2>(queries + i, k_rows, v_rows, block);
+  for (; i < num_queries; ++i) AttendBlock<P, V, 1>(queries + i, k_rows, v_rows, block);
 }
 
-// All queries of one row that share one key/value head. A head of V * kLanes numbers.
+// All queries of row b that share one key/value head. A head is V * kLanes numbers.
 template <typename P, int V>
-void AttendRow(const Shape& d, const float* q, const P* k_pages, const P* v_pages, const int32_t* table, int64_t kv_len,
-               int64_t first, int64_t head, float* out) {
+void AttendRow(const Call& c, int64_t b, int64_t head) {
   constexpr int H = V * kLanes;
-  const int G = d.N / d.K, num_queries = G * d.T;
-  const bool converts = !std::is_same_v<P, float> && num_queries > 2 * GroupSize<V>();
+  const P* k_pages = static_cast<const P*>(c.k_pages);
+  const P* v_pages = static_cast<const P*>(c.v_pages);
+  const int32_t* table = c.tables + b * c.M;
+  const int64_t kv_len = c.kv_lens[b], first = c.first[b];
+  const int G = c.N / c.K, num_queries = G * c.T;
+  // Many queries read each row: convert it once. Bytes are always converted once; it costs them little and saves a build second.
+  const bool converts = sizeof(P) == 1 || (!std::is_same_v<P, float> && num_queries > 2 * GroupSize<V>());
+  const bool has_head_scales = c.k_scales && !c.has_token_scales;
+  const float q_scale = c.scale * kUnit<P> * (has_head_scales ? c.k_scales[head] : 1.0f);
+  const float out_scale = kUnit<P> * (has_head_scales ? c.v_scales[head] : 1.0f);
   // Reused by every task of a thread: an allocation for each costs more than a short row.
   thread_local std::vector<float> buffer;
   thread_local std::vector<Query> queries;
@@ -211,42 +294,51 @@ void AttendRow(const Shape& d, const float* q, const P* k_pages, const P* v_page
   float* k_block = buffer.data() + num_queries * 2 * H;
   float* v_block = k_block + kBlock * H;
 
-  for (int t = 0; t < d.T; ++t)
+  for (int t = 0; t < c.T; ++t)
     for (int g = 0; g < G; ++g) {
-      const int i = t * G + g;
-      const float* source = q + (t * d.N + head * G + g) * H;
+      const int i = t * G + g, n = head * G + g;
+      const float* source = c.q + ((b * c.T + t) * c.N + n) * H;
       float* scaled = buffer.data() + i * 2 * H;
-      for (int h = 0; h < H; ++h) scaled[h] = source[h] * d.scale;
+      for (int h = 0; h < H; ++h) scaled[h] = source[h] * q_scale;
       std::fill(scaled + H, scaled + 2 * H, 0.0f);
       const int64_t high = std::min(kv_len, first + t + 1);
-      const int64_t low = d.window ? std::max<int64_t>(0, first + t + 1 - d.window) : 0;
-      queries[i] = {scaled, scaled + H, kLowest, 0.0f, low, high};
+      const int64_t low = c.window ? std::max<int64_t>(0, first + t + 1 - c.window) : 0;
+      // A sink is a first score whose value is 0.
+      const float peak = c.sinks ? std::max(c.sinks[n], kLowest) : kLowest;
+      queries[i] = {scaled, scaled + H, peak, c.sinks ? 1.0f : 0.0f, low, high};
     }
 
   for (int64_t start = num_queries ? queries[0].low : 0; start < kv_len; start += kBlock) {
     const int count = std::min<int64_t>(kBlock, kv_len - start);
+    Block block{start, count, c.soft_cap, nullptr, nullptr};
     const P* k_rows[kBlock];
     const P* v_rows[kBlock];
+    float k_scales[kBlock], v_scales[kBlock];
     for (int j = 0; j < count; ++j) {
       const int64_t place = start + j;
-      const int64_t offset = ((table[place / d.S] * d.K + head) * d.S + place % d.S) * H;
-      k_rows[j] = k_pages + offset;
-      v_rows[j] = v_pages + offset;
+      const int64_t slot = (table[place / c.S] * c.K + head) * c.S + place % c.S;
+      k_rows[j] = k_pages + slot * H;
+      v_rows[j] = v_pages + slot * H;
+      if (c.has_token_scales) {
+        k_scales[j] = c.k_scales[slot];
+        v_scales[j] = c.v_scales[slot];
+      }
       // Pages lie anywhere, so the processor cannot foresee the next one: ask for a token of the next block as each of this is named.
       const int64_t ahead = place + kBlock;
       if (ahead < kv_len) {
-        const int64_t next = ((table[ahead / d.S] * d.K + head) * d.S + ahead % d.S) * H;
+        const int64_t next = ((table[ahead / c.S] * c.K + head) * c.S + ahead % c.S) * H;
         for (size_t byte = 0; byte < H * sizeof(P); byte += 64) {
           __builtin_prefetch(reinterpret_cast<const char*>(k_pages + next) + byte);
           __builtin_prefetch(reinterpret_cast<const char*>(v_pages + next) + byte);
         }
       }
     }
-    if (!converts) {
-      AttendQueries<P, V>(queries.data(), num_queries, k_rows, v_rows, start, count);
-      continue;
-    }
-    // Many queries read each row: convert it once.
+    if (c.has_token_scales) block.k_scales = k_scales, block.v_scales = v_scales;
+    if constexpr (sizeof(P) > 1)
+      if (!converts) {
+        AttendQueries<P, V>(queries.data(), num_queries, k_rows, v_rows, block);
+        continue;
+      }
     const float* k_converted[kBlock];
     const float* v_converted[kBlock];
     for (int j = 0; j < count; ++j) {
@@ -255,39 +347,52 @@ void AttendRow(const Shape& d, const float* q, const P* k_pages, const P* v_page
       k_converted[j] = k_block + j * H;
       v_converted[j] = v_block + j * H;
     }
-    AttendQueries<float, V>(queries.data(), num_queries, k_converted, v_converted, start, count);
+    AttendQueries<float, V>(queries.data(), num_queries, k_converted, v_converted, block);
   }
 
-  for (int t = 0; t < d.T; ++t)
+  for (int t = 0; t < c.T; ++t)
     for (int g = 0; g < G; ++g) {
       const Query& query = queries[t * G + g];
-      const float inverse = query.total == 0.0f ? 0.0f : 1.0f / query.total;
-      float* target = out + (t * d.N + head * G + g) * H;
-      for (int h = 0; h < H; ++h) target[h] = query.sum[h] * inverse;
+      const bool is_empty = query.total == 0.0f || kv_len == 0;
+      const float inverse = is_empty ? 0.0f : out_scale / query.total;
+      const int64_t n = (b * c.T + t) * c.N + head * G + g;
+      for (int h = 0; h < H; ++h) c.out[n * H + h] = query.sum[h] * inverse;
+      c.lse[n] = is_empty ? -std::numeric_limits<float>::infinity() : query.peak + std::log(query.total);
     }
 }
 
 template <typename P>
-void AttendAll(ffi::ThreadPool& pool, const Shape& d, const float* q, const void* k, const void* v, const int32_t* tables,
-               const int32_t* kv_lens, const int32_t* first, float* out) {
-  ParallelFor(pool, d.B * d.K, [&](int64_t task) {
-    const int64_t b = task / d.K, head = task % d.K, row = b * d.T * d.N * d.H;
-    AttendRow<P, HEAD_SIZE / kLanes>(d, q + row, static_cast<const P*>(k), static_cast<const P*>(v), tables + b * d.M, kv_lens[b],
-                                     first[b], head, out + row);
-  });
+void AttendAll(ffi::ThreadPool& pool, const Call& c) {
+  ParallelFor(pool, c.B * c.K, [&](int64_t task) { AttendRow<P, HEAD_SIZE / kLanes>(c, task / c.K, task % c.K); });
 }
 
-// Pages of 16-bit floats travel as uint16; `kind` says what they are: 0 float32, 1 bfloat16, 2 float16.
+const float* DataOrNull(const ffi::Buffer<ffi::F32>& x) {
+  return x.element_count() ? x.typed_data() : nullptr;
+}
+
+// Pages of narrow floats travel as unsigned integers; `kind` says what they are. Optional arrays have no element when not given.
 ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Buffer<ffi::S32> tables,
-                  ffi::Buffer<ffi::S32> kv_lens, ffi::Buffer<ffi::S32> first, ffi::Result<ffi::Buffer<ffi::F32>> out, float scale,
-                  int64_t window, int64_t kind) {
+                  ffi::Buffer<ffi::S32> kv_lens, ffi::Buffer<ffi::S32> first, ffi::Buffer<ffi::F32> sinks,
+                  ffi::Buffer<ffi::F32> k_scales, ffi::Buffer<ffi::F32> v_scales, ffi::Result<ffi::Buffer<ffi::F32>> out,
+                  ffi::Result<ffi::Buffer<ffi::F32>> lse, float scale, float soft_cap, int64_t window, int64_t kind) {
   auto qd = q.dimensions();
   auto kd = k.dimensions();
   if (qd[3] != HEAD_SIZE) return ffi::Error::Internal("built for another head size");
-  Shape d{qd[0], qd[1], qd[2], qd[3], kd[1], kd[2], tables.dimensions()[1], scale, window};
-  auto attend = kind == 0 ? AttendAll<float> : kind == 1 ? AttendAll<BFloat16> : AttendAll<Half>;
-  attend(pool, d, q.typed_data(), k.untyped_data(), v.untyped_data(), tables.typed_data(), kv_lens.typed_data(), first.typed_data(),
-         out->typed_data());
+  const Call c{.B = qd[0], .T = qd[1], .N = qd[2], .K = kd[1], .S = kd[2], .M = tables.dimensions()[1],
+               .scale = scale, .soft_cap = soft_cap, .window = window,
+               .q = q.typed_data(), .k_pages = k.untyped_data(), .v_pages = v.untyped_data(),
+               .tables = tables.typed_data(), .kv_lens = kv_lens.typed_data(), .first = first.typed_data(),
+               .sinks = DataOrNull(sinks), .k_scales = DataOrNull(k_scales), .v_scales = DataOrNull(v_scales),
+               .has_token_scales = k_scales.element_count() > 0 && k_scales.dimensions().size() == 3,
+               .out = out->typed_data(), .lse = lse->typed_data()};
+  switch (kind) {
+    case 0: AttendAll<float>(pool, c); break;
+    case 1: AttendAll<BFloat16>(pool, c); break;
+    case 2: AttendAll<Half>(pool, c); break;
+    case 3: AttendAll<Float8>(pool, c); break;
+    case 4: AttendAll<Int8>(pool, c); break;
+    default: return ffi::Error::Internal("unknown kind of pages");
+  }
   return ffi::Error::Success();
 }
 
@@ -316,8 +421,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PagedAttend, Attend,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("scale")
+                                  .Attr<float>("soft_cap")
                                   .Attr<int64_t>("window")
                                   .Attr<int64_t>("kind"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(WritePages, Write,

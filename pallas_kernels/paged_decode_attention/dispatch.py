@@ -68,7 +68,7 @@ def choose(operation: str, backend: str, *, head_dim: int, page_size: int, dtype
     def mosaic(target: Target) -> str | None:
         return _mosaic(operation).unavailable(target, head_dim=head_dim, page_size=page_size, dtypes=dtypes)
 
-    return backends.choose(operation, backend, native=lambda: native.unavailable(head_dim), mosaic=mosaic)
+    return backends.choose(operation, backend, native=lambda: native.unavailable(head_dim, dtypes[1]), mosaic=mosaic)
 
 
 def _mosaic(operation: str):
