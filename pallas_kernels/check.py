@@ -98,15 +98,15 @@ def lines(operation: Operation, name: str, call: Call, backend: str, truth: Trut
     found = []
     # A call may leave outputs out, as attention does without return_lse; what it returns comes first.
     for i, (output, x, wanted) in enumerate(zip(operation.cases.OUTPUTS, got, exact, strict=False)):
-        numbers: tuple[Any, ...] = (None, None, None, None, None)
+        line = functools.partial(Line, operation.name, name, backend, output)
         try:
             verdict = operations.judge(output, x, wanted, None if plain is None else plain[i])
-            units = ulp(x, wanted) if plain is not None else None
-            numbers = (verdict.max_error, verdict.allowed, verdict.relative_error, units, verdict.first_bad)
-            text = "right" if verdict.is_right else "wrong"
         except ValueError as error:
-            text = f"wrong: {error}"
-        found.append(Line(operation.name, name, backend, output, *numbers, text))
+            found.append(line(None, None, None, None, None, f"wrong: {error}"))
+            continue
+        units = ulp(x, wanted) if plain is not None else None
+        text = "right" if verdict.is_right else "wrong"
+        found.append(line(verdict.max_error, verdict.allowed, verdict.relative_error, units, verdict.first_bad, text))
     return found
 
 

@@ -7,6 +7,14 @@ Each operation's folder has a `cases.py` with
   define(call)   the outputs in float64, written from the definition in numpy; NaN where any finite number will do
   plain(call)    the outputs of the plainest implementation in the call's own dtypes; None for what must be bit-exact
   cost(case)     the Cost of a timed case
+and where they make sense
+  INTERPRET      the cases that the interpreter takes, when all of CHECK are too many
+  COMPILE        the cases that `compile_check` compiles, when it is not BENCH
+  INSTRUCTIONS   machine instructions that the compiled kernels must have, by GPU: {"sm_90a": ("HGMMA",)}
+  DONATE         arguments whose memory the results take; they are the first results, in this order
+  PEERS          other formulations to time beside: name -> function of a Call that returns what the operation returns
+  counts(call)   for each output which of its numbers mean something
+  poison(call)   the call with NaN wherever nobody may look
 """
 
 from __future__ import annotations

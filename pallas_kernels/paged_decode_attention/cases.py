@@ -49,9 +49,8 @@ class Case:
         parts += [f"window{self.window}"] * bool(self.window) + [f"cap{self.soft_cap:g}"] * bool(self.soft_cap)
         parts += ["sinks"] * self.has_sinks + [f"spread{self.spread:g}"] * (self.spread != 1)
         if self.lens:
-            parts.append(
-                f"{len(self.lens)}x{max(self.lens)}" if len(set(self.lens)) == 1 else "len" + "_".join(map(str, self.lens))
-            )
+            first, last = self.lens[0], self.lens[-1]
+            parts.append(f"{len(self.lens)}x{last}" if first == last else f"{first}to{last}")
         return "-".join(parts)
 
 
@@ -187,6 +186,14 @@ def plain(call: Call) -> tuple[np.ndarray, np.ndarray]:
     return out.astype(call.arrays["q"].dtype), lse
 
 
+def counts(call: Call) -> tuple[np.ndarray, np.ndarray]:
+    """Which numbers of the outputs mean something: not those of a tile's padding queries."""
+    q, lens = call.arrays["q"], call.arrays["kv_lens"]
+    first = call.arrays.get("first_positions", lens - q.shape[1])
+    is_real = np.arange(q.shape[1]) < np.where(lens > 0, lens - first, q.shape[1])[:, None]
+    return np.broadcast_to(is_real[..., None, None], q.shape), np.broadcast_to(is_real[..., None], q.shape[:3])
+
+
 def _attention(call: Call, dtype: type, *, is_rounded: bool) -> tuple[np.ndarray, np.ndarray]:
     a, options = call.arrays, call.options
     q, tables, lens, sinks = a["q"], a["block_tables"], a["kv_lens"], a.get("sinks")
@@ -230,8 +237,8 @@ def _numbers(a: Mapping[str, np.ndarray], name: str, pages: np.ndarray, offsets:
 
 def cost(case: Case) -> Cost:
     """Every key and value of every row once, queries and results once; two products of every query with what it sees."""
-    lens, size = np.array(case.lens), DTYPES[case.dtype]().itemsize
-    token_bytes = 2 * case.K * case.H * DTYPES[case.kv_dtype or case.dtype]().itemsize
+    lens, size = np.array(case.lens), np.dtype(DTYPES[case.dtype]).itemsize
+    token_bytes = 2 * case.K * case.H * np.dtype(DTYPES[case.kv_dtype or case.dtype]).itemsize
     token_bytes += 2 * case.K * 4 * (case.scales == "token")
     if case.is_prefill:
         seen = sum(min(position + 1, case.window or position + 1) for n in lens for position in range(n - case.T, n))
