@@ -283,6 +283,10 @@ class EngineConfig:
       skip_tokenizer_init: load no tokenizer; prompts and answers are token ids.
       allow_nonfinite: load weights that hold NaN or infinities, or a matrix of zeros.
       attention_backend: a backend of pallas_kernels, by name.
+      compare_with: a second backend that runs beside the first in every step, on the same pages; see `LLM.duel`. None for none.
+      compare_tolerance: largest difference of the two that is no breach, as a share of the largest number; auto is 1e-4 in
+        float32, 4e-3 in float16, 2e-2 in bfloat16.
+      compare_dir: where a breach is written for replay.
       prefill_tile: tokens of one prefill tile; auto is 16 on a CPU, 64 on a GPU.
       decode_row_buckets: decode rows that get a compiled step of their own.
       prefill_tile_buckets: likewise prefill tiles; 0, a step that only decodes, is always one.
@@ -310,6 +314,9 @@ class EngineConfig:
     skip_tokenizer_init: bool = False
     allow_nonfinite: bool = False
     attention_backend: str = "auto"
+    compare_with: str | None = None
+    compare_tolerance: float | None = None
+    compare_dir: str = "."
     prefill_tile: int | None = None
     decode_row_buckets: tuple[int, ...] | None = None
     prefill_tile_buckets: tuple[int, ...] | None = None
@@ -331,7 +338,7 @@ class EngineConfig:
             if value not in ("auto", *FLOAT_DTYPES):
                 raise ConfigError(f"{name}: got {value!r}, expected one of auto, {', '.join(FLOAT_DTYPES)}")
             object.__setattr__(self, name, value)
-        for name in ("model", "tokenizer", "revision", "compilation_cache_dir"):
+        for name in ("model", "tokenizer", "revision", "compilation_cache_dir", "compare_with", "compare_dir"):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected a string")
         # 16.0 equals 16, so membership alone is not a check.
@@ -349,6 +356,10 @@ class EngineConfig:
             value = self.gpu_memory_utilization
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
                 raise ConfigError(f"gpu_memory_utilization: got {value!r}, expected a number in (0, 1]")
+        if self.compare_tolerance is not None:
+            value = self.compare_tolerance
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ConfigError(f"compare_tolerance: got {value!r}, expected a number above 0")
         for name in ("enforce_eager", "skip_tokenizer_init", "allow_nonfinite"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected True or False")

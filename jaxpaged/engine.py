@@ -14,6 +14,7 @@ from collections.abc import Sequence as Seq
 import jax
 
 from jaxpaged.config import EngineConfig, ModelConfig
+from jaxpaged.duel import Duel
 from jaxpaged.host.pages import PagePool
 from jaxpaged.host.request import Request, RequestError, SamplingParams, TokenEvent
 from jaxpaged.host.scheduler import Limits, Scheduler
@@ -130,6 +131,11 @@ class Engine:
         return events
 
     # --- for people who look ---
+
+    @property
+    def duel(self) -> Duel | None:
+        """What the two backends of `compare_with` differ by so far; None without it."""
+        return self.runner.duel
 
     def stats(self) -> dict[str, int | float]:
         """Counters since the start and the state of the pool right now."""

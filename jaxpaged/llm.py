@@ -22,6 +22,7 @@ from jaxpaged import checkpoint as checkpoints
 from jaxpaged.checkpoint import Checkpoint, CheckpointError
 from jaxpaged.config import EngineConfig, ModelConfig
 from jaxpaged.demo import MODEL_DIR
+from jaxpaged.duel import Duel
 from jaxpaged.engine import Engine
 from jaxpaged.host.request import FinishReason, Request, RequestError, SamplingParams, TokenEvent
 from jaxpaged.model.weights import Weights
@@ -369,6 +370,11 @@ class LLM:
     def stats(self) -> dict[str, int | float]:
         """Counters since the start and the state of the page pool right now."""
         return self._open_engine().stats()
+
+    @property
+    def duel(self) -> Duel | None:
+        """With `compare_with`: how far the two attention backends are apart so far, layer by layer and head by head."""
+        return self._open_engine().duel
 
     def get_metrics(self) -> list[Metric]:
         """The numbers of `stats` under their Prometheus names."""

@@ -20,10 +20,11 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from jaxpaged import batch
+from jaxpaged import batch, duel
 from jaxpaged.config import Bucket, ConfigError, EngineConfig, ModelConfig
 from jaxpaged.host.scheduler import StepPlan
 from jaxpaged.model import cache as kv_cache
+from jaxpaged.model import duel as model_duel
 from jaxpaged.model import step as model_step
 from jaxpaged.model import weights as model_weights
 from jaxpaged.model.weights import Weights
@@ -43,6 +44,7 @@ class Runner(Protocol):
     """What the engine needs of a device."""
 
     num_pages: int
+    duel: duel.Duel | None
 
     def run(self, plan: StepPlan) -> tuple[Seq[int], Seq[bool]]:
         """Run one step: the token and whether its logits were finite, for each chunk of `plan.sampling()`, in its order."""
@@ -66,7 +68,13 @@ class JaxRunner:
         self.compiled: dict[Bucket, jax.stages.Compiled] = {}
         sizes = {"tile": config.prefill_tile, "page_size": config.block_size, "max_blocks_per_seq": config.max_blocks_per_seq}
         self._pad = functools.partial(batch.pad, **sizes)  # type: ignore[arg-type]
-        step = functools.partial(model_step.step, config=model, backend=attention_backend(config, model))
+        self.duel = None
+        backend = attention_backend(config, model)
+        step = functools.partial(model_step.step, config=model, backend=backend)
+        if config.compare_with is not None:
+            rival = attention_backend(config, model, "compare_with")
+            self.duel = duel.Duel.between(backend, rival, config, model)
+            step = functools.partial(model_duel.step, config=model, backend=backend, rival=rival)
         self._jitted = jax.jit(step, donate_argnums=1)
 
     def run(self, plan: StepPlan) -> tuple[Seq[int], Seq[bool]]:
@@ -76,6 +84,9 @@ class JaxRunner:
         if bucket not in self.compiled:  # enforce_eager
             self.compiled[bucket] = self._compile(bucket)
         outputs, self.cache = self.compiled[bucket](self.weights, self.cache, inputs)
+        if self.duel is not None:
+            outputs, evidence = outputs
+            self.duel.record(plan, inputs, rows, evidence, self.cache)
         token_ids, is_finite = np.asarray(outputs.token_ids), np.asarray(outputs.is_finite)
         return token_ids[rows].tolist(), is_finite[rows].tolist()
 
@@ -122,23 +133,24 @@ class JaxRunner:
         self.compiled.clear()
 
 
-def attention_backend(config: EngineConfig, model: ModelConfig) -> backends.Backend:
-    """The backend of pallas_kernels that the options mean on this machine.
+def attention_backend(config: EngineConfig, model: ModelConfig, option: str = "attention_backend") -> backends.Backend:
+    """The backend of pallas_kernels that an option of the engine means on this machine.
 
     Raises:
       ConfigError: there is none of this name, or it cannot run here.
     """
+    wanted = getattr(config, option)
     try:
         choice = dispatch.choose(
             dispatch.DECODE,
-            config.attention_backend,
+            wanted,
             head_dim=model.head_dim,
             page_size=config.block_size,  # type: ignore[arg-type]
             dtypes=(config.dtype, config.kv_cache_dtype),
         )
     except (ValueError, NotImplementedError) as error:
-        raise ConfigError(f"attention_backend: {error}") from None
-    return "interpret" if config.attention_backend == "interpret" else choice.name  # type: ignore[return-value]
+        raise ConfigError(f"{option}: {error}") from None
+    return "interpret" if wanted == "interpret" else choice.name  # type: ignore[return-value]
 
 
 def plan_memory(config: EngineConfig, model: ModelConfig) -> int:

@@ -19,7 +19,7 @@ LIBRARY = ("jaxpaged", "pallas_kernels", "convert")
 FLOORS = (
     ("jaxpaged.version", "jaxpaged.config", "jaxpaged.outputs", "pallas_kernels"),
     ("jaxpaged.host", "jaxpaged.model"),
-    ("jaxpaged.batch", "jaxpaged.checkpoint"),
+    ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel"),
     ("jaxpaged.runner", "jaxpaged.tokenizer", "jaxpaged.demo", "convert"),
     ("jaxpaged.engine",),
     ("jaxpaged.llm",),

@@ -5,13 +5,14 @@ Knows how a step's flat tokens split into rows and tiles. Refuses to know the fo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from jaxpaged.config import ModelConfig
 from jaxpaged.model.cache import KVCache
-from jaxpaged.model.transformer import Attend
 from pallas_kernels import paged_decode_attention, paged_prefill_attention, write_kv_pages
 from pallas_kernels.backends import Backend
 
@@ -31,31 +32,63 @@ class PagedTokens:
     tile_tables: jax.Array  # int32 [C, M]
     tile_lens: jax.Array  # int32 [C], tokens of the tile's sequence up to its last real token
 
+    @property
+    def num_rows(self) -> int:
+        """D, the decode rows."""
+        return self.row_lens.shape[0]
 
-def paged_attend(tokens: PagedTokens, config: ModelConfig, num_pages: int, page_size: int, backend: Backend) -> Attend:
-    """The `attend` function of `transformer.forward` for one step; its state is the KVCache."""
-    D, C = tokens.row_lens.shape[0], tokens.tile_lens.shape[0]
-    scale = config.head_dim**-0.5
-    tile = (tokens.token_ids.shape[0] - D) // max(C, 1)
-    first_positions = tokens.positions[D:].reshape(C, tile)[:, 0] if C else tokens.positions[D:]
+    @property
+    def num_tiles(self) -> int:
+        """C, the prefill tiles."""
+        return self.tile_lens.shape[0]
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        first_page = layer * num_pages  # layer l's page p is row l * P + p of the flat pool, its null page row l * P
-        slots = tokens.slots + first_page * page_size
-        k_pages = write_kv_pages(cache.k_pages, k, slots, backend=backend)
-        v_pages = write_kv_pages(cache.v_pages, v, slots, backend=backend)
-        options = {"scale": scale, "window": config.windows[layer] if config.windows else 0, "backend": backend}
+    @property
+    def tile(self) -> int:
+        """Tokens of one prefill tile; of no meaning without tiles."""
+        return (self.token_ids.shape[0] - self.num_rows) // max(self.num_tiles, 1)
+
+    @property
+    def first_positions(self) -> jax.Array:
+        """int32 [C], the position of each tile's first token."""
+        return self.positions[self.num_rows :: max(self.tile, 1)]
+
+
+@dataclass(frozen=True)
+class PagedAttention:
+    """The `attend` of `transformer.forward` for one step's tokens; its state is the KVCache."""
+
+    tokens: PagedTokens
+    config: ModelConfig
+    backend: Backend
+
+    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Write the layer's new keys and values, then attend to all there are."""
+        cache = self.write(layer, k, v, cache)
+        return self.read(layer, q, cache), cache
+
+    def write(self, layer: int, k: jax.Array, v: jax.Array, cache: KVCache) -> KVCache:
+        """The cache with the tokens' keys and values [X, K, H] in their slots of a layer."""
+        # Layer l's page p is row l * P + p of the flat pool, its null page row l * P.
+        slots = self.tokens.slots + layer * cache.pages_per_layer(self.config) * cache.page_size
+        k_pages = write_kv_pages(cache.k_pages, k, slots, backend=self.backend)
+        v_pages = write_kv_pages(cache.v_pages, v, slots, backend=self.backend)
+        return KVCache.of(k_pages, v_pages)
+
+    def read(self, layer: int, q: jax.Array, cache: KVCache) -> jax.Array:
+        """What the queries [X, N, H] gather from a layer's pages: [X, N, H]."""
+        tokens, config = self.tokens, self.config
+        first_page = layer * cache.pages_per_layer(config)
+        window = config.windows[layer] if config.windows else 0
+        options = {"scale": config.head_dim**-0.5, "window": window, "backend": self.backend}
+        pages = cache.k_pages, cache.v_pages
+        D, C, tile = tokens.num_rows, tokens.num_tiles, tokens.tile
         parts = []
         if D:
-            rows = paged_decode_attention(
-                q[:D, None], k_pages, v_pages, tokens.row_tables + first_page, tokens.row_lens, **options
-            )
+            rows = paged_decode_attention(q[:D, None], *pages, tokens.row_tables + first_page, tokens.row_lens, **options)
             parts.append(rows[:, 0])
         if C:
+            tables, firsts = tokens.tile_tables + first_page, tokens.first_positions
             tiles = q[D:].reshape(C, tile, *q.shape[1:])
-            tables = tokens.tile_tables + first_page
-            tiles = paged_prefill_attention(tiles, k_pages, v_pages, tables, tokens.tile_lens, first_positions, **options)
+            tiles = paged_prefill_attention(tiles, *pages, tables, tokens.tile_lens, firsts, **options)
             parts.append(tiles.reshape(-1, *q.shape[1:]))
-        return jnp.concatenate(parts), KVCache.of(k_pages, v_pages)
-
-    return attend
+        return jnp.concatenate(parts)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.config import ModelConfig
-from jaxpaged.model.attention import PagedTokens, paged_attend
+from jaxpaged.model.attention import PagedAttention, PagedTokens
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.sampler import SamplingInputs, sample
 from jaxpaged.model.transformer import forward, logits
@@ -49,8 +49,7 @@ def forward_paged(
     weights: Weights, cache: KVCache, tokens: PagedTokens, *, config: ModelConfig, backend: Backend = "auto"
 ) -> tuple[jax.Array, KVCache]:
     """Hidden states [X, D] of a step's tokens, and the cache with their keys and values written."""
-    attend = paged_attend(tokens, config, cache.pages_per_layer(config), cache.page_size, backend)
-    return forward(weights, config, tokens.token_ids, tokens.positions, attend, cache)
+    return forward(weights, config, tokens.token_ids, tokens.positions, PagedAttention(tokens, config, backend), cache)
 
 
 def prefill(

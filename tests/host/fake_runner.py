@@ -39,6 +39,8 @@ def isolated(prompt: Sequence[int], max_len: int, stop_ids: frozenset[int] = fro
 class FakeRunner:
     """The Runner protocol over pages of token ids, written and read through the page list of each chunk's sequence."""
 
+    duel = None
+
     def __init__(self, num_pages: int, page_size: int, fails: Fails = lambda request_id, num_output: False):
         self.num_pages, self.page_size, self.fails = num_pages, page_size, fails
         self.places = array("I", [POISON] * (num_pages * page_size))

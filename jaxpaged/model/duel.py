@@ -1,0 +1,89 @@
+"""A step that runs two attention backends on the same pages and says how far apart they are, layer by layer and head by head.
+
+Knows how to compare. Refuses to judge: what counts as a breach, and what becomes of it, is `jaxpaged.duel`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxpaged.config import ModelConfig
+from jaxpaged.model.attention import PagedAttention, PagedTokens
+from jaxpaged.model.cache import KVCache
+from jaxpaged.model.sampler import sample
+from jaxpaged.model.step import StepInputs, StepOutputs
+from jaxpaged.model.transformer import forward, logits
+from jaxpaged.model.weights import Weights
+from pallas_kernels.backends import Backend
+
+
+@flax.struct.dataclass
+class Evidence:
+    """What one step tells about its two backends. R = D + C: decode rows, then prefill tiles, padding among them."""
+
+    errors: jax.Array  # float32 [L, R, N], largest distance over a row's real tokens, over the rival's largest number there
+    queries: jax.Array  # [L, X, N, H], what both were asked
+    best: jax.Array  # int32 [2, R], each side's likeliest next token for the rows that may sample
+
+
+@dataclass(frozen=True)
+class _Duellists:
+    """`attend` that answers with the backend's result and notes its distance from the rival's."""
+
+    attention: PagedAttention
+    rival: PagedAttention
+
+    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: tuple) -> tuple[jax.Array, tuple]:
+        cache, errors, queries = state
+        cache = self.attention.write(layer, k, v, cache)
+        ours, theirs = self.attention.read(layer, q, cache), self.rival.read(layer, q, cache)
+        error = _distance(ours, theirs, self.attention.tokens)
+        return ours, (cache, (*errors, error), (*queries, q))
+
+
+def step(
+    weights: Weights, cache: KVCache, inputs: StepInputs, *, config: ModelConfig, backend: Backend, rival: Backend
+) -> tuple[tuple[StepOutputs, Evidence], KVCache]:
+    """`model.step.step` on `backend`, and beside it the evidence of its duel with `rival`. Donate `cache`.
+
+    Every layer asks both the same: the backend's own queries. The likeliest tokens are compared between two whole forward passes
+    over the pages that the backend's pass has written.
+    """
+    tokens = inputs.tokens
+    attention, opponent = PagedAttention(tokens, config, backend), PagedAttention(tokens, config, rival)
+    ids, positions = tokens.token_ids, tokens.positions
+    hidden, (cache, errors, queries) = forward(weights, config, ids, positions, _Duellists(attention, opponent), (cache, (), ()))
+    scores = logits(weights, config, hidden[inputs.sample_at])
+    token_ids = sample(scores, inputs.sampling, positions[inputs.sample_at] + 1)
+    outputs = StepOutputs(token_ids=token_ids, is_finite=jnp.all(jnp.isfinite(scores), axis=-1))
+
+    def read_only(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        return opponent.read(layer, q, cache), cache
+
+    hidden, cache = forward(weights, config, ids, positions, read_only, cache)
+    rival_scores = logits(weights, config, hidden[inputs.sample_at])
+    best = jnp.stack([jnp.argmax(scores, axis=-1), jnp.argmax(rival_scores, axis=-1)]).astype(jnp.int32)
+    return (outputs, Evidence(errors=jnp.stack(errors), queries=jnp.stack(queries), best=best)), cache
+
+
+def _distance(ours: jax.Array, theirs: jax.Array, tokens: PagedTokens) -> jax.Array:
+    """float32 [R, N] of two results [X, N, H]; infinite where one is not a number, 0 for padding."""
+    D, C = tokens.num_rows, tokens.num_tiles
+    ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
+    apart = jnp.where(jnp.isfinite(ours) & jnp.isfinite(theirs), jnp.abs(ours - theirs), jnp.inf)
+    lens = jnp.repeat(tokens.tile_lens, tokens.tile) if C else tokens.tile_lens
+    is_real = jnp.concatenate([tokens.row_lens > 0, tokens.positions[D:] < lens])[:, None]
+    apart = jnp.where(is_real, jnp.max(apart, axis=-1), 0.0)
+    size = jnp.where(is_real, jnp.max(jnp.abs(theirs), axis=-1), 0.0)
+
+    def largest(x: jax.Array) -> jax.Array:
+        """[X, N] to [R, N], over the tokens of each row or tile."""
+        tiles = x[D:].reshape(C, tokens.tile, -1).max(axis=1) if C else x[D:]
+        return jnp.concatenate([x[:D], tiles])
+
+    apart, size = largest(apart), largest(size)
+    return jnp.where(apart > 0, apart / jnp.maximum(jnp.nan_to_num(size), 1e-30), 0.0)
