@@ -1,5 +1,5 @@
-// Paged attention and page writes for a CPU, called by XLA through its foreign function interface. Built for one HEAD_SIZE at a time,
-// a multiple of 16, so that it builds in seconds and its loops are unrolled.
+// Paged attention and page writes for a CPU, called by XLA through its foreign function interface. Built for one HEAD_SIZE at a
+// time, a multiple of 16, so that it builds in seconds and its loops are unrolled.
 //
 // One task is one row and one key/value head. It walks the row's pages once, in blocks of tokens, with an online softmax in
 // float32, and touches no token outside [first visible, kv_len): what unused places hold, NaN or not, is never read.
@@ -28,6 +28,7 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int kBlock = 64;         // tokens whose scores are held at a time
+constexpr int kTokens = 4;         // tokens whose keys are held at a time
 constexpr float kLowest = -1e30f;  // stands for -inf: lowest - lowest is 0, not NaN
 
 struct BFloat16 {
@@ -43,7 +44,7 @@ using Int8 = int8_t;
 
 constexpr uint8_t kFloat8NaN = 0x7f;  // without the sign
 
-// What the numbers of a page are multiplied by after Load: an e4m3's bits are read as those of a half, whose exponents are 8 less.
+// What is left to multiply a page's numbers by after Load: an e4m3 is read as the bits of a half, whose exponents are 8 less.
 template <typename P>
 constexpr float kUnit = std::is_same_v<P, Float8> ? 256.0f : 1.0f;
 
@@ -85,7 +86,7 @@ inline float ExpNonPositive(float x) {
   return p * scale;
 }
 
-// tanh within 2 ulp, as plain: Cephes' polynomial near 0, where 1 - exp would cancel. A NaN fails the comparison and passes through.
+// tanh within 2 ulp, as plain: Cephes' polynomial near 0, where 1 - exp would cancel. A NaN fails the comparison and passes.
 inline float Tanh(float x) {
   const float size = std::fabs(x), square = x * x;
   float p = -5.70498872745e-3f;
@@ -122,7 +123,8 @@ inline Vec Load(const Int8* p) {
 inline Vec Load(const Float8* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   // The sign arrives in bits 15 and 14; the mask keeps one of them.
-  __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+  const __m256i kept = _mm256_set1_epi16(static_cast<int16_t>(0xbf80));
+  __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), kept);
   const __m128i magnitude = _mm_and_si128(bytes, _mm_set1_epi8(0x7f));
   const __mmask16 is_nan = _mm_cmpeq_epi8_mask(magnitude, _mm_set1_epi8(static_cast<int8_t>(kFloat8NaN)));
   half = _mm256_mask_blend_epi16(is_nan, half, _mm256_set1_epi16(0x7e00));
@@ -137,13 +139,24 @@ inline Vec Load(const P* p) {
 }
 #endif
 inline void Store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
-inline float Sum(Vec x) {
-#ifdef __AVX512F__
-  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x));
+
+// The sums of four vectors' lanes.
+inline void StoreSums(float* target, const Vec* x) {
+#ifdef __AVX512F__  // together they take half the shuffles of four sums, each of which would be as dear as a head of 64
+  const auto fold = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  const auto as512 = [](Vec y) { return reinterpret_cast<__m512>(y); };
+  __m512 y = fold(fold(as512(x[0]), as512(x[1])), fold(as512(x[2]), as512(x[3])));
+  y = _mm512_add_ps(y, _mm512_permute_ps(y, 0x4e));
+  y = _mm512_add_ps(y, _mm512_permute_ps(y, 0xb1));
+  _mm_storeu_ps(target, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, y)));
 #else
-  float total = 0.0f;
-  for (int i = 0; i < kLanes; ++i) total += x[i];
-  return total;
+  for (int j = 0; j < 4; ++j) {
+    float total = 0.0f;
+    for (int i = 0; i < kLanes; ++i) total += x[j][i];
+    target[j] = total;
+  }
 #endif
 }
 
@@ -201,7 +214,8 @@ struct Block {
 // Turns a query's scores of a block into what its values are to be multiplied by, and returns what its sum so far is to be.
 __attribute__((noinline)) float Weigh(Query& query, const Block& block, float* weights) {
   const int count = block.count;
-  const int a = std::clamp<int64_t>(query.low - block.start, 0, count), b = std::clamp<int64_t>(query.high - block.start, 0, count);
+  const int a = std::clamp<int64_t>(query.low - block.start, 0, count);
+  const int b = std::clamp<int64_t>(query.high - block.start, 0, count);
   if (block.k_scales)
     for (int j = a; j < b; ++j) weights[j] *= block.k_scales[j];
   if (block.soft_cap != 0.0f) {
@@ -224,18 +238,21 @@ __attribute__((noinline)) float Weigh(Query& query, const Block& block, float* w
 }
 
 // One block for NQ queries at once, so that a row of K or V is read once for all. The row's pages are of type P; V registers of
-// kLanes make up a head.
+// kLanes make up a head. Keys are taken kTokens at a time, so after the last row the last row is there again.
 template <typename P, int V, int NQ>
 inline void AttendBlock(Query* queries, const P* const* k_rows, const P* const* v_rows, const Block& block) {
   float weights[NQ][kBlock];
-  for (int j = 0; j < block.count; ++j) {
-    Vec k[V];
-    for (int v = 0; v < V; ++v) k[v] = Load(k_rows[j] + v * kLanes);
-    for (int i = 0; i < NQ; ++i) {
-      Vec dot = Load(queries[i].q) * k[0];
-      for (int v = 1; v < V; ++v) dot += Load(queries[i].q + v * kLanes) * k[v];
-      weights[i][j] = Sum(dot);
+  for (int j = 0; j < block.count; j += kTokens) {
+    Vec dots[NQ][kTokens] = {};
+    for (int v = 0; v < V; ++v) {
+      Vec k[kTokens];
+      for (int t = 0; t < kTokens; ++t) k[t] = Load(k_rows[j + t] + v * kLanes);
+      for (int i = 0; i < NQ; ++i) {
+        const Vec q = Load(queries[i].q + v * kLanes);
+        for (int t = 0; t < kTokens; ++t) dots[i][t] += q * k[t];
+      }
     }
+    for (int i = 0; i < NQ; ++i) StoreSums(weights[i] + j, dots[i]);
   }
   float rescale[NQ];
   for (int i = 0; i < NQ; ++i) rescale[i] = Weigh(queries[i], block, weights[i]);
@@ -272,17 +289,30 @@ inline void AttendQueries(Query* queries, int num_queries, const P* const* k_row
   for (; i < num_queries; ++i) AttendBlock<P, V, 1>(queries + i, k_rows, v_rows, block);
 }
 
+// The slots of a row's head one after another, without a division for each.
+class Slots {
+ public:
+  Slots(const Call& c, int64_t b, int64_t head, int64_t position)
+      : pages_(c.tables + b * c.M + position / c.S), offset_(position % c.S), head_(head), K_(c.K), S_(c.S) {}
+  int64_t operator*() const { return (*pages_ * K_ + head_) * S_ + offset_; }
+  void operator++() {
+    if (++offset_ == S_) ++pages_, offset_ = 0;
+  }
+
+ private:
+  const int32_t* pages_;
+  int64_t offset_, head_, K_, S_;
+};
+
 // All queries of row b that share one key/value head. A head is V * kLanes numbers.
 template <typename P, int V>
 void AttendRow(const Call& c, int64_t b, int64_t head) {
   constexpr int H = V * kLanes;
   const P* k_pages = static_cast<const P*>(c.k_pages);
   const P* v_pages = static_cast<const P*>(c.v_pages);
-  const int32_t* table = c.tables + b * c.M;
   const int64_t kv_len = c.kv_lens[b], first = c.first[b];
   const int G = c.N / c.K, num_queries = G * c.T;
-  // Many queries read each row: convert it once. Bytes are always converted once; it costs them little and saves a build second.
-  const bool converts = sizeof(P) == 1 || (!std::is_same_v<P, float> && num_queries > 2 * GroupSize<V>());
+  const bool converts = !std::is_same_v<P, float> && num_queries > 2 * GroupSize<V>();
   const bool has_head_scales = c.k_scales && !c.has_token_scales;
   const float q_scale = c.scale * kUnit<P> * (has_head_scales ? c.k_scales[head] : 1.0f);
   const float out_scale = kUnit<P> * (has_head_scales ? c.v_scales[head] : 1.0f);
@@ -314,33 +344,34 @@ void AttendRow(const Call& c, int64_t b, int64_t head) {
     const P* k_rows[kBlock];
     const P* v_rows[kBlock];
     float k_scales[kBlock], v_scales[kBlock];
-    for (int j = 0; j < count; ++j) {
-      const int64_t place = start + j;
-      const int64_t slot = (table[place / c.S] * c.K + head) * c.S + place % c.S;
-      k_rows[j] = k_pages + slot * H;
-      v_rows[j] = v_pages + slot * H;
+    Slots slot(c, b, head, start), ahead(c, b, head, start + kBlock);
+    for (int j = 0; j < count; ++j, ++slot) {
+      k_rows[j] = k_pages + *slot * H;
+      v_rows[j] = v_pages + *slot * H;
       if (c.has_token_scales) {
-        k_scales[j] = c.k_scales[slot];
-        v_scales[j] = c.v_scales[slot];
+        k_scales[j] = c.k_scales[*slot];
+        v_scales[j] = c.v_scales[*slot];
       }
-      // Pages lie anywhere, so the processor cannot foresee the next one: ask for a token of the next block as each of this is named.
-      const int64_t ahead = place + kBlock;
-      if (ahead < kv_len) {
-        const int64_t next = ((table[ahead / c.S] * c.K + head) * c.S + ahead % c.S) * H;
+      // Pages lie anywhere, so the processor cannot foresee the next one: ask for a token of the next block with each of this.
+      if (start + kBlock + j < kv_len) {
+        const int64_t next = *ahead * H;
         for (size_t byte = 0; byte < H * sizeof(P); byte += 64) {
           __builtin_prefetch(reinterpret_cast<const char*>(k_pages + next) + byte);
           __builtin_prefetch(reinterpret_cast<const char*>(v_pages + next) + byte);
         }
+        ++ahead;
       }
     }
+    for (int j = count; j % kTokens; ++j) k_rows[j] = k_rows[count - 1];
     if (c.has_token_scales) block.k_scales = k_scales, block.v_scales = v_scales;
-    if constexpr (sizeof(P) > 1)
-      if (!converts) {
-        AttendQueries<P, V>(queries.data(), num_queries, k_rows, v_rows, block);
-        continue;
-      }
+    if (!converts) {
+      AttendQueries<P, V>(queries.data(), num_queries, k_rows, v_rows, block);
+      continue;
+    }
+    // Many queries read each row: convert it once.
     const float* k_converted[kBlock];
     const float* v_converted[kBlock];
+    for (int j = count; j % kTokens; ++j) k_converted[j] = k_block + (count - 1) * H;
     for (int j = 0; j < count; ++j) {
       for (int v = 0; v < V; ++v) Store(k_block + j * H + v * kLanes, Load(k_rows[j] + v * kLanes));
       for (int v = 0; v < V; ++v) Store(v_block + j * H + v * kLanes, Load(v_rows[j] + v * kLanes));
