@@ -9,6 +9,7 @@ G = N/K, H head size.
 
 from pallas_kernels.paged_decode_attention import paged_decode_attention
 from pallas_kernels.paged_prefill_attention import paged_prefill_attention
+from pallas_kernels.sample_logits import sample_logits
 from pallas_kernels.write_kv_pages import write_kv_pages
 
-__all__ = ["paged_decode_attention", "paged_prefill_attention", "write_kv_pages"]
+__all__ = ["paged_decode_attention", "paged_prefill_attention", "sample_logits", "write_kv_pages"]

@@ -34,7 +34,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-NAMES = ("paged_decode_attention", "paged_prefill_attention")
+NAMES = ("paged_decode_attention", "paged_prefill_attention", "sample_logits")
 
 
 @dataclass(frozen=True)
