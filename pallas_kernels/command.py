@@ -108,6 +108,17 @@ def matches(case: Any, substrings: Sequence[str]) -> bool:
     return not substrings or any(part in str(case) for part in substrings)
 
 
+def is_refusal(error: Exception) -> bool:
+    """Whether an operation says that a backend cannot run here, and not something below it that it lacks a feature."""
+    return isinstance(error, NotImplementedError) and "cannot run here" in str(error)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that says something, cut to what fits a table."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return lines[0][:300]
+
+
 def here() -> str:
     """This machine in a line: jax, and what it runs on."""
     device = jax.devices()[0]

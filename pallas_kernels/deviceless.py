@@ -7,6 +7,7 @@ sets all of that up; `program` and `Kernel` are for those who write kernels.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ GPUS = {
     "sm_90a": ("NVIDIA H200", (9, 0), 132, 228),
     "sm_100a": ("NVIDIA B200", (10, 0), 148, 228),
 }
+# Of the files that Mosaic dumps for each kernel, the one that is always there and holds all of it.
+_LOWERED = ".after_layout_inference.txt"
 
 
 class _CudaDevice(AbstractDevice):
@@ -43,6 +46,7 @@ class Kernel:
     spill_bytes: int  # stores and loads of registers that did not fit
     stack_bytes: int
     shared_bytes: int  # shared memory of one block
+    num_threads: int  # of one block
     instructions: dict[str, int]  # SASS mnemonic without its suffixes -> how often
 
 
@@ -50,7 +54,7 @@ class Kernel:
 class Program:
     """A compiled function: its Mosaic kernels, and the memory it needs beside its arguments and results."""
 
-    kernels: tuple[Kernel, ...]
+    kernels: tuple[Kernel, ...]  # each once, however often it is called
     temporary_bytes: int
     alias_bytes: int
 
@@ -82,8 +86,8 @@ def program(
         jitted = jax.jit(lambda **given: function(**given), out_shardings=sharding, donate_argnames=donate)
         compiled = jitted.trace(**shapes).lower(lowering_platforms=("cuda",)).compile()
     analysis = compiled.memory_analysis()
-    stems = sorted(path.with_suffix("") for path in set(dump.iterdir()) - before if path.suffix == ".ptxas")
-    kernels = tuple(map(_read, stems))
+    stems = sorted(_stem(path) for path in set(dump.iterdir()) - before if path.name.endswith(_LOWERED))
+    kernels = tuple(map(_read, dict.fromkeys(map(_compiled, stems))))
     for path in set(dump.iterdir()) - before:
         if path.suffix == ".log":  # every pass of the compiler: tens of megabytes
             path.unlink()
@@ -108,7 +112,26 @@ device_description_str: "{kind}"
 """
 
 
+def _stem(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(_LOWERED))
+
+
+def _compiled(stem: Path) -> Path:
+    """The dumped files of that kernel, or of its twin: a kernel that this process has compiled before is not compiled again."""
+    if stem.with_suffix(".ptxas").exists():
+        return stem
+
+    def body(of: Path) -> str:
+        return Path(f"{of}{_LOWERED}").read_text().replace(f'"{of.name}"', "")
+
+    for twin in map(_stem, stem.parent.glob(f"*{_LOWERED}")):
+        if twin.with_suffix(".ptxas").exists() and body(twin) == body(stem):
+            return twin
+    raise RuntimeError(f"{stem.name}: the assembler has said nothing about this kernel")
+
+
 def _read(stem: Path) -> Kernel:
+    """The kernel whose dumped files are `stem` with several suffixes."""
     log = stem.with_suffix(".ptxas").read_text()
     resources = stem.with_suffix(".resources.txt").read_text()
     sass = stem.with_suffix(".sass_ctrl")
@@ -126,5 +149,11 @@ def _read(stem: Path) -> Kernel:
         spill_bytes=number(r"(\d+) bytes spill", log),
         stack_bytes=number(r"(\d+) bytes stack", log),
         shared_bytes=number(r"smem_scratch_bytes=(\d+)", resources),
+        num_threads=_threads(stem.with_suffix(".ptx").read_text()),
         instructions=instructions,
     )
+
+
+def _threads(ptx: str) -> int:
+    found = re.search(r"\.(?:maxntid|reqntid)\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?", ptx)
+    return math.prod(int(size or 1) for size in found.groups()) if found else 0

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels import command
 from pallas_kernels.operations import Call, Cost, Operation
 
 # Copies of a call's arrays reach this: twice the last cache of any GPU (50 MB on a Hopper, 126 MB on a Blackwell).
@@ -300,9 +301,8 @@ def time_case(
         try:
             runner = make()
         except Exception as error:  # an absent backend or peer is a line, whatever it dies of
-            said = str(error).strip().splitlines() or [""]
             kind = "" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: "
-            reasons[name] = f"{kind}{said[0][:300]}".removeprefix(f"{operation.name}: ")
+            reasons[name] = f"{kind}{command.first_line(error)}".removeprefix(f"{operation.name}: ")
             continue
         differences[runner.name] = difference(runner.outputs, runners[0].outputs, counts) if runners else 0.0
         if differences[runner.name] > most:
