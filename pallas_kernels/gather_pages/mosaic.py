@@ -1,0 +1,5 @@
+"""On an NVIDIA GPU: the kernel of `copy_pages`, which moves pages in any direction."""
+
+from pallas_kernels.copy_pages.mosaic import gather_pages, unavailable
+
+__all__ = ["gather_pages", "unavailable"]
