@@ -18,7 +18,6 @@ import jax
 
 from pallas_kernels import command, figures, timing
 from pallas_kernels.command import RIGHT, UsageError
-from pallas_kernels.operations import Operation
 from pallas_kernels.timing import Floors, Row
 
 HEADER = ("operation", "case", "candidate", "median us", "lowest", "highest", "speed", "of the floor", "bound", "ratio")
@@ -49,17 +48,6 @@ def as_json(rows: Sequence[Row], floors: Floors) -> dict[str, Any]:
     }
 
 
-def _too_large(operation: Operation, case: Any, floors: Floors, num_mib: int, slowest_ms: float) -> str | None:
-    """Why a case is not for this machine, by what it cannot do without."""
-    cost = operation.cases.cost(case)
-    if cost.num_bytes > num_mib << 20:
-        return f"its {cost.num_bytes >> 20} MiB are more than --memory {num_mib}"
-    least_ms = floors.least_us(cost, "bfloat16")[0] / 1e3
-    if least_ms > slowest_ms:
-        return f"it takes {least_ms:.0f} ms at the very least, more than --slowest {slowest_ms:g}"
-    return None
-
-
 def _command(argv: Sequence[str] | None) -> int:
     parser = command.Parser("bench", (__doc__ or "").split("\n\n")[0])
     command.add_choice(parser, backends="mosaic, xla on a GPU, native, xla on a CPU")
@@ -68,7 +56,7 @@ def _command(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("--repeats", type=int, default=9, help="samples of each candidate, in turn (%(default)s)")
     memory, slowest = (8192, 1000.0) if jax.default_backend() == "gpu" else (256, 20.0)
-    parser.add_argument("--memory", type=int, default=memory, metavar="MIB", help="leave out larger cases (%(default)s here)")
+    parser.add_argument("--memory", type=int, default=memory, metavar="MIB", help="leave out what moves more (%(default)s here)")
     parser.add_argument(
         "--slowest",
         type=float,
@@ -92,7 +80,7 @@ def _command(argv: Sequence[str] | None) -> int:
     print(f"{command.here()}: {floors}", flush=True)
     rows: list[Row] = []
     for operation, case in work:
-        if reason := _too_large(operation, case, floors, given.memory, given.slowest):
+        if reason := timing.too_large(operation, case, floors, given.memory, given.slowest):
             print(f"{operation.name} {case}: left out, {reason}", flush=True)
             continue
         found, reasons = timing.time_case(operation, case, operation.cases.make(case), backends, floors, repeats=given.repeats)

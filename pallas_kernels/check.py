@@ -80,14 +80,19 @@ class Truth:
         return self._operation.cases.plain(self._call)
 
 
-def lines(operation: Operation, name: str, call: Call, backend: str, truth: Truth) -> list[Line]:
+def lines(operation: Operation, name: str, call: Call, backend: str, truth: Truth, *, is_repeated: bool = False) -> list[Line]:
     """Run a call on a backend and hold every output that it returns to the definition.
+
+    Args:
+      is_repeated: run it twice; other bits the second time are wrong.
 
     Raises:
       NotImplementedError: the backend cannot run it here.
     """
     try:
-        got, exact, plain = _run(operation, call, backend), truth.exact, truth.plain
+        got = _run(operation, call, backend)
+        again = _run(operation, call, backend) if is_repeated else got
+        exact, plain = truth.exact, truth.plain
     except NotImplementedError:
         raise
     except Exception as error:  # any kernel's failure is a finding, and the next case is still wanted
@@ -106,6 +111,8 @@ def lines(operation: Operation, name: str, call: Call, backend: str, truth: Trut
             continue
         units = ulp(x, wanted) if plain is not None else None
         text = "right" if verdict.is_right else "wrong"
+        if again[i].tobytes() != x.tobytes():
+            text = "wrong: a second run has other bits"
         found.append(line(verdict.max_error, verdict.allowed, verdict.relative_error, units, verdict.first_bad, text))
     return found
 
@@ -228,7 +235,7 @@ def _command(argv: Sequence[str] | None) -> int:
     checked, absent = [x for x in found if isinstance(x, Line)], [x for x in found if isinstance(x, Absent)]
     wrong = [line for line in checked if not line.is_right]
     if given.json:
-        print(json.dumps({"machine": command.here(), "lines": _plain(checked), "cannot_run": _plain(absent)}, indent=1))
+        print(json.dumps({"machine": command.here(), "lines": plain(checked), "cannot_run": plain(absent)}, indent=1))
     else:
         print(command.here())
         if checked:
@@ -245,7 +252,7 @@ def _count(number: int) -> str:
     return f"{number} case{'s' * (number != 1)}"
 
 
-def _plain(found: Sequence[Line | Absent]) -> list[dict[str, Any]]:
+def plain(found: Sequence[Line | Absent]) -> list[dict[str, Any]]:
     """As JSON has it: no infinities."""
     return [
         {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in asdict(each).items()} for each in found

@@ -147,6 +147,8 @@ def _as_tuple(outputs: Any) -> tuple[jax.Array, ...]:
 def difference(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray], counts: Sequence[np.ndarray] | None) -> float:
     """The largest relative error among the outputs of two implementations (Frobenius), where a number of either is finite.
 
+    Of whole numbers, tokens say, it is the share of those that are not the same.
+
     Args:
       counts: for each output which of its numbers mean something; None for all.
     """
@@ -154,7 +156,10 @@ def difference(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray], counts: 
     for i, (a, b) in enumerate(zip(got, wanted, strict=False)):
         if a.shape != b.shape:
             return float("inf")
-        x, y = a.astype(np.float64), b.astype(np.float64)
+        if np.issubdtype(b.dtype, np.integer):
+            worst = max(worst, float(np.mean(a != b)) if a.size else 0.0)
+            continue
+        x, y = a.astype(np.float32), b.astype(np.float32)
         where = np.isfinite(x) | np.isfinite(y)
         if counts is not None:
             where &= counts[i]
@@ -331,6 +336,17 @@ def time_case(
         for runner in runners
     ]
     return rows, reasons
+
+
+def too_large(operation: Operation, case: Any, floors: Floors, num_mib: int, slowest_ms: float) -> str | None:
+    """Why a case is not for this machine, by what it cannot do without, or None."""
+    cost = operation.cases.cost(case)
+    if cost.num_bytes > num_mib << 20:
+        return f"its {cost.num_bytes >> 20} MiB are more than {num_mib}"
+    least_ms = floors.least_us(cost, "bfloat16")[0] / 1e3
+    if least_ms > slowest_ms:
+        return f"it takes {least_ms:.0f} ms at the very least, more than {slowest_ms:g}"
+    return None
 
 
 def _with_options(peer: Callable[[Call], Any], options: Mapping[str, Any]) -> Callable[..., Any]:
