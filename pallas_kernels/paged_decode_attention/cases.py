@@ -186,6 +186,20 @@ def plain(call: Call) -> tuple[np.ndarray, np.ndarray]:
     return out.astype(call.arrays["q"].dtype), lse
 
 
+def gather(call: Call):
+    """The gather of whole padded tables, which a paged kernel has to beat."""
+    from pallas_kernels.paged_decode_attention import dispatch, gather
+
+    a, options = dict(call.arrays), call.options
+    a.setdefault("first_positions", a["kv_lens"] - a["q"].shape[1])
+    fixed = dispatch.Options(scale=options["scale"], window=options.get("window", 0), soft_cap=options.get("soft_cap", 0.0))
+    out, lse = gather.attend(dispatch.Arrays(**a), fixed)  # type: ignore[arg-type]
+    return (out, lse) if options.get("return_lse") else out
+
+
+PEERS = {"gather": gather}
+
+
 def counts(call: Call) -> tuple[np.ndarray, np.ndarray]:
     """Which numbers of the outputs mean something: not those of a tile's padding queries."""
     q, lens = call.arrays["q"], call.arrays["kv_lens"]

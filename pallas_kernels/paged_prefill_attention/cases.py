@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.paged_decode_attention.cases import OUTPUTS, Case, cost, counts, define, make, plain, poison
+from pallas_kernels.paged_decode_attention.cases import OUTPUTS, PEERS, Case, cost, counts, define, make, plain, poison
 
-__all__ = ["BENCH", "CHECK", "OUTPUTS", "Case", "cost", "counts", "define", "make", "plain", "poison"]
+__all__ = ["BENCH", "CHECK", "OUTPUTS", "PEERS", "Case", "cost", "counts", "define", "make", "plain", "poison"]
 
 
 def _tiles(*cases: Case) -> tuple[Case, ...]:
