@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels.target import Target
 
@@ -72,6 +73,28 @@ def fence_async_shared_cta() -> None:
     Without it, refilling a slot that registers were loaded from is a race (the interpreter sees it).
     """
     plgpu.commit_smem()
+
+
+def wgmma_onto(acc: jax.Array, a: jax.Array, b: Any, *, target: Target, meanwhile: Callable[[], None]) -> jax.Array:
+    """acc + a @ b by the warpgroup's tensor cores: acc and a in registers, b in shared memory.
+
+    The interpreter has neither `run_state` nor products of registers. There b is read into registers, with the fence that a
+    refill of b then needs: an order of reads and refills that is wrong is still a race.
+
+    Args:
+      meanwhile: what is done while the product runs.
+    """
+    if target.is_interpreted:
+        acc = acc + jnp.dot(a, b[...], preferred_element_type=acc.dtype)
+        fence_async_shared_cta()
+        meanwhile()
+        return acc
+
+    def product(ref: Any) -> None:
+        plgpu.wgmma(ref, a, b)
+        meanwhile()
+
+    return pl.run_state(product)(plgpu.ACC.init(acc))
 
 
 def _interpret_params() -> Any:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import jax
 import pytest
 
 from pallas_kernels.backends import MOSAIC_JAX
+
+# Threads of XLA's CPU client, which reads this once. The interpreter gives each warpgroup that waits at a barrier one of them: on
+# a machine of two cores a kernel of three warpgroups would wait forever.
+os.environ.setdefault("NPROC", "8")
 
 
 @pytest.fixture(autouse=True)
