@@ -39,6 +39,8 @@ def copy_pages(
         return importlib.import_module("pallas_kernels.copy_pages.mosaic").unavailable(target, pages.shape, pages.dtype.name)
 
     choice = backends.choose("copy_pages", backend, mosaic=mosaic)
+    if not sources.shape[0]:
+        return pages
     implementation = importlib.import_module(f"pallas_kernels.copy_pages.{choice.name}")
     options = {} if choice.target is None else {"target": choice.target}
     return implementation.copy_pages(pages, sources, targets, num_layers, **options)

@@ -39,8 +39,6 @@ def unavailable(target: Target, shape: tuple[int, ...], dtype: str) -> str | Non
 
 def copy_pages(pages: jax.Array, sources: jax.Array, targets: jax.Array, num_layers: int, *, target: Target) -> jax.Array:
     """See the contract in `pallas_kernels.copy_pages`."""
-    if not sources.shape[0]:
-        return pages
     pool = jax.new_ref(_in_pieces(pages, target))
     _move("copy_pages", target, pool, pool, sources, targets, num_layers)
     return jax.freeze(pool).reshape(pages.shape)
@@ -49,8 +47,6 @@ def copy_pages(pages: jax.Array, sources: jax.Array, targets: jax.Array, num_lay
 def gather_pages(pages: jax.Array, page_numbers: jax.Array, num_layers: int, *, target: Target) -> jax.Array:
     """See the contract in `pallas_kernels.gather_pages`."""
     shape = (page_numbers.shape[0], num_layers, *pages.shape[1:])
-    if not shape[0]:
-        return jnp.zeros(shape, pages.dtype)
     pool = _in_pieces(pages, target)
     staged = jax.ShapeDtypeStruct((shape[0] * num_layers, *pool.shape[1:]), pool.dtype)
     return _move("gather_pages", target, pool, staged, page_numbers, None, num_layers).reshape(shape)
@@ -58,8 +54,6 @@ def gather_pages(pages: jax.Array, page_numbers: jax.Array, num_layers: int, *, 
 
 def scatter_pages(pages: jax.Array, staged: jax.Array, page_numbers: jax.Array, num_layers: int, *, target: Target) -> jax.Array:
     """See the contract in `pallas_kernels.scatter_pages`."""
-    if not staged.shape[0]:
-        return pages
     pool, pieces = jax.new_ref(_in_pieces(pages, target)), _in_pieces(staged.reshape(-1, *pages.shape[1:]), target)
     _move("scatter_pages", target, pieces, pool, None, page_numbers, num_layers)
     return jax.freeze(pool).reshape(pages.shape)

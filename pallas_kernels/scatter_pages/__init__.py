@@ -50,6 +50,8 @@ def scatter_pages(
         return importlib.import_module("pallas_kernels.scatter_pages.mosaic").unavailable(target, pages.shape, pages.dtype.name)
 
     choice = backends.choose("scatter_pages", backend, mosaic=mosaic)
+    if not page_numbers.shape[0]:
+        return pages
     implementation = importlib.import_module(f"pallas_kernels.scatter_pages.{choice.name}")
     options = {} if choice.target is None else {"target": choice.target}
     return implementation.scatter_pages(pages, staged, page_numbers, num_layers, **options)

@@ -60,6 +60,8 @@ def write_kv_pages(
         return importlib.import_module("pallas_kernels.write_kv_pages.mosaic").unavailable(target, pages.shape, pages.dtype.name)
 
     choice = backends.choose("write_kv_pages", backend, native=lambda: native.unavailable(pages.shape[-1]), mosaic=mosaic)
+    if not slots.shape[0]:
+        return pages if scales is None or scales.ndim == 1 else (pages, scales)
     new_scales = None
     if scales is None:
         new = new.astype(pages.dtype)

@@ -53,14 +53,12 @@ def write_kv_pages(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The pages and, with `new_scales` [X, K], the scales [P, K, S]; `new` is in the pages' dtype."""
     (P, K, S, H), X = pages.shape, slots.shape[0]
-    if not X:
-        return pages, scales
     num_tokens = max(1, min(MAX_TOKENS, -(-X // target.num_sms), TOKEN_BYTES // (K * H * pages.dtype.itemsize)))
     has_scales = scales is not None and new_scales is not None
 
     def body(slots_ref: Any, new_ref: Any, pages_ref: Any, *refs: Any) -> None:
         scale_refs, buffers = refs[: 2 * has_scales], refs[2 * has_scales : -1]
-        arrived = refs[-1]  # a barrier for each token, where there are buffers
+        arrived: Any = refs[-1] if target.has_tma else None  # a barrier for each token
         first = lax.axis_index("block") * num_tokens
 
         def place(i: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
