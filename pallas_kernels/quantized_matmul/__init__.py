@@ -69,9 +69,9 @@ def quantized_matmul(
 
     Source: the formats of GPTQ (arXiv 2210.17323) and AWQ (arXiv 2306.00978); int8 rows as in LLM.int8 (arXiv 2208.07339).
     """
-    operands = Operands(x, weight, scales, zeros, x_scales)
+    operands = Operands(*(None if a is None else jnp.asarray(a) for a in (x, weight, scales, zeros, x_scales)))  # type: ignore[arg-type]
     _check(operands, activations, out_dtype)
-    dtype = jnp.dtype(out_dtype or x.dtype)
+    dtype = jnp.dtype(out_dtype or operands.x.dtype)
 
     def unavailable(target: Target) -> str | None:
         return _module("mosaic").unavailable(target, operands, activations)

@@ -53,7 +53,8 @@ def choose(num_rows: int, num_outputs: int, row_bytes: int, group_bytes: int, pa
         room = target.shared_memory_bytes // num_blocks - slices * rows * outputs * 4 - 2048
         return min(room // (slices * width * (outputs + 2 * packing * rows)), MAX_STAGES)
 
-    # Two blocks on a multiprocessor before one and three stages before two; turns of 64 bytes or more before many slices, many slices before wide turns.
+    # Two blocks on a multiprocessor before one, three stages before two, turns of 64 bytes or more before many slices, and many
+    # slices before wide turns.
     for num_blocks, enough in ((2, 3), (1, 3), (1, 2)):
         for slices, width in sorted(((s, w) for s in (4, 2, 1) for w in widths), key=lambda pair: pair[1] < 64):
             turns = row_bytes // width // slices

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.bits import as_bits
 from pallas_kernels.quantized_matmul.formats import ZERO, Operands, by_group, floats, integers, packing, shape_of
 from pallas_kernels.quantized_matmul.reference import round_rows
 
@@ -85,7 +86,8 @@ def _blocks(operands: Operands) -> jax.Array:
     """A loop over blocks of outputs, each made floats in turn."""
     x, weight, scales, zeros, x_scales = operands
     F, groups, group = shape_of(operands)
-    rows = x.astype(jnp.float32)
+    # A CPU does not multiply one row but fuses it with the conversion, which it then does again and again: two rows at least.
+    rows = jnp.pad(x.astype(jnp.float32), ((0, len(x) == 1), (0, 0)))
     block = next(n for n in range(min(F, BLOCK_OUTPUTS), 0, -1) if F % n == 0)
     if block * 4 < min(F, BLOCK_OUTPUTS):
         block = F  # a number of outputs with no divisor of a useful size
@@ -94,13 +96,13 @@ def _blocks(operands: Operands) -> jax.Array:
         def of_block(a: jax.Array, axis: int) -> jax.Array:
             return lax.dynamic_slice_in_dim(a, index * block, block, axis)
 
-        values = floats(of_block(weight, 0)).reshape(block, groups, group)
+        values = floats(of_block(as_bits(weight), 0).view(weight.dtype)).reshape(block, groups, group)
         if zeros is not None:
             values -= (of_block(zeros, 1) - ZERO).T[..., None]
         values = (values * of_block(scales, 1).T[..., None]).reshape(block, -1)
         return _product(rows, values, jnp.float32)
 
-    out = jnp.moveaxis(lax.map(one, jnp.arange(F // block)), 0, 1).reshape(-1, F)
+    out = jnp.moveaxis(lax.map(one, jnp.arange(F // block)), 0, 1).reshape(-1, F)[: len(x)]
     return out if x_scales is None else out * x_scales[:, None]
 
 
