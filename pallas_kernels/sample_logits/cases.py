@@ -1,7 +1,9 @@
 """The cases of `sample_logits`: how rows sample, kinds of logits, sampling by its definition. See `pallas_kernels.operations`.
 
-Tokens are integers, so they must be equal, which is made fair: `make` draws seeds until a row's token is the same with top_p and
-min_p moved by a thousandth either way, and wins by more than a thousandth. Where float32 rounds, nothing is decided.
+Tokens are integers, so they must be equal, which is made fair and sharp by choosing seeds. Fair: a row's token is the same with
+top_p and min_p moved by a thousandth either way, and wins by more than a thousandth, so where float32 rounds nothing is decided.
+Sharp: half of the rows sample one of the last tokens that their filters keep, the others would sample one of the first that they
+cut, so that a threshold a little off is a wrong token.
 """
 
 from __future__ import annotations
@@ -113,16 +115,48 @@ def make(case: Case) -> Call:
     }
     if case not in BENCH:
         for b in range(B):
-            while not _is_beyond_doubt(arrays, b):
-                arrays["seeds"][b] = rng.integers(0, 1 << 32, 2, dtype=np.uint32)
+            arrays["seeds"][b] = _telling_seed(rng, arrays, b)
     return Call(arrays, {})
+
+
+def _telling_seed(rng: np.random.Generator, arrays: Mapping[str, np.ndarray], row: int) -> np.ndarray:
+    """A seed with which a row's token is beyond doubt and tells of its threshold; see above."""
+    x = _numbers(arrays, row)
+    if arrays["temperatures"][row] < 1e-5 or x.max() == -np.inf:
+        return arrays["seeds"][row]
+    variants = [keeps(arrays, row, slack) for slack in (-1e-3, 0.0, 1e-3)]
+    surely, maybe = np.logical_and.reduce(variants), np.logical_or.reduce(variants)
+    can = x > -np.inf
+    values = np.sort(x[can])[::-1]
+    num_sure, num_maybe = int(surely.sum()), int(maybe.sum())
+    last = surely & (x <= values[max(0, num_sure - 1 - num_sure // 20)])
+    next_ = can & ~maybe & (x >= values[min(len(values) - 1, num_maybe + num_maybe // 20)])
+    is_cut = num_maybe < can.sum()
+
+    tokens = np.nonzero(maybe | next_)[0]
+    scaled = (x[tokens] - x.max()) / float(arrays["temperatures"][row])
+    fair = None
+    for _ in range(400 if is_cut else 20):
+        seed = rng.integers(0, 1 << 32, 2, dtype=np.uint32)
+        noisy = scaled + gumbel(seed, arrays["positions"][row], tokens)
+        first, second = np.append(np.sort(np.where(maybe[tokens], noisy, -np.inf))[::-1], -np.inf)[:2]
+        winner = tokens[np.argmax(np.where(maybe[tokens], noisy, -np.inf))]
+        if first - second < 1e-3 or not surely[winner]:
+            continue
+        fair = seed
+        outside = np.where(next_[tokens], noisy, -np.inf).max()
+        if last[winner] and not outside > first - 1e-3 if row % 2 else outside > first + 1e-3:
+            return seed
+    if fair is None:
+        raise RuntimeError(f"row {row}: no seed decides it beyond doubt; change the case")
+    return fair
 
 
 def _logits(rng: np.random.Generator, case: Case, row: int) -> np.ndarray:
     V = case.V
     x = rng.standard_normal(V) * 3
-    if case.kind == "ties":  # some twenty values in all
-        return np.round(x)
+    if case.kind == "ties":  # some twenty values in all, and a few dozen of the largest
+        return np.minimum(np.round(x), 6)
     if case.kind == "flat":
         return x * 0.02
     if case.kind == "peaked":  # a few tokens hold nearly everything
@@ -147,8 +181,7 @@ def _logits(rng: np.random.Generator, case: Case, row: int) -> np.ndarray:
 
 def define(call: Call) -> tuple[np.ndarray]:
     """The tokens by the definition in float64."""
-    a = call.arrays
-    return (np.array([_token(_noisy(a, b)) for b in range(len(a["logits"]))], np.float64),)
+    return (np.array([_token(call.arrays, row) for row in range(len(call.arrays["logits"]))], np.float64),)
 
 
 def plain(call: Call) -> tuple[np.ndarray]:
@@ -156,31 +189,27 @@ def plain(call: Call) -> tuple[np.ndarray]:
     return (define(call)[0].astype(np.int32),)
 
 
-def _is_beyond_doubt(arrays: Mapping[str, np.ndarray], row: int) -> bool:
-    noisy = _noisy(arrays, row)
-    if arrays["temperatures"][row] >= 1e-5 and np.count_nonzero(noisy > -np.inf) > 1:
-        second, first = np.partition(noisy, -2)[-2:]
-        if first - second < 1e-3:
-            return False
-    return all(_token(_noisy(arrays, row, slack)) == _token(noisy) for slack in (-1e-3, 1e-3))
+def _token(arrays: Mapping[str, np.ndarray], row: int) -> int:
+    x, temperature = _numbers(arrays, row), float(arrays["temperatures"][row])
+    if temperature >= 1e-5 and x.max() > -np.inf:
+        noise = gumbel(arrays["seeds"][row], arrays["positions"][row], np.arange(len(x)))
+        x = np.where(keeps(arrays, row), (x - x.max()) / temperature + noise, -np.inf)
+    return int(np.argmax(x))  # the first of the largest; 0 if all are -inf
 
 
-def _token(noisy: np.ndarray) -> int:
-    return int(np.argmax(noisy))  # the first of the largest; 0 if all are -inf
+def _numbers(arrays: Mapping[str, np.ndarray], row: int) -> np.ndarray:
+    """A row's logits in float64, without NaN and +inf."""
+    x = arrays["logits"][row].astype(np.float32).astype(np.float64)
+    return np.where(np.isnan(x), -np.inf, np.minimum(x, np.finfo(np.float32).max))
 
 
-def _noisy(arrays: Mapping[str, np.ndarray], row: int, slack: float = 0.0) -> np.ndarray:
-    """What competes: l / temperature + noise in float64, -inf for a token that is cut; the logits themselves of a greedy row.
-
-    slack: relative, keeps so much less (or more) by top_p and min_p.
-    """
-    logits, temperature, k, p, min_p = (arrays[x][row] for x in ("logits", "temperatures", "top_ks", "top_ps", "min_ps"))
-    x = logits.astype(np.float32).astype(np.float64)
-    x = np.where(np.isnan(x), -np.inf, np.minimum(x, np.finfo(np.float32).max))
-    if temperature < 1e-5 or x.max() == -np.inf:
-        return x
-    scaled = (x - x.max()) / np.float64(temperature)
-    weights = np.exp(scaled)
+def keeps(arrays: Mapping[str, np.ndarray], row: int, slack: float = 0.0) -> np.ndarray:
+    """Whether a row that is not greedy keeps each token; `slack`, relative, makes top_p and min_p so much stricter or laxer."""
+    temperature, k, p, min_p = (arrays[name][row] for name in ("temperatures", "top_ks", "top_ps", "min_ps"))
+    x = _numbers(arrays, row)
+    if x.max() == -np.inf:
+        return np.zeros(len(x), bool)
+    weights = np.exp((x - x.max()) / np.float64(temperature))
     kept = weights >= min(float(min_p) * (1 + slack), 1.0)
     if 0 < k < len(x):
         kept &= x >= np.sort(x)[-k]
@@ -188,18 +217,17 @@ def _noisy(arrays: Mapping[str, np.ndarray], row: int, slack: float = 0.0) -> np
         order = np.argsort(-x, kind="stable")
         order = order[kept[order]]
         running = np.cumsum(weights[order])
-        wanted = float(p) * (1 - slack) * running[-1]
-        last = min(int(np.searchsorted(running, wanted)), len(order) - 1)  # the first at which there is enough
+        last = min(int(np.searchsorted(running, float(p) * (1 + slack) * running[-1])), len(order) - 1)  # there it is enough
         kept &= x >= x[order[last]]
-    return np.where(kept & (x > -np.inf), scaled + _gumbel(arrays["seeds"][row], arrays["positions"][row], len(x)), -np.inf)
+    return kept & (x > -np.inf)
 
 
-def _gumbel(seed: np.ndarray, position: np.int32, size: int) -> np.ndarray:
-    """The noise of tokens 0 .. size - 1 in float64, from the formula in `noise.py`."""
+def gumbel(seed: np.ndarray, position: np.int32, tokens: np.ndarray) -> np.ndarray:
+    """The noise of these tokens in float64, from the formula in `noise.py`."""
     key = (np.zeros(1, np.uint32), np.zeros(1, np.uint32))
     for word in (seed[0], seed[1], np.uint32(position)):
         key = _threefry(key, np.zeros(1, np.uint32), np.array([word], np.uint32))
-    a, b = _threefry(key, np.zeros(size, np.uint32), np.arange(size, dtype=np.uint32))
+    a, b = _threefry(key, np.zeros(len(tokens), np.uint32), tokens.astype(np.uint32))
     uniform = np.maximum(((a ^ b) >> np.uint32(9)) * 2.0**-23, np.finfo(np.float32).tiny)
     return -np.log(-np.log(uniform.astype(np.float64)))
 

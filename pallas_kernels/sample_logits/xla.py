@@ -32,7 +32,7 @@ def sample(logits: jax.Array, rows: Rows) -> jax.Array:
     peaks = _peaks(logits)
 
     def one_row(b: jax.Array, tokens: jax.Array) -> jax.Array:
-        row = Rows(*(x[b] for x in rows))
+        row = jax.tree.map(lambda x: x[b], rows)
         token = lax.cond(row.is_greedy, _first_largest, _draw, logits, peaks[b], b, row)
         return tokens.at[b].set(token)
 

@@ -40,11 +40,6 @@ def rows(logits: np.ndarray, seed: int = 0, **options: float) -> dict[str, np.nd
     }
 
 
-def kept(arrays: dict[str, np.ndarray], row: int) -> np.ndarray:
-    """Whether the definition keeps each token of a row."""
-    return cases._noisy(arrays, row) > -np.inf
-
-
 FILTERS = [
     {},
     {"temperatures": 0.6, "top_ks": 7},
@@ -62,7 +57,7 @@ def test_frequencies_are_the_softmax_of_what_is_kept_and_nothing_else_is_sampled
     arrays = rows(np.broadcast_to(logits, (num_rows, V)), seed=2, **options)
     counts = np.bincount(run(backend, **arrays), minlength=V)
 
-    is_kept = kept(arrays, 0)
+    is_kept = cases.keeps(arrays, 0)
     assert counts[~is_kept].sum() == 0
     weights = np.where(is_kept, np.exp(logits.astype(np.float64) / options.get("temperatures", 1.0)), 0.0)
     expected = num_rows * weights / weights.sum()
@@ -127,7 +122,7 @@ def test_ties_go_to_the_lowest_id_of_a_greedy_row_and_are_all_kept_at_a_threshol
     # Two of three equal logits cannot be told from the third.
     two = {**arrays, "top_ks": np.full(6, 2, np.int32)}
     np.testing.assert_array_equal(run(backend, **two), run(backend, **{**arrays, "top_ks": np.full(6, 3, np.int32)}))
-    assert all((kept(two, row).nonzero()[0] == [40, 600, 1300]).all() for row in range(6))
+    assert all((cases.keeps(two, row).nonzero()[0] == [40, 600, 1300]).all() for row in range(6))
 
 
 @each_backend
@@ -136,7 +131,7 @@ def test_minus_zero_and_zero_are_one_number(backend: str) -> None:
     logits[:, 7], logits[:, 599] = -0.0, 0.0
     assert run(backend, **rows(logits, temperatures=0.0)).tolist() == [7, 7]
     arrays = rows(logits, top_ks=1)
-    np.testing.assert_array_equal(run(backend, **arrays), [cases._token(cases._noisy(arrays, b)) for b in range(2)])
+    np.testing.assert_array_equal(run(backend, **arrays), cases.define(Call(arrays, {}))[0])
 
 
 @each_backend
@@ -162,7 +157,7 @@ def test_the_noise_is_jax_random_gumbel(size: int) -> None:
         for word in (*seeds[row], positions[row].astype(np.uint32)):
             key = jax.random.fold_in(key, word)
         np.testing.assert_array_equal(got[row], jax.random.gumbel(key, (size,), jnp.float32))
-        np.testing.assert_allclose(got[row], cases._gumbel(seeds[row], positions[row], size), rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(got[row], cases.gumbel(seeds[row], positions[row], np.arange(size)), rtol=2e-6, atol=2e-6)
     assert float(got.min()) > noise.LEAST
     assert float(got.max()) < noise.MOST
 
