@@ -119,7 +119,7 @@ def _numbers(rng: np.random.Generator, shape: tuple[int, ...], case: Case) -> np
         return new.astype(DTYPES[case.new_dtype])
     halves = (np.arange(shape[-1]) - shape[-1] // 2 + 0.5).astype(np.float32)
     halves[0] = _LARGEST[case.dtype]  # a scale next to 1, and every other number between two integers
-    hard = [halves, np.zeros(shape[-1]), 1e38 * new[0, 0], 1e-42 * new[0, 0], 1e-30 * new[0, 0]]
+    hard = [halves, np.zeros(shape[-1]), 5e37 * new[0, 0], 1e-42 * new[0, 0], 1e-30 * new[0, 0]]
     for x, head in enumerate(hard[: shape[0] - 1]):
         new[x, 0] = head
     if shape[0] > 8:

@@ -70,7 +70,7 @@ def write_kv_pages(
             return token, page, lax.rem(slot, jnp.int32(S)), is_live
 
         def load(i: int) -> None:
-            token, _, _, is_live = place(i)
+            token, _page, _offset, is_live = place(i)
 
             @pl.when(is_live)
             def _() -> None:

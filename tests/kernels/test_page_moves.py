@@ -32,7 +32,7 @@ def arguments(name: str, num_pages: int, num_layers: int, dtype: str, pool_pages
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["reference", "xla"])
-def test_swapped_out_and_in_elsewhere_every_bit_is_back(dtype: str, backend: str) -> None:
+def test_swapped_out_and_in_elsewhere_every_bit_is_back(dtype: str, backend: Any) -> None:
     pages = bits(np.random.default_rng(0), (2 * 7, 2, 8, 32), dtype)
     staged = jax.jit(partial(gather_pages, num_layers=2, backend=backend))(pages, np.array([3, 6, 1], np.int32))
     back = jax.jit(partial(scatter_pages, num_layers=2, backend=backend))(pages, staged, np.array([5, 2, 4], np.int32))
@@ -98,7 +98,7 @@ def test_arguments_that_do_not_fit_are_named(name: str, given: dict, says: str) 
 
 @pytest.mark.parametrize("backend", ["reference", "xla", pytest.param("interpret", marks=needs_mosaic)])
 @pytest.mark.parametrize("name", MOVES)
-def test_no_pages_are_no_work(name: str, backend: str) -> None:
+def test_no_pages_are_no_work(name: str, backend: Any) -> None:
     case = Case(1)
     call = operations.operation(name).cases.make(case)
     arrays = {key: x if key == "pages" else x[:0] for key, x in call.arrays.items()}
