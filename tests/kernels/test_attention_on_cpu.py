@@ -1,0 +1,69 @@
+"""What the portable path and the native one promise beyond the ladder: tables, sinks and dtypes at their edges."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels import native, operations
+from pallas_kernels.operations import Call
+from pallas_kernels.paged_decode_attention import gather
+from pallas_kernels.paged_decode_attention.cases import Case
+from pallas_kernels.paged_decode_attention.dispatch import Arrays, Options
+
+each_backend = pytest.mark.parametrize("backend", ["xla", "native"])
+each_operation = pytest.mark.parametrize("name", ["paged_decode_attention", "paged_prefill_attention"])
+
+
+def run(name: str, call: Call, backend: str) -> tuple[np.ndarray, ...]:
+    try:
+        return operations.operation(name).run(call, backend)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+
+
+def call_of(name: str, **options) -> Call:
+    case = Case(4, 2, 64, T=16 if "prefill" in name else 1, is_prefill="prefill" in name, **options)
+    return operations.operation(name).cases.make(case)
+
+
+@each_operation
+@each_backend
+@pytest.mark.parametrize("number", [2**31 - 1, -(2**31), 10**6])
+def test_table_entries_past_a_rows_last_page_may_be_any_number(name: str, backend: str, number: int) -> None:
+    """They are never followed: neither the result changes nor is memory outside the pool touched."""
+    call = call_of(name)
+    tables, S = call.arrays["block_tables"].copy(), call.arrays["k_pages"].shape[2]
+    num_pages = -(-call.arrays["kv_lens"] // S)
+    tables[np.arange(tables.shape[1]) >= num_pages[:, None]] = number
+    changed = Call({**call.arrays, "block_tables": tables}, call.options)
+    for clean, dirty in zip(run(name, call, backend), run(name, changed, backend), strict=True):
+        assert clean.tobytes() == dirty.tobytes()
+
+
+@each_operation
+@each_backend
+def test_sinks_of_minus_infinity_are_none(name: str, backend: str) -> None:
+    call = call_of(name)
+    changed = Call({**call.arrays, "sinks": np.full(4, -np.inf, np.float32)}, call.options)
+    is_real = call.arrays["kv_lens"] > 0
+    for without, infinite in zip(run(name, call, backend), run(name, changed, backend), strict=True):
+        got, wanted = infinite[is_real], without[is_real]
+        seen = np.isfinite(wanted)  # a padding query sees nothing, and what it yields means nothing
+        np.testing.assert_allclose(got[seen], wanted[seen], rtol=1e-6, atol=1e-6)
+
+
+def test_the_gather_formulation_is_attention() -> None:
+    """The one that the backends are compared with, or the comparison says nothing."""
+    call = call_of("paged_decode_attention", has_sinks=True, soft_cap=20.0, window=40)
+    arrays = Arrays(**call.arrays, first_positions=call.arrays["kv_lens"] - 1)  # type: ignore[arg-type]
+    options = Options(scale=call.options["scale"], window=40, soft_cap=20.0)
+    wanted = run("paged_decode_attention", call, "reference")
+    is_real = call.arrays["kv_lens"] > 0
+    for got, expected in zip(jax.jit(gather.attend, static_argnums=1)(arrays, options), wanted, strict=True):
+        np.testing.assert_allclose(np.asarray(got)[is_real], expected[is_real], rtol=1e-5, atol=1e-5)
+
+
+def test_native_says_which_pages_it_cannot_read() -> None:
+    assert native.unavailable(64, "float64") == "pages of float64 are not among float32, bfloat16, float16, float8_e4m3fn, int8"
