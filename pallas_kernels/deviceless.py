@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class _CudaDevice(AbstractDevice):
         return next(".".join(map(str, capability)) for kind, capability, *_ in GPUS.values() if kind == self.device_kind)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """What the assembler made of one Mosaic kernel."""
 
@@ -57,6 +57,7 @@ class Program:
     kernels: tuple[Kernel, ...]  # each once, however often it is called
     temporary_bytes: int
     alias_bytes: int
+    hlo: str = field(default="", repr=False)  # what XLA made of it
 
 
 def program(
@@ -82,16 +83,18 @@ def program(
         for name, x in arguments.items()
     }
     before = set(dump.iterdir())
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        jitted = jax.jit(lambda **given: function(**given), out_shardings=sharding, donate_argnames=donate)
-        compiled = jitted.trace(**shapes).lower(lowering_platforms=("cuda",)).compile()
+    try:
+        with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+            jitted = jax.jit(lambda **given: function(**given), out_shardings=sharding, donate_argnames=donate)
+            compiled = jitted.trace(**shapes).lower(lowering_platforms=("cuda",)).compile()
+    finally:
+        new = set(dump.iterdir()) - before
+        kernels = _kernels(new)  # also those of a program that failed: they are not compiled again
+        for path in new:
+            if path.suffix == ".log":  # every pass of the compiler: tens of megabytes
+                path.unlink()
     analysis = compiled.memory_analysis()
-    stems = sorted(_stem(path) for path in set(dump.iterdir()) - before if path.name.endswith(_LOWERED))
-    kernels = tuple(map(_read, dict.fromkeys(map(_compiled, stems))))
-    for path in set(dump.iterdir()) - before:
-        if path.suffix == ".log":  # every pass of the compiler: tens of megabytes
-            path.unlink()
-    return Program(kernels, analysis.temp_size_in_bytes, analysis.alias_size_in_bytes)  # type: ignore[union-attr]
+    return Program(kernels, analysis.temp_size_in_bytes, analysis.alias_size_in_bytes, compiled.as_text())  # type: ignore[union-attr]
 
 
 def _configuration(gpu: str) -> str:
@@ -112,46 +115,59 @@ device_description_str: "{kind}"
 """
 
 
-def _stem(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(_LOWERED))
+# Kernels that this process has compiled, by name and body: a second time they are not compiled, and nothing is dumped.
+_SEEN: dict[tuple[str, str], Kernel] = {}
 
 
-def _compiled(stem: Path) -> Path:
-    """The dumped files of that kernel, or of its twin: a kernel that this process has compiled before is not compiled again."""
-    if stem.with_suffix(".ptxas").exists():
-        return stem
+def _kernels(dumped: set[Path]) -> tuple[Kernel, ...]:
+    """The kernels of the program that these files were dumped for, each once.
 
-    def body(of: Path) -> str:
-        return Path(f"{of}{_LOWERED}").read_text().replace(f'"{of.name}"', "")
+    A kernel's files from before the assembler and those from after it have the same name and different numbers.
+    """
+    bodies: dict[str, dict[tuple[str, str], int]] = {}  # name -> body -> bytes of shared memory
+    for path in sorted(dumped):
+        if path.name.endswith(_LOWERED):
+            stem = path.name.removesuffix(_LOWERED)
+            resources = path.with_name(f"{stem}.resources.txt")
+            shared = _number(r"smem_scratch_bytes=(\d+)", resources.read_text()) if resources.exists() else 0
+            bodies.setdefault(_name(stem), {})[_name(stem), path.read_text().replace(f'"{stem}"', "")] = shared
+    stems = sorted(path.with_suffix("") for path in dumped if path.suffix == ".ptxas")
+    found: list[Kernel] = []
+    for name, shared in bodies.items():
+        found += [_SEEN[body] for body in shared if body in _SEEN]
+        unseen = [body for body in shared if body not in _SEEN]
+        # Which of several kernels of one name is which cannot be told: the largest shared memory stands for all of them.
+        largest = max((shared[body] for body in unseen), default=0)
+        compiled = [_read(stem, largest) for stem in stems if _name(stem.name) == name]
+        found += compiled
+        _SEEN.update(zip(unseen, compiled, strict=False))
+    return tuple(dict.fromkeys(found))
 
-    for twin in map(_stem, stem.parent.glob(f"*{_LOWERED}")):
-        if twin.with_suffix(".ptxas").exists() and body(twin) == body(stem):
-            return twin
-    raise RuntimeError(f"{stem.name}: the assembler has said nothing about this kernel")
+
+def _name(stem: str) -> str:
+    return re.sub(r"_\d+$", "", stem)
 
 
-def _read(stem: Path) -> Kernel:
-    """The kernel whose dumped files are `stem` with several suffixes."""
-    log = stem.with_suffix(".ptxas").read_text()
-    resources = stem.with_suffix(".resources.txt").read_text()
-    sass = stem.with_suffix(".sass_ctrl")
-
-    def number(pattern: str, text: str) -> int:
-        return sum(int(found) for found in re.findall(pattern, text))
-
+def _read(stem: Path, shared_bytes: int) -> Kernel:
+    """What the assembler's files `stem` with several suffixes say of a kernel."""
+    log, sass = stem.with_suffix(".ptxas").read_text(), stem.with_suffix(".sass_ctrl")
     instructions: dict[str, int] = {}
     if sass.exists():
         for mnemonic in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass.read_text()):
             instructions[mnemonic] = instructions.get(mnemonic, 0) + 1
     return Kernel(
-        name=stem.name,
-        num_registers=number(r"Used (\d+) registers", log),
-        spill_bytes=number(r"(\d+) bytes spill", log),
-        stack_bytes=number(r"(\d+) bytes stack", log),
-        shared_bytes=number(r"smem_scratch_bytes=(\d+)", resources),
+        name=_name(stem.name),
+        num_registers=_number(r"Used (\d+) registers", log),
+        spill_bytes=_number(r"(\d+) bytes spill", log),
+        stack_bytes=_number(r"(\d+) bytes stack", log),
+        shared_bytes=shared_bytes,
         num_threads=_threads(stem.with_suffix(".ptx").read_text()),
         instructions=instructions,
     )
+
+
+def _number(pattern: str, text: str) -> int:
+    return sum(int(found) for found in re.findall(pattern, text))
 
 
 def _threads(ptx: str) -> int:
