@@ -273,6 +273,7 @@ class EngineConfig:
       max_num_seqs: sequences in one step; auto is 32 on a CPU, 256 on a GPU.
       max_num_batched_tokens: tokens of one step, so also the longest chunk of a prompt; auto is 512 on a CPU, 2048 on a GPU.
       long_prefill_token_threshold: longest chunk of one prompt in one step; 0 for no limit of its own.
+      enable_prefix_caching: requests that begin with the same tokens share the pages of that beginning.
       kv_cache_dtype: of the page pool; auto is dtype.
       num_gpu_blocks_override: pages of the pool, whatever the memory.
       kv_cache_memory_bytes: bytes of the pool; overrides gpu_memory_utilization.
@@ -305,6 +306,7 @@ class EngineConfig:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     long_prefill_token_threshold: int = 0
+    enable_prefix_caching: bool = True
     kv_cache_dtype: str = "auto"
     num_gpu_blocks_override: int | None = None
     kv_cache_memory_bytes: int | None = None
@@ -360,7 +362,7 @@ class EngineConfig:
             value = self.compare_tolerance
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ConfigError(f"compare_tolerance: got {value!r}, expected a number above 0")
-        for name in ("enforce_eager", "skip_tokenizer_init", "allow_nonfinite"):
+        for name in ("enable_prefix_caching", "enforce_eager", "skip_tokenizer_init", "allow_nonfinite"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected True or False")
         for name, low in (("decode_row_buckets", 1), ("prefill_tile_buckets", 0)):

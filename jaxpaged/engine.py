@@ -16,6 +16,7 @@ import jax
 from jaxpaged.config import EngineConfig, ModelConfig
 from jaxpaged.duel import Duel
 from jaxpaged.host.pages import PagePool
+from jaxpaged.host.prefix_cache import PrefixCache
 from jaxpaged.host.request import Request, RequestError, SamplingParams, TokenEvent
 from jaxpaged.host.scheduler import Limits, Scheduler
 from jaxpaged.runner import JaxRunner, Runner, plan_memory, use_compilation_cache
@@ -47,6 +48,9 @@ class Engine:
             long_prefill_token_threshold=config.long_prefill_token_threshold,
         )
         self.pool = pool if pool is not None else PagePool(runner.num_pages)
+        if config.enable_prefix_caching and self.pool.cache is None:
+            context = f"{model!r} {config.dtype} {config.kv_cache_dtype}"
+            self.pool.cache = PrefixCache(config.block_size, context)  # type: ignore[arg-type]
         self.scheduler = Scheduler(self.pool, limits)
         self.num_steps = 0
         self.num_prompt_tokens = 0
@@ -76,20 +80,33 @@ class Engine:
     # --- requests ---
 
     def add_request(
-        self, prompt_token_ids: Seq[int], params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt_token_ids: Seq[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> Request:
         """Queue a prompt.
+
+        Args:
+          cache_salt: requests share the pages of equal beginnings only with requests of the same salt.
 
         Raises:
           RequestError: it can never be served; nothing was taken for it.
         """
-        request = self.check_request(prompt_token_ids, params, request_id=request_id)
+        request = self.check_request(prompt_token_ids, params, request_id=request_id, cache_salt=cache_salt)
         self.scheduler.add(request)
         self.num_prompt_tokens += len(request.prompt_token_ids)
         return request
 
     def check_request(
-        self, prompt_token_ids: Seq[int], params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt_token_ids: Seq[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> Request:
         """The request that `add_request` would queue, without queuing it. Raises as `add_request`."""
         if self._is_closed:
@@ -104,6 +121,7 @@ class Engine:
             eos_token_ids=self.model.eos_token_ids,
             default_seed=self._seeds.getrandbits(64),
             arrival_s=self.clock(),
+            cache_salt=cache_salt,
         )
 
     def _new_id(self) -> str:
@@ -130,6 +148,10 @@ class Engine:
         self.num_generation_tokens += sum(event.token_id is not None for event in events)
         return events
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what pages hold: no request after this shares a page with one before it. Running requests keep theirs."""
+        self.pool.reset_cache()
+
     # --- for people who look ---
 
     @property
@@ -146,9 +168,12 @@ class Engine:
             "num_gpu_blocks": self.pool.num_usable,
             "kv_blocks_active": self.pool.num_used,
             "kv_cache_usage_perc": self.pool.num_used / self.pool.num_usable,
+            "kv_blocks_cached": self.pool.num_cached,
             "kv_tokens": page_tokens,
             "num_steps": self.num_steps,
             "num_preemptions": self.scheduler.num_preemptions,
+            "prefix_cache_queries": self.pool.cache.num_queried_tokens if self.pool.cache is not None else 0,
+            "prefix_cache_hits": self.pool.cache.num_hit_tokens if self.pool.cache is not None else 0,
             "prompt_tokens": self.num_prompt_tokens,
             "generation_tokens": self.num_generation_tokens,
         }

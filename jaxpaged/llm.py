@@ -33,7 +33,9 @@ from jaxpaged.tokenizer import Detokenizer, Tokenizer
 logger = logging.getLogger("jaxpaged")
 
 Prompt = str | Mapping[str, Any] | Seq[int]
-"""A text, token ids, {"prompt": text} or {"prompt_token_ids": ids}; with both keys the ids count and the text is shown."""
+"""A text, token ids, {"prompt": text} or {"prompt_token_ids": ids}; with both keys the ids count and the text is shown.
+
+Beside them {"cache_salt": text}: prompts share cached pages only with prompts of the same salt."""
 
 Message = Mapping[str, Any]
 
@@ -53,12 +55,14 @@ class _Live:
     stop_reason: int | None = None
     first_token_s: float = 0.0
     last_token_s: float = 0.0
+    num_cached_tokens: int = 0
 
     def record(self, event: TokenEvent, now: float) -> None:
         self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
         if event.token_id is not None:
             self.token_ids.append(event.token_id)
             self.first_token_s, self.last_token_s = self.first_token_s or now, now
+            self.num_cached_tokens = event.num_cached_tokens
         if self.detokenizer is None:
             return
         # The token that stops a request is no part of its text, as in vLLM.
@@ -83,7 +87,7 @@ class _Live:
             outputs=[completion],
             finished=self.finish_reason is not None,
             metrics=times,
-            num_cached_tokens=0,
+            num_cached_tokens=self.num_cached_tokens,
         )
 
 
@@ -94,6 +98,7 @@ class _Checked:
     prompt: str | None
     prompt_token_ids: Seq[int]
     params: SamplingParams
+    cache_salt: str | None
 
 
 class LLM:
@@ -145,7 +150,7 @@ class LLM:
         """Complete all prompts together; results in the prompts' order.
 
         Args:
-          prompts: one or a list of: a text, {"prompt": text}, {"prompt_token_ids": ids}, or a list of token ids.
+          prompts: one or a list of: a text, {"prompt": text}, {"prompt_token_ids": ids}, or a list of token ids; see `Prompt`.
           sampling_params: one for all, or one for each; None is `get_default_sampling_params()`.
           use_tqdm: show a progress bar on stderr.
 
@@ -239,13 +244,14 @@ class LLM:
             raise RequestError(f"sampling_params: got {type(params).__name__}, expected SamplingParams")
         engine = self._open_engine()
         text, token_ids = self._tokens(prompt)
-        engine.check_request(token_ids, params, request_id="prompt")
-        return _Checked(text, token_ids, params)
+        cache_salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
+        engine.check_request(token_ids, params, request_id="prompt", cache_salt=cache_salt)
+        return _Checked(text, token_ids, params, cache_salt)
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, Seq[int]]:
         """The text of a prompt, when it has one, and its ids."""
         if isinstance(prompt, Mapping):
-            unknown = sorted(map(str, prompt.keys() - {"prompt", "prompt_token_ids"}))
+            unknown = sorted(map(str, prompt.keys() - {"prompt", "prompt_token_ids", "cache_salt"}))
             if unknown or not prompt:
                 raise RequestError(f"prompt: got the keys {unknown}, expected 'prompt' or 'prompt_token_ids'")
             text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
@@ -272,7 +278,9 @@ class LLM:
 
     def _queue(self, checked: _Checked) -> _Live:
         params = checked.params
-        request = self._open_engine().add_request(checked.prompt_token_ids, params, request_id=str(next(self._ids)))
+        request = self._open_engine().add_request(
+            checked.prompt_token_ids, params, request_id=str(next(self._ids)), cache_salt=checked.cache_salt
+        )
         wants_text = self.tokenizer is not None and params.detokenize
         detokenizer = self.tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens) if wants_text else None  # type: ignore[union-attr]
         live = _Live(request, checked.prompt, detokenizer)
@@ -375,6 +383,10 @@ class LLM:
     def duel(self) -> Duel | None:
         """With `compare_with`: how far the two attention backends are apart so far, layer by layer and head by head."""
         return self._open_engine().duel
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what pages hold: no prompt after this shares a page with one before it."""
+        self._open_engine().reset_prefix_cache()
 
     def get_metrics(self) -> list[Metric]:
         """The numbers of `stats` under their Prometheus names."""

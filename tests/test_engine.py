@@ -158,8 +158,8 @@ def test_no_step_copies_the_pool(dtype: str, backend: str) -> None:
 class WatchedRunner(JaxRunner):
     """The engine's own compiled steps on a pool of its own; keeps the bits of all logits that a token was drawn from.
 
-    With `plants_nan`, every slot of the pool that holds no token of a running sequence is NaN before each step: pages that nobody
-    owns, the null page, and the rest of pages that are not full. So what the step reads there would show.
+    With `plants_nan`, every slot of the pool that holds no token of a running sequence or of the prefix cache is NaN before each
+    step: pages that nobody owns, the null page, and the rest of pages that are not full. So what the step reads there would show.
     """
 
     def __init__(self, runner: JaxRunner, *, plants_nan: bool = False):
@@ -181,6 +181,7 @@ class WatchedRunner(JaxRunner):
         for sequence in self.scheduler.running:
             places = np.arange(sequence.num_computed)
             unused[:, np.array(sequence.pages, int)[places // PAGE], places % PAGE] = False
+        unused[:, [page for page in range(self.num_pages) if page in self.scheduler.pool.cache]] = False
         return unused.reshape(-1, PAGE)
 
 
@@ -600,3 +601,27 @@ def test_a_bad_field_of_config_json_is_named(name: str, value: object) -> None:
     changed = value if isinstance(value, dict) and "rope_parameters" in value else {name: value}
     with pytest.raises(ConfigError, match=f"here/config.json: .*{name}"):
         ModelConfig.from_hf({**FAMILY.hf_config, **changed}, "here/config.json")
+
+
+# --- shared prefixes ------------------------------------------------------------------------------------------------
+
+
+def test_cached_equals_cold(engine: Engine) -> None:
+    """Conversations that go on: the second question is the first, its answer and more. Pages in random order."""
+    rng = random.Random(5)
+    first = [Ask([rng.randrange(V) for _ in range(rng.randint(1, 40))], greedy(12)) for _ in range(12)]
+    caching = another_engine(engine)
+    answers = run(caching, first)
+    second = [
+        Ask([*ask.prompt, *answer.token_ids, rng.randrange(V)], greedy(12)) for ask, answer in zip(first, answers, strict=True)
+    ]
+    before = caching.stats()["prefix_cache_hits"]
+    warm = run(caching, [*second, *first])
+    assert caching.stats()["prefix_cache_hits"] > before + 100
+    cold = run(another_engine(engine, num_pages=FEW_PAGES, enable_prefix_caching=False), [*second, *first])
+    assert warm == cold
+    # So few pages that most of them are evicted before they are asked for again.
+    assert run(another_engine(engine, num_pages=FEW_PAGES), [*first, *second, *first])[12:] == cold
+    caching.reset_prefix_cache()
+    assert caching.stats()["kv_blocks_cached"] == 0
+    assert run(caching, first) == answers

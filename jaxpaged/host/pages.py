@@ -1,4 +1,4 @@
-"""The page pool: which pages are free, and how many owners each taken page has.
+"""The page pool: which pages are free, how many owners each taken page has, and which pages are kept for what they hold.
 
 Knows page numbers and counts. Refuses to know what a page holds, who its owners are and why they want it.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable
+
+from jaxpaged.host.prefix_cache import PrefixCache
 
 NULL_PAGE = 0
 
@@ -18,21 +20,29 @@ class PoolError(RuntimeError):
 class PagePool:
     """Pages 1..num_pages-1, handed out and taken back by number. Page 0 is the null page and is never handed out.
 
-    Invariant (`check`): every page but 0 is free or referenced, exactly one of the two, and reference counts equal the owners.
-    Sharing is by `share`; the holder of a page with more than one reference must copy it before it writes.
+    Invariant (`check`): every page but 0 is free, cached or referenced, exactly one of the three, and reference counts equal the
+    owners. A cached page has no owner and holds something that the prefix cache knows; the one that was given back first is
+    evicted first. Sharing is by `share`; the holder of a page with more than one reference must copy it before it writes.
     """
 
-    def __init__(self, num_pages: int):
+    def __init__(self, num_pages: int, cache: PrefixCache | None = None):
         if num_pages < 2:
             raise ValueError(f"num_pages: got {num_pages}, expected at least 2 (page 0 is the null page)")
         self.num_pages = num_pages
         self._free: deque[int] = deque(range(1, num_pages))
         self._refs = [0] * num_pages
+        self._cached: dict[int, None] = {}  # in the order in which they lost their last owner
+        self.cache = cache
 
     @property
     def num_free(self) -> int:
-        """Pages that can be handed out."""
-        return len(self._free)
+        """Pages that can be handed out, the cached ones among them."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Pages without an owner that are kept for what they hold."""
+        return len(self._cached)
 
     @property
     def num_usable(self) -> int:
@@ -45,25 +55,31 @@ class PagePool:
         return self.num_usable - self.num_free
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` pages with one reference each, or None, with nothing taken, when fewer are free."""
-        if count > len(self._free):
+        """`count` pages with one reference each, or None, with nothing taken, when fewer are free. Evicts when it must."""
+        if count > self.num_free:
             return None
+        while len(self._free) < count:
+            self._evict(next(iter(self._cached)))
         pages = [self._free.popleft() for _ in range(count)]
         for page in pages:
             self._refs[page] = 1
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
-        """Add one reference to each page: it has one more owner."""
+        """Add one reference to each page: it has one more owner. A cached page gets its first."""
         pages = list(pages)
         for page in pages:
-            if not 0 < page < self.num_pages or not self._refs[page]:
+            if not 0 < page < self.num_pages or not (self._refs[page] or page in self._cached):
                 raise PoolError(f"page {page} is shared but has no owner")
         for page in pages:
+            self._cached.pop(page, None)
             self._refs[page] += 1
 
     def free(self, pages: Iterable[int]) -> None:
-        """Take one reference from each page; those without owners become free, the last page first, as a sequence shrinks."""
+        """Take one reference from each page; those without owners become free, or cached when the prefix cache knows them.
+
+        The last page goes first, as a sequence shrinks, so that a prefix outlives what hangs on it.
+        """
         pages = list(pages)
         for page, times in Counter(pages).items():
             if not 0 < page < self.num_pages or self._refs[page] < times:
@@ -73,7 +89,22 @@ class PagePool:
         for page in reversed(pages):
             self._refs[page] -= 1
             if not self._refs[page]:
-                self._free.append(page)
+                if self.cache is not None and page in self.cache:
+                    self._cached[page] = None
+                else:
+                    self._free.append(page)
+
+    def reset_cache(self) -> None:
+        """Forget what pages hold. Those without an owner become free; those with one stay with it."""
+        if self.cache is not None:
+            self.cache.clear()
+        self._free.extend(self._cached)
+        self._cached.clear()
+
+    def _evict(self, page: int) -> None:
+        del self._cached[page]
+        self.cache.forget(page)  # type: ignore[union-attr]
+        self._free.append(page)
 
     def num_owners(self, page: int) -> int:
         """References to a page."""
@@ -93,10 +124,20 @@ class PagePool:
         if free and not 0 < min(free) <= max(free) < self.num_pages:
             raise PoolError(f"the free list holds a page that is not one of 1..{self.num_pages - 1}")
         for page in range(1, self.num_pages):
-            if (page in free) == (self._refs[page] > 0):
+            places = (page in free) + (page in self._cached) + (self._refs[page] > 0)
+            if places != 1:
                 raise PoolError(
-                    f"page {page} has {self._refs[page]} owners and is {'' if page in free else 'not '}in the free list"
+                    f"page {page} has {self._refs[page]} owners and is {'' if page in free else 'not '}in the free list "
+                    f"and {'' if page in self._cached else 'not '}cached"
                 )
+        unknown = [page for page in self._cached if self.cache is None or page not in self.cache]
+        if unknown:
+            raise PoolError(f"page {unknown[0]} is cached but the prefix cache does not know it")
+        if self.cache is not None:
+            self.cache.check()
+            lost = [page for page in free if page in self.cache]
+            if lost:
+                raise PoolError(f"page {lost[0]} is free but the prefix cache knows it")
         if owners is not None:
             held = Counter(page for pages in owners for page in pages)
             for page in range(1, self.num_pages):

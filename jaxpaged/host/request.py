@@ -116,6 +116,7 @@ class Request:
     max_len: int  # tokens of prompt and output together at which the sequence ends
     stop_ids: frozenset[int]
     arrival_s: float
+    cache_salt: str | None = None  # requests share cached prefixes only within one salt
 
     @classmethod
     def checked(
@@ -130,6 +131,7 @@ class Request:
         eos_token_ids: Seq[int] = (),
         default_seed: int = 0,
         arrival_s: float = 0.0,
+        cache_salt: str | None = None,
     ) -> Request:
         """Check a prompt and its parameters against the model's and the pool's limits.
 
@@ -142,6 +144,8 @@ class Request:
         """
         if not isinstance(request_id, str) or not request_id or not request_id.isprintable():
             raise RequestError(f"request_id: got {_shown(request_id)}, expected a non-empty string of printable characters")
+        if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
+            raise RequestError(f"cache_salt: got {_shown(cache_salt)}, expected a non-empty string")
         if isinstance(prompt_token_ids, (str, bytes, bytearray)) or not isinstance(prompt_token_ids, Seq):
             raise RequestError(f"prompt_token_ids: got {type(prompt_token_ids).__name__}, expected a list of token ids")
         if not prompt_token_ids:
@@ -171,6 +175,7 @@ class Request:
             max_len=max_len,
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_token_ids)),
             arrival_s=arrival_s,
+            cache_salt=cache_salt,
         )
 
 
@@ -186,6 +191,9 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_recorded: int = 0  # its first pages that the prefix cache has been told of
+    num_cached_tokens: int = 0  # tokens that the prefix cache had when the sequence was first admitted
+    page_keys: list[bytes] = field(default_factory=list)  # of its first full pages; see host/prefix_cache.py
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
 
@@ -216,3 +224,4 @@ class TokenEvent:
     token_id: int | None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop id that ended it, as in vLLM; None for the model's own end-of-sequence id
+    num_cached_tokens: int = 0  # tokens of the prompt that the prefix cache had

@@ -76,7 +76,7 @@ class StepPlan:
 
 
 class Scheduler:
-    """First come, first served, with chunked prefill and preemption by recompute.
+    """First come, first served, with chunked prefill, shared prefixes and preemption by recompute.
 
     Invariants: `running` and `waiting` are each in order of arrival and everything running arrived before everything waiting, so
     the oldest sequence can always take pages from a younger one and finishes; only running sequences own pages.
@@ -128,7 +128,7 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
-            num_tokens = self._chunk_len(sequence, tokens_left, tiles_left)
+            num_tokens = self._chunk_len(sequence.num_uncomputed, tokens_left, tiles_left)
             if num_tokens and not self._reserve(sequence, sequence.num_computed + num_tokens):
                 # Out of pages: the youngest gives way. It has not been planned yet, because planning goes from old to young.
                 self._preempt(self.running[-1])
@@ -144,11 +144,15 @@ class Scheduler:
         # A step that preempted admits nobody: the pages it freed belong to the older sequences' next tokens.
         while self.waiting and not has_preempted and len(self.running) < self.limits.max_num_seqs:
             sequence = self.waiting[0]
-            num_tokens = self._chunk_len(sequence, tokens_left, tiles_left)
+            known = self.pool.cache.match(sequence) if self.pool.cache is not None else []
+            num_known = len(known) * self.limits.page_size
+            num_tokens = self._chunk_len(len(sequence.tokens) - num_known, tokens_left, tiles_left)
             # Enough for all of its tokens, not only its first chunk: else prompts half done would preempt each other.
-            if not num_tokens or num_lacking + self._num_pages_lacking(sequence) > self.pool.num_free:
+            num_needed = self._num_pages_lacking(sequence) - sum(self.pool.num_owners(page) > 0 for page in known)
+            if not num_tokens or num_lacking + num_needed > self.pool.num_free:
                 break
-            self._reserve(sequence, num_tokens)
+            self._begin(sequence, known)
+            self._reserve(sequence, num_known + num_tokens)
             num_lacking += self._num_pages_lacking(sequence)
             self.running.append(self.waiting.popleft())
             chunks.append(Chunk.next(sequence, num_tokens))
@@ -161,10 +165,10 @@ class Scheduler:
             prefills=tuple(chunk for chunk in chunks if not _is_decode(chunk)),
         )
 
-    def _chunk_len(self, sequence: Sequence, tokens_left: int, tiles_left: int) -> int:
-        """Tokens of this sequence that the rest of the step can hold; 0 when it has to sit the step out."""
-        wanted = min(sequence.num_uncomputed, tokens_left)
-        if wanted <= 1 and sequence.num_uncomputed <= 1:
+    def _chunk_len(self, num_uncomputed: int, tokens_left: int, tiles_left: int) -> int:
+        """How many of a sequence's next tokens the rest of the step can hold; 0 when it has to sit the step out."""
+        wanted = min(num_uncomputed, tokens_left)
+        if wanted <= 1 and num_uncomputed <= 1:
             return wanted
         if self.limits.long_prefill_token_threshold:
             wanted = min(wanted, self.limits.long_prefill_token_threshold)
@@ -179,6 +183,17 @@ class Scheduler:
     def _num_pages_lacking(self, sequence: Sequence) -> int:
         """Pages that the sequence has yet to take for the tokens it has now."""
         return self._num_pages(len(sequence.tokens)) - len(sequence.pages)
+
+    def _begin(self, sequence: Sequence, known: list[int]) -> None:
+        """Give a waiting sequence the pages of the prefix that is already computed."""
+        self.pool.share(known)
+        sequence.pages = known
+        sequence.num_recorded = len(known)
+        sequence.num_computed = len(known) * self.limits.page_size
+        if self.pool.cache is not None and not sequence.num_preemptions:
+            sequence.num_cached_tokens = sequence.num_computed
+            self.pool.cache.num_queried_tokens += len(sequence.tokens)
+            self.pool.cache.num_hit_tokens += sequence.num_computed
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give the sequence pages for its first `num_tokens` tokens; False, and nothing taken, when too few are free."""
@@ -213,13 +228,17 @@ class Scheduler:
             if sequence.finish_reason is not None:  # aborted while the step ran
                 continue
             if finite:
+                # Only here is it known that everything up to this token is sound, so that others may share it.
+                if self.pool.cache is not None:
+                    self.pool.cache.record(sequence)
                 sequence.tokens.append(token_id)
             reason = self._finish_reason(sequence) if finite else FinishReason.ERROR
             if reason is not None:
                 self._finish(sequence, reason)
             params = sequence.request.params
             stop_reason = token_id if reason is FinishReason.STOP and token_id in params.stop_token_ids else None
-            events.append(TokenEvent(sequence.request.request_id, token_id if finite else None, reason, stop_reason))
+            new_id, num_cached = token_id if finite else None, sequence.num_cached_tokens
+            events.append(TokenEvent(sequence.request.request_id, new_id, reason, stop_reason, num_cached))
         return events
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
@@ -241,6 +260,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.pool.free(sequence.pages)
         sequence.pages = []
+        sequence.num_recorded = 0
 
     # --- for people who look ---
 

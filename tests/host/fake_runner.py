@@ -162,26 +162,38 @@ class PaddedFakeRunner:
 
 
 def watched(
-    pool_type: type, num_pages: int, *, order: str = "oldest", seed: int = 0, on_free: Callable[[int], None] | None = None
+    pool_type: type,
+    num_pages: int,
+    *,
+    order: str = "oldest",
+    seed: int = 0,
+    on_free: Callable[[int], None] | None = None,
+    cache=None,
 ):
-    """A pool of that type that hands out its oldest, newest or a random free page first, and tells when a page is freed."""
+    """A pool of that type that hands out its oldest, newest or a random free page first.
+
+    `on_free` is told of every page whose content nobody may use any more: freed and not cached, or evicted to be handed out.
+    """
     rng = random.Random(seed)
 
     class WatchedPool(pool_type):
         def allocate(self, count: int) -> list[int] | None:
             if order == "random":
                 rng.shuffle(self._free)
-            if order != "newest":
-                return super().allocate(count)
-            self._free.reverse()
+            if order == "newest":
+                self._free.reverse()
             pages = super().allocate(count)
-            self._free.reverse()
+            if order == "newest":
+                self._free.reverse()
+            for page in pages or ():
+                if on_free is not None:
+                    on_free(page)
             return pages
 
         def free(self, pages) -> None:
             super().free(pages)
             for page in set(pages):
-                if on_free is not None and not self.num_owners(page):
+                if on_free is not None and not self.num_owners(page) and (cache is None or page not in cache):
                     on_free(page)
 
-    return WatchedPool(num_pages)
+    return WatchedPool(num_pages, cache)

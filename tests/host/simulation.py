@@ -16,7 +16,13 @@ from fake_runner import VOCAB_SIZE, FakeRunner, PaddedFakeRunner, isolated, isol
 
 from jaxpaged.config import Bucket
 
-MODULES = ("jaxpaged.host.pages", "jaxpaged.host.request", "jaxpaged.host.scheduler", "jaxpaged.batch")
+MODULES = (
+    "jaxpaged.host.request",
+    "jaxpaged.host.prefix_cache",
+    "jaxpaged.host.pages",
+    "jaxpaged.host.scheduler",
+    "jaxpaged.batch",
+)
 
 
 def house() -> SimpleNamespace:
@@ -37,6 +43,7 @@ class Ask:
     abort: int | None = None  # the step at which it is aborted
     abort_in_flight: bool = False  # between plan and commit
     error_at: int | None = None  # output tokens after which its logits are not finite
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Scenario:
     limits: dict
     asks: list[Ask]
     is_padded: bool
+    has_cache: bool = False
 
     @property
     def max_pool_len(self) -> int:
@@ -70,8 +78,13 @@ class Scenario:
         return isolated_padded(ask.prompt, self.max_len(ask), stop_ids, params, ask.seed % 2**64)
 
 
-def random_scenario(seed: int, *, num_requests: int = 20, is_padded: bool = False, with_faults: bool = True) -> Scenario:
-    """A scenario whose every request can be served. Half of them have a pool too small for their crowd."""
+def random_scenario(
+    seed: int, *, num_requests: int = 20, is_padded: bool = False, with_faults: bool = True, shares: bool = False
+) -> Scenario:
+    """A scenario whose every request can be served. Half of them have a pool too small for their crowd.
+
+    shares: there is a prefix cache, and most prompts begin as an earlier request's prompt and output do.
+    """
     rng = random.Random(f"scenario {seed}")
     page_size = rng.choice((1, 2, 16))
     max_model_len = rng.randint(2, 64)
@@ -89,7 +102,7 @@ def random_scenario(seed: int, *, num_requests: int = 20, is_padded: bool = Fals
         "max_prefill_tiles": rng.choice((1, -(-budget // tile), -(-budget // tile))),
         "long_prefill_token_threshold": rng.choice((0, 1, 7, page_size)),
     }
-    scenario = Scenario(seed, num_pages, max_model_len, limits, [], is_padded)
+    scenario = Scenario(seed, num_pages, max_model_len, limits, [], is_padded, shares)
     longest = min(scenario.max_model_len - 1, scenario.max_pool_len)
     arrival, patience = 0.0, rng.choice((0.0, 0.5, 4.0))
     for number in range(num_requests):
@@ -107,13 +120,14 @@ def random_scenario(seed: int, *, num_requests: int = 20, is_padded: bool = Fals
             params |= {"temperature": rng.random(), "top_k": rng.randint(-1, 9), "top_p": 1 - rng.random(), "min_p": rng.random()}
         ask = Ask(
             request_id=f"r{number}",
-            prompt=[rng.randrange(VOCAB_SIZE) for _ in range(num_prompt)],
+            prompt=_prompt(scenario, num_prompt, rng) if shares else [rng.randrange(VOCAB_SIZE) for _ in range(num_prompt)],
             params=params,
             eos_token_ids=(),
             seed=rng.getrandbits(64),
             arrival=int(arrival),
             abort=int(arrival) + rng.randint(0, 30) if with_faults and rng.random() < 0.1 else None,
             abort_in_flight=rng.random() < 0.5,
+            cache_salt=rng.choice((None, None, None, "a")) if shares else None,
             error_at=rng.randint(0, 5) if with_faults and not is_padded and rng.random() < 0.05 else None,
         )
         if rng.random() < 0.3:  # tokens that will come, so that they stop it
@@ -125,6 +139,18 @@ def random_scenario(seed: int, *, num_requests: int = 20, is_padded: bool = Fals
     return scenario
 
 
+def _prompt(scenario: Scenario, num_prompt: int, rng: random.Random) -> list[int]:
+    """A prompt that begins, more often than not, as an earlier conversation did, to wherever it was cut or to its very end."""
+    before: list[int] = []
+    if scenario.asks and rng.random() < 0.8:
+        earlier = rng.choice(scenario.asks)
+        before = earlier.prompt + scenario.expected(earlier)
+        # Now and then without its first tokens: what follows is then the same after another beginning.
+        first = rng.choice((0, 0, 0, 0, rng.choice((1, 2, 16))))
+        before = before[first : rng.choice((len(before), rng.randint(1, len(before))))]
+    return (before + [rng.randrange(VOCAB_SIZE) for _ in range(num_prompt)])[:num_prompt]
+
+
 @dataclass
 class Outcome:
     """What a simulation has seen, for those who want numbers."""
@@ -133,6 +159,8 @@ class Outcome:
     num_tokens: int = 0
     num_preemptions: int = 0
     max_preemptions: int = 0
+    num_hit_tokens: int = 0
+    num_evictions: int = 0
     reasons: Counter = field(default_factory=Counter)
     outputs: dict[str, list[int]] = field(default_factory=dict)
 
@@ -159,9 +187,9 @@ class Simulation:
             self.runner = PaddedFakeRunner(scenario.num_pages, self.limits.page_size, batch=self.house.batch, **options)
         else:
             self.runner = FakeRunner(scenario.num_pages, self.limits.page_size, self.fails)
-        self.pool = watched(
-            self.house.pages.PagePool, scenario.num_pages, order=order, seed=scenario.seed, on_free=self.runner.poison
-        )
+        self.cache = self.house.prefix_cache.PrefixCache(self.limits.page_size) if scenario.has_cache else None
+        options = {"order": order, "seed": scenario.seed, "on_free": self.runner.poison, "cache": self.cache}
+        self.pool = watched(self.house.pages.PagePool, scenario.num_pages, **options)
         self.scheduler = self.house.scheduler.Scheduler(self.pool, self.limits)
         self.live: list[str] = []  # in order of arrival
         self.outcome = Outcome(outputs={request_id: [] for request_id in self.asks})
@@ -203,6 +231,7 @@ class Simulation:
             max_pool_len=scenario.max_pool_len,
             eos_token_ids=ask.eos_token_ids,
             default_seed=ask.seed,
+            cache_salt=ask.cache_salt,
         )
         self.scheduler.add(request)
         self.live.append(ask.request_id)
@@ -222,7 +251,8 @@ class Simulation:
             if ask.abort != now or ask.abort_in_flight != in_flight:
                 continue
             free = self.pool.num_free
-            owned = sum(len(s.pages) for s in self.scheduler.running if s.request.request_id == ask.request_id)
+            mine = [s.pages for s in self.scheduler.running if s.request.request_id == ask.request_id]
+            owned = sum(self.pool.num_owners(page) == 1 for pages in mine for page in pages)
             event = self.scheduler.abort(ask.request_id)
             assert (event is not None) == (ask.request_id in self.live)
             if event is not None:
@@ -236,6 +266,8 @@ class Simulation:
         """Preempt for no reason, and change the size of chunks from step to step."""
         if self.scheduler.running and self.rng.random() < 0.2:
             self.scheduler._preempt(self.scheduler.running[-1])
+        if self.cache is not None and self.rng.random() < 0.05:
+            self.pool.reset_cache()
         threshold = self.rng.choice((0, 1, 2, 3, 7, 16))
         self.scheduler.limits = dataclasses.replace(self.limits, long_prefill_token_threshold=threshold)
 
@@ -272,6 +304,10 @@ class Simulation:
             assert 0 < chunk.num_tokens <= (limits.long_prefill_token_threshold or chunk.num_tokens)
             assert not (chunk.num_tokens == 1 and chunk.samples), "a decode among the prefills"
         for chunk in chunks:
+            size = limits.page_size
+            written = chunk.sequence.pages[chunk.start // size : -(-chunk.end // size)]
+            assert all(self.pool.num_owners(page) == 1 for page in written), "a shared page is written"
+            assert self.cache is None or not any(page in self.cache for page in written), "a known page is written"
             assert chunk.samples == (chunk.end == len(chunk.sequence.tokens))
         ranks = [self.rank[s.request.request_id] for s in (*self.scheduler.running, *self.scheduler.waiting)]
         assert ranks == sorted(ranks), "not in order of arrival"
@@ -289,6 +325,11 @@ class Simulation:
 
     def check(self) -> None:
         self.scheduler.check()
+        if self.cache is not None and not self.scenario.is_padded:
+            size = self.limits.page_size
+            for page, (_, tokens) in self.cache._held.items():
+                held = self.runner.places[page * size : (page + 1) * size]
+                assert list(held) == list(tokens), "the prefix cache is wrong about what a page holds"
         most = max((s.num_preemptions for s in self.scheduler.waiting), default=0)
         self.outcome.max_preemptions = max(self.outcome.max_preemptions, most)
 
@@ -296,6 +337,8 @@ class Simulation:
         """Every output is that of the isolated run, and nothing is left behind."""
         assert not self.scheduler.has_unfinished and not self.scheduler.running and not self.scheduler.waiting
         assert self.pool.num_used == 0, "leaked pages"
+        if self.cache is not None:
+            self.outcome.num_hit_tokens, self.outcome.num_evictions = self.cache.num_hit_tokens, self.cache.num_evictions
         self.pool.check([])
         first = [self.rank[request_id] for request_id in self.admitted]
         assert first == sorted(first), "a later request was admitted first"

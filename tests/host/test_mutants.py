@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import simulation
 
-PAGES, REQUEST, SCHEDULER, BATCH = simulation.MODULES
+REQUEST, PREFIX, PAGES, SCHEDULER, BATCH = simulation.MODULES
 MOST_SCENARIOS = 60  # what a bug may survive
 
 
@@ -130,7 +130,7 @@ MUTANTS = [
     Mutant(
         "admits without looking at the pool",
         SCHEDULER,
-        "num_lacking + self._num_pages_lacking(sequence) > self.pool.num_free",
+        "num_lacking + num_needed > self.pool.num_free",
         "False",
     ),
     Mutant(
@@ -226,6 +226,40 @@ MUTANTS = [
         "bucket.decode_rows >= len(plan.decodes)",
         "bucket.decode_rows >= len(plan.decodes) - 1",
     ),
+    Mutant("keys forget what the results of a page depend on", PREFIX, "blake2b(parent + tokens", "blake2b(tokens"),
+    Mutant("a known prefix leaves no token to compute", PREFIX, "(len(sequence.tokens) - 1) //", "len(sequence.tokens) //"),
+    Mutant(
+        "records a page that is not full",
+        PREFIX,
+        "for index in range(sequence.num_recorded, sequence.num_computed // self.page_size):",
+        "for index in range(sequence.num_recorded, len(sequence.pages)):",
+    ),
+    Mutant("forgets a page but not its key", PREFIX, "        del self._pages[key]\n", ""),
+    Mutant("a page takes the key of another", PREFIX, "if key not in self._pages:", "if True:"),
+    Mutant("a cached page that is shared stays cached", PAGES, "            self._cached.pop(page, None)\n", ""),
+    Mutant("evicts and does not tell", PAGES, "        self.cache.forget(page)  # type: ignore[union-attr]\n", ""),
+    Mutant("cached pages are not for handing out", PAGES, "len(self._free) + len(self._cached)", "len(self._free)"),
+    Mutant("reset forgets cached pages", PAGES, "        self._free.extend(self._cached)\n", ""),
+    Mutant("caches what nobody knows", PAGES, "self.cache is not None and page in self.cache:", "self.cache is not None:"),
+    Mutant(
+        "known pages cost nothing, owned or not",
+        SCHEDULER,
+        "sum(self.pool.num_owners(page) > 0 for page in known)",
+        "len(known)",
+    ),
+    Mutant("known pages are not shared", SCHEDULER, "        self.pool.share(known)\n", ""),
+    Mutant(
+        "computes what is known again",
+        SCHEDULER,
+        "sequence.num_computed = len(known) * self.limits.page_size",
+        "sequence.num_computed = 0",
+    ),
+    Mutant(
+        "reserves as if nothing were known",
+        SCHEDULER,
+        "self._reserve(sequence, num_known + num_tokens)",
+        "self._reserve(sequence, num_tokens)",
+    ),
     Mutant("bucket with too few tiles", BATCH, "-(-chunk.num_tokens // tile)", "chunk.num_tokens // tile"),
 ]
 
@@ -249,9 +283,11 @@ def test_a_planted_bug_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch
     simulation.house()  # imports all of them
     plant(monkeypatch, mutant)
     is_padded = mutant.module == BATCH or "results" in mutant.name
+    shares = mutant.module == PREFIX or any(word in mutant.old for word in ("cache", "known"))
     for seed in range(MOST_SCENARIOS):
         try:
-            simulation.simulate(simulation.random_scenario(seed, is_padded=is_padded))
+            scenario = simulation.random_scenario(seed, is_padded=is_padded, shares=shares, with_faults=not shares)
+            simulation.simulate(scenario, is_perturbed=shares)
         except Exception:  # an AssertionError of a law, or whatever the broken code ran into
             return
     pytest.fail(f"{mutant.name!r} survives {MOST_SCENARIOS} scenarios")

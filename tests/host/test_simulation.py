@@ -56,6 +56,24 @@ def test_forced_preemptions_and_changing_chunks_do_not_matter(is_padded: bool) -
     assert num_preemptions > 100
 
 
+@pytest.mark.parametrize("first", range(70_000, 70_200, SCENARIOS_PER_TEST))  # 4,000 requests
+def test_every_request_equals_its_isolated_run_with_shared_prefixes(first: int) -> None:
+    num_hit_tokens = num_evictions = 0
+    for seed in seeds(first, SCENARIOS_PER_TEST):
+        outcome = simulate(random_scenario(seed, num_requests=REQUESTS_PER_SCENARIO, shares=True), order="random")
+        num_hit_tokens += outcome.num_hit_tokens
+        num_evictions += outcome.num_evictions
+    assert num_hit_tokens > 500 and num_evictions > 200
+
+
+def test_shared_prefixes_through_the_bridge_with_forced_preemptions_and_resets() -> None:
+    for seed in seeds(80_000, 40):
+        scenario = random_scenario(seed, is_padded=seed % 2 == 0, with_faults=False, shares=True)
+        perturbed = simulate(scenario, is_perturbed=True, order="random")
+        assert perturbed.outputs == simulate(scenario).outputs
+        assert perturbed.outputs == simulate(dataclasses.replace(scenario, has_cache=False)).outputs
+
+
 def test_the_scenarios_reach_what_they_are_for() -> None:
     reasons: Counter = Counter()
     num_preemptions = most = 0
