@@ -10,6 +10,7 @@ import importlib
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import backends, native
 from pallas_kernels.target import Target
@@ -42,6 +43,7 @@ class Options(NamedTuple):
 
 def attend(operation: str, backend: str, arrays: Arrays, options: Options) -> tuple[jax.Array, jax.Array]:
     """The operation on the backend of that name: the result [B, T, N, H] and its LSE [B, T, N]. Raises as the operations say."""
+    arrays = jax.tree.map(jnp.asarray, arrays)  # numpy arrays are welcome outside of jit too
     check(operation, arrays, options)
     choice = choose(
         operation,
