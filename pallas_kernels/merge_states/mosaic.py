@@ -34,14 +34,17 @@ def unavailable(target: Target, *, head_dim: int, dtype: str) -> str | None:
 
 def merge(outs: jax.Array, lses: jax.Array, target: Target) -> tuple[jax.Array, jax.Array]:
     """Results [I, ..., H] and their LSEs [I, ...] as one."""
-    I, *axes, H = outs.shape
+    num_parts, *axes, H = outs.shape
     X = math.prod(axes)
     padding = -X % ROWS  # a copy, but of calls whose rows are not a multiple of 8 alone
 
     def rows(x: jax.Array) -> jax.Array:
-        return jnp.pad(x.reshape(I, 1, X, *x.shape[1 + len(axes) :]), [(0, 0), (0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 1 - len(axes)))
+        return jnp.pad(
+            x.reshape(num_parts, 1, X, *x.shape[1 + len(axes) :]),
+            [(0, 0), (0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 1 - len(axes)),
+        )
 
-    everything = jnp.zeros(1, jnp.int32), jnp.full(1, I, jnp.int32)
+    everything = jnp.zeros(1, jnp.int32), jnp.full(1, num_parts, jnp.int32)
     out, lse = merge_ranges(rows(outs), rows(lses.astype(jnp.float32)), *everything, target, outs.dtype)
     return out[0, 0, :X].reshape(*axes, H), lse[0, 0, :X].reshape(*axes)
 
