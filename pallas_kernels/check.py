@@ -139,7 +139,8 @@ def ulp(got: np.ndarray, exact: np.ndarray) -> float:
     errors = np.abs(values[counts] - truth[counts])
     at = int(np.argmax(np.nan_to_num(errors, nan=np.inf)))
     limits = ml_dtypes.finfo(got.dtype)
-    exponent = max(math.frexp(abs(truth[counts][at]))[1] - 1, int(limits.minexp))
+    size = max(abs(truth[counts][at]), float(limits.smallest_normal))  # below it all units are the same
+    exponent = math.frexp(size)[1] - 1
     return float(errors[at] / 2.0 ** (exponent - int(limits.nmant)))
 
 

@@ -177,7 +177,8 @@ def load(path: Path) -> tuple[Operation, Call]:
       ValueError: the file is not such a file.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves a damaged file that it opened itself open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             about = json.loads(str(file["call"]))
             arrays = {key: file[key].view(_dtype(dtype)) for key, dtype in about["dtypes"].items()}
         return operation(about["operation"]), Call(arrays, about["options"])

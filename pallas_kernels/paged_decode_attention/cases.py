@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -93,6 +93,26 @@ BENCH = (
     Case(32, 8, 128, S=64, dtype="bfloat16", kv_dtype="float8_e4m3fn", scales="head", lens=(4096,) * 32),
     Case(32, 8, 128, S=64, dtype="bfloat16", kv_dtype="int8", scales="token", lens=(4096,) * 32),
 )
+# What the interpreter takes a second or two for: fewer rows, which still are empty, of one token, of several chunks and ragged.
+INTERPRET = (CHECK[5], *(replace(case, lens=(0, max(1, case.T), max(case.S + 1, case.T), 130, 257)) for case in CHECK))
+# Every body that the Mosaic kernel has on a GPU: head sizes, pages below and above a tile, quantised pages, many query rows.
+COMPILE = (
+    *BENCH[-8:],
+    Case(32, 8, 128, S=64, dtype="bfloat16", kv_dtype="float8_e4m3fn", scales="token", lens=(4096,) * 32),
+    Case(32, 8, 128, S=32, dtype="bfloat16", soft_cap=30.0, window=1000, has_sinks=True, lens=(4096,) * 32),
+    Case(32, 8, 128, S=128, T=8, dtype="float16", lens=(4096,) * 32),
+    Case(32, 8, 128, S=64, T=16, dtype="bfloat16", lens=(4096,) * 32),
+    Case(8, 8, 80, dtype="bfloat16", lens=(4096,) * 32),
+    Case(16, 8, 96, S=8, dtype="bfloat16", lens=(4096,) * 32),
+    Case(16, 8, 256, S=64, dtype="bfloat16", lens=(4096,) * 32),
+    Case(32, 8, 64, S=64, lens=(4096,) * 32),
+)
+INSTRUCTIONS = {
+    "sm_80": ("HMMA", "LDGSTS", "LDSM"),
+    "sm_89": ("HMMA", "LDGSTS", "LDSM"),
+    "sm_90a": ("HMMA", "UTMALDG", "LDSM"),
+    "sm_100a": ("HMMA", "UTMALDG", "LDSM"),
+}
 
 
 def edges(case: Case) -> np.ndarray:

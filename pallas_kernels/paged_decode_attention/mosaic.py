@@ -14,7 +14,6 @@ orders reads of the tiles before their refills, so that a turn has one.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -48,17 +47,16 @@ def unavailable(target: Target, *, head_dim: int, page_size: int, dtypes: tuple[
         return f"pages of {page} need compute capability 9.0, {target} has no instruction that converts them"
     if head_dim % 16 or head_dim > 256:
         return f"its heads are multiples of 16 up to 256, not {head_dim}"
+    sizes = {name: jnp.dtype(name).itemsize for name in dtypes}
+    if not tiling.fits(target, head_dim=head_dim, query_bytes=sizes[query], page_bytes=sizes[page]):
+        return f"heads of {head_dim} in pages of {page} need more than {target.shared_memory_bytes} bytes of shared memory"
     if page_size not in PAGE_SIZES:
         return f"its pages have {', '.join(map(str, PAGE_SIZES))} tokens, not {page_size}"
     return None
 
 
 def attend(arrays: Arrays, options: Options, target: Target) -> tuple[jax.Array, jax.Array]:
-    """Causal attention of T consecutive queries per row, the first at `first_positions[b]`: [B, T, N, H] and LSE [B, T, N].
-
-    Raises:
-      NotImplementedError: two stages of tiles do not fit the chip's shared memory.
-    """
+    """Causal attention of T consecutive queries per row, the first at `first_positions[b]`: [B, T, N, H] and LSE [B, T, N]."""
     q, k_pages, _, block_tables, kv_lens, first_positions, sinks, _, _ = arrays
     (B, T, N, H), (_, K, S, _) = q.shape, k_pages.shape
     G, context_tokens = N // K, block_tables.shape[1] * S
@@ -72,11 +70,6 @@ def attend(arrays: Arrays, options: Options, target: Target) -> tuple[jax.Array,
         query_bytes=q.dtype.itemsize,
         page_bytes=k_pages.dtype.itemsize,
     )
-    if tiles is None:
-        raise NotImplementedError(
-            f"paged_decode_attention: heads of {H} in pages of {k_pages.dtype} need more than the {target.shared_memory_bytes} bytes"
-            f" of shared memory that {target} has; 'xla' and 'reference' can"
-        )
     rows = tiles.num_rows * tiles.num_row_tiles
 
     def packed(x: jax.Array) -> jax.Array:
@@ -96,9 +89,7 @@ def attend(arrays: Arrays, options: Options, target: Target) -> tuple[jax.Array,
     packed_sinks = None
     if sinks is not None:
         by_token = jnp.broadcast_to(sinks.astype(jnp.float32), (1, T, N))
-        packed_sinks = jnp.pad(
-            jnp.moveaxis(by_token.reshape(1, T, K, G), 2, 1).reshape(K, T * G), [(0, 0), (0, rows - T * G)]
-        )
+        packed_sinks = jnp.pad(jnp.moveaxis(by_token.reshape(1, T, K, G), 2, 1).reshape(K, T * G), [(0, 0), (0, rows - T * G)])
     out, lse = _chunks(arrays, options, target, tiles, packed(q), items, packed_sinks, q.dtype if is_whole else jnp.float32)
     if not is_whole:
         # Shapes are static and lengths are not: whether rows happen to have one chunk each is not known here. A result that is
@@ -125,27 +116,39 @@ def _chunks(
     (_, K, rows, H), S = q.shape, k_pages.shape[2]
     R, C, stages = tiles.num_rows, tiles.num_tokens, tiles.num_stages
     G = arrays.q.shape[2] // K
-    T = arrays.q.shape[1]
     W = tiles.num_items
     dtype = jnp.bfloat16 if q.dtype == jnp.float32 else q.dtype  # what the tensor cores multiply
     q_parts, kv_parts = mt.num_parts(q.dtype), mt.num_parts(k_pages.dtype)
     at = mt.layouts(dtype, R)
     pieces, piece = max(1, C // S), min(C, S)
+    is_converted = v_pages.dtype != dtype
     has_head_scales = k_scales is not None and k_scales.ndim == 1
     has_token_scales = k_scales is not None and k_scales.ndim == 3
     copies = pieces * (1 + (has_token_scales and target.has_tma))
 
-    inputs: dict[str, Any] = {"q": q, "k": k_pages, "v": v_pages, "tables": block_tables, "lens": kv_lens, "first": first_positions}
+    inputs: dict[str, Any] = {
+        "q": q,
+        "k": k_pages,
+        "v": v_pages,
+        "tables": block_tables,
+        "lens": kv_lens,
+        "first": first_positions,
+    }
     inputs |= {"row": items.row, "start": items.start, "stop": items.stop, "is_first": items.is_first}
     if sinks is not None:
         inputs["sinks"] = sinks
-    if k_scales is not None:
+    if k_scales is not None and v_scales is not None and has_token_scales and not target.has_tma:
+        # cp.async wants more bytes at once than the scales of a page: they are brought into token order beforehand.
+        inputs |= {"k_scales": _in_order(k_scales, block_tables, C), "v_scales": _in_order(v_scales, block_tables, C)}
+    elif k_scales is not None:
         inputs |= {"k_scales": k_scales, "v_scales": v_scales}
     scratch: dict[str, Any] = {
         "k_tiles": mt.page_memory((stages, C, H), k_pages.dtype),
         "v_tiles": mt.page_memory((stages, C, H), v_pages.dtype),
         "weights": plgpu.SMEM((q_parts, R, C), dtype, transforms=mt.transforms(C, dtype)),
     }
+    if is_converted:
+        scratch["value_parts"] = mt.page_memory((kv_parts, C, H), dtype)
     if has_token_scales and target.has_tma:
         scratch |= {f"{x}_scale_tiles": plgpu.SMEM((stages, C), jnp.float32) for x in "kv"}
     if target.has_tma:
@@ -183,7 +186,7 @@ def _chunks(
                         mt.copy(target, scales, ref[f"{x}_scale_tiles"].at[slot, to], barrier)
 
             def wait(x: str, tile: jax.Array, is_full: jax.Array, allowed: int) -> None:
-                """Until that tile is there; by cp.async with as many later copies in flight as there are when the loop is full."""
+                """Until that tile is there; by cp.async with the later copies in flight that a full loop has `allowed`."""
                 if target.has_tma:
                     plgpu.barrier_wait(ref[f"{x}_barriers"].at[slot_of(tile)])
                     return
@@ -197,7 +200,11 @@ def _chunks(
                 return lax.broadcast_in_dim(x, (R, C), [1])
 
             def scales_of(x: str, tile: jax.Array) -> jax.Array:
-                return plgpu.load(ref[f"{x}_scale_tiles"].at[slot_of(tile)], layout=at.column, optimized=False)
+                if target.has_tma:
+                    scales = ref[f"{x}_scale_tiles"].at[slot_of(tile)]
+                else:
+                    scales = ref[f"{x}_scales"].at[row, head, pl.ds(tile * C, C)]
+                return plgpu.load(scales, layout=at.column, optimized=False)
 
             # --- the first tiles, keys one tile ahead of values as in the loop ---
             pages = [pages_of(start + j) for j in range(stages)]
@@ -247,15 +254,24 @@ def _chunks(
                     ref["weights"][j] = part
 
                 wait("v", tile, is_full, 2 * stages - 3)
-                is_ragged = (tile + 1) * C > kv_len
-                pl.when(is_ragged)(lambda: mt.zero_rows_from(kv_len - tile * C, ref["v_tiles"].at[slot], at.acc))
+                values = [ref["v_tiles"].at[slot]]
+                if is_converted:
+                    mt.convert(values[0], ref["value_parts"])
+                    values = [ref["value_parts"].at[j] for j in range(kv_parts)]
+                if v_pages.dtype != jnp.int8:  # which has no NaN that a weight of 0 would let through
+
+                    @pl.when((tile + 1) * C > kv_len)
+                    def _() -> None:
+                        for part in values:
+                            mt.zero_rows_from(kv_len - tile * C, part)
+
                 mt.fence(target)
                 pl.when(last < stop)(lambda: fetch("v", last, ahead))
                 pl.when(last + 1 < stop)(lambda: fetch("k", last + 1, next_ahead))
 
                 weights = [plgpu.load(ref["weights"].at[j], layout=at.lhs, optimized=False) for j in range(q_parts)]
-                values = plgpu.load(ref["v_tiles"].at[slot], layout=at.rhs, optimized=False)
-                acc = mt.product(acc * by_row(rescale, H), weights, mt.parts(values, dtype, kv_parts))
+                values = [plgpu.load(x, layout=at.rhs, optimized=False) for x in values]
+                acc = mt.product(acc * by_row(rescale, H), weights, values)
                 return acc, new_peak, total, next_ahead
 
             start_carry = (
@@ -296,3 +312,10 @@ def _chunks(
         name="paged_decode_attention",
     )
     return call(*inputs.values())
+
+
+def _in_order(scales: jax.Array, block_tables: jax.Array, multiple: int) -> jax.Array:
+    """Scales [P, K, S] of each row's tokens: [B, K, M*S], padded to a multiple."""
+    by_page = jnp.moveaxis(scales[block_tables], 2, 1)
+    by_token = by_page.reshape(*by_page.shape[:2], -1)
+    return jnp.pad(by_token, [(0, 0), (0, 0), (0, -by_token.shape[-1] % multiple)])

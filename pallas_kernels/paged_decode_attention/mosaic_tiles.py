@@ -73,7 +73,9 @@ def fence(target: Target) -> None:
         _compat.fence_async_shared_cta()  # cp.async writes as threads do: the barrier that comes with each copy is enough
 
 
-def pages_of_tile(tile: jax.Array, num_tokens: int, page_size: int, read_page: Callable[[jax.Array], jax.Array]) -> list[jax.Array]:
+def pages_of_tile(
+    tile: jax.Array, num_tokens: int, page_size: int, read_page: Callable[[jax.Array], jax.Array]
+) -> list[jax.Array]:
     """The pages that a tile of `num_tokens` consecutive tokens lies in: several, or one that it is a part of.
 
     Args:
@@ -94,13 +96,32 @@ def tokens_in_page(tile: jax.Array, num_tokens: int, page_size: int) -> Any:
     return pl.ds(lax.rem(tile, jnp.int32(page_size // num_tokens)) * num_tokens, num_tokens)
 
 
-def zero_rows_from(first: jax.Array, memory: Any, layout: Any) -> None:
+def convert(memory: Any, to: Any) -> None:
+    """A tile [tokens, H] of 8-bit or float32 numbers into 16-bit parts [parts, tokens, H], in shared memory both.
+
+    `mma` wants two tokens of a column of values in one register, which loads bring together for 16-bit numbers alone.
+    """
+    count, num_tokens, _ = to.shape
+    layout = layouts(to.dtype, 32).acc
+    for start in range(0, num_tokens, 32):  # few in registers at once
+        some = pl.ds(start, 32)
+        values = plgpu.load(memory.at[some], layout=layout, optimized=False)
+        for j, part in enumerate(parts(values, to.dtype, count)):
+            _compat.store(to.at[j, some], part)
+
+
+def zero_rows_from(first: jax.Array, memory: Any) -> None:
     """Zero the rows of a tile [tokens, H] in shared memory from index `first` on: a weight of 0 times a NaN is a NaN."""
-    values = plgpu.load(memory, layout=layout, optimized=False)
-    row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=layout)
-    # Through float32: not every chip selects between narrow floats.
-    kept = jnp.where(row < first, values.astype(jnp.float32), 0.0)
-    memory[...] = kept.astype(values.dtype)
+    num_tokens, head_dim = memory.shape
+    # Few rows in registers at once: this is a branch that is rarely taken, and must not set how many the kernel needs.
+    num_rows = 16 if head_dim % 32 == 0 else 32
+    layout = layouts(jnp.bfloat16, num_rows).acc
+    for start in range(0, num_tokens, num_rows):
+        some = memory.at[pl.ds(start, num_rows)]
+        values = plgpu.load(some, layout=layout, optimized=False)
+        row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=layout) + start
+        # Through float32: not every chip selects between narrow floats.
+        _compat.store(some, jnp.where(row < first, values.astype(jnp.float32), 0.0).astype(values.dtype))
 
 
 def soft_capped(scores: jax.Array, cap: float) -> jax.Array:

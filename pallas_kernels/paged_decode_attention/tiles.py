@@ -40,8 +40,8 @@ def choose(
     context_tokens: int,
     query_bytes: int,
     page_bytes: int,
-) -> Tiles | None:
-    """Tiles for a call, from its static shapes alone; None when not even two stages fit the chip's shared memory.
+) -> Tiles:
+    """Tiles for a call, from its static shapes alone.
 
     Args:
       num_queries: T * G, the query rows that share a key/value head.
@@ -52,17 +52,12 @@ def choose(
     if head_dim % 32 and num_rows == 16:
         num_rows = 32  # four warps share the columns of 16 rows, 8 each; two those of 32
     num_row_tiles = -(-num_queries // num_rows)
-    # float32 goes through the tensor cores in three parts: half the tokens for the same registers.
-    num_tokens = 32 if max(query_bytes, page_bytes) == 4 or num_rows * head_dim > 32 * 128 else 64
-
-    stage = 2 * num_tokens * (head_dim * page_bytes + 4)
-    fixed = num_rows * num_tokens * (6 if query_bytes == 4 else 2) * 2 + 4096
+    num_tokens = _num_tokens(num_rows, head_dim, query_bytes, page_bytes)
+    stage, fixed = _memory(num_rows, num_tokens, head_dim, query_bytes, page_bytes)
     # Three blocks on one multiprocessor hide each other's waits; the chips differ in how much each may then have. Two stages
     # are what a loop cannot do without, more than four bring nothing that more blocks would not.
     blocks = 3 if target.shared_memory_bytes > 128 * 1024 else 1
     num_stages = max(2, min(4, (target.shared_memory_bytes // blocks - 1024 - fixed) // stage))
-    if num_stages * stage + fixed > target.shared_memory_bytes:
-        return None
 
     resident = target.num_sms * blocks
     # The interpreter's cases are tiny: a chunk of one tile splits them too.
@@ -70,6 +65,26 @@ def choose(
     most = batch_size * -(-context_tokens // (chunk_tiles * num_tokens))
     wanted = max(2 * batch_size, WAVES * resident // (num_kv_heads * num_row_tiles))
     return Tiles(num_rows, num_row_tiles, num_tokens, num_stages, min(most, wanted), chunk_tiles)
+
+
+def fits(target: Target, *, head_dim: int, query_bytes: int, page_bytes: int) -> bool:
+    """Whether two stages of tiles fit the chip's shared memory, whatever the number of query rows is."""
+    num_tokens = (_num_tokens(rows, head_dim, query_bytes, page_bytes) for rows in (16, MAX_ROWS))
+    needed = (_memory(MAX_ROWS, tokens, head_dim, query_bytes, page_bytes) for tokens in num_tokens)
+    return all(2 * stage + fixed <= target.shared_memory_bytes for stage, fixed in needed)
+
+
+def _num_tokens(num_rows: int, head_dim: int, query_bytes: int, page_bytes: int) -> int:
+    """Of a tile: 64, or 32 where the numbers would not fit the registers; float32 is three 16-bit numbers each."""
+    return 32 if 4 in (query_bytes, page_bytes) or head_dim > 128 or num_rows * head_dim > 32 * 128 else 64
+
+
+def _memory(num_rows: int, num_tokens: int, head_dim: int, query_bytes: int, page_bytes: int) -> tuple[int, int]:
+    """Bytes of shared memory that a stage needs, and that there are beside the stages."""
+    fixed = num_rows * num_tokens * (6 if query_bytes == 4 else 2) + 4096
+    if page_bytes != 2:
+        fixed += num_tokens * head_dim * 2 * (3 if page_bytes == 4 else 1)  # values as 16-bit numbers
+    return 2 * num_tokens * (head_dim * page_bytes + 4), fixed
 
 
 class Items(NamedTuple):
