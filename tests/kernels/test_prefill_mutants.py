@@ -2,9 +2,9 @@
 
 What no rung without a GPU sees, because the interpreter's products are done when they return and read keys and values as any
 thread does: handing back the slot of keys or values while its product is still in flight, and keys even just before it (planted,
-the race of values is seen and that of keys is not, a missing wait for keys in some runs only); the fence between clearing the tail of the values and the product that reads
-them; too few registers or a product's wrong operand layout (compile_check sees these). The turns that two warpgroups take cost or
-save time and order nothing.
+the race of values is seen and that of keys is not, a missing wait for keys in some runs only); the fence between clearing the
+tail of the values and the product that reads them; too few registers or a product's wrong operand layout (compile_check sees
+these). The turns that two warpgroups take cost or save time and order nothing.
 """
 
 from __future__ import annotations
