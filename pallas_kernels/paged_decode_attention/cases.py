@@ -103,7 +103,8 @@ COMPILE = (
     Case(32, 8, 128, S=128, T=8, dtype="float16", lens=(4096,) * 32),
     Case(32, 8, 128, S=64, T=16, dtype="bfloat16", lens=(4096,) * 32),
     Case(8, 8, 80, dtype="bfloat16", lens=(4096,) * 32),
-    Case(16, 8, 96, S=8, dtype="bfloat16", lens=(4096,) * 32),
+    Case(8, 8, 80, S=32, dtype="bfloat16", lens=(4096,) * 32),
+    Case(16, 8, 96, S=64, dtype="bfloat16", lens=(4096,) * 32),
     Case(16, 8, 256, S=64, dtype="bfloat16", lens=(4096,) * 32),
     Case(32, 8, 64, S=64, lens=(4096,) * 32),
 )

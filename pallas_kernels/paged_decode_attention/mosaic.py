@@ -52,6 +52,8 @@ def unavailable(target: Target, *, head_dim: int, page_size: int, dtypes: tuple[
         return f"heads of {head_dim} in pages of {page} need more than {target.shared_memory_bytes} bytes of shared memory"
     if page_size not in PAGE_SIZES:
         return f"its pages have {', '.join(map(str, PAGE_SIZES))} tokens, not {page_size}"
+    if not target.has_tma and mt.swizzle_bytes(head_dim, page, min(page_size, 32)) is None:
+        return f"heads of {head_dim} in pages of {page_size} tokens do not divide among the warps that copy them"
     return None
 
 
@@ -143,8 +145,8 @@ def _chunks(
     elif k_scales is not None:
         inputs |= {"k_scales": k_scales, "v_scales": v_scales}
     scratch: dict[str, Any] = {
-        "k_tiles": mt.page_memory((stages, C, H), k_pages.dtype),
-        "v_tiles": mt.page_memory((stages, C, H), v_pages.dtype),
+        "k_tiles": mt.page_memory((stages, C, H), k_pages.dtype, 0 if target.has_tma else piece),
+        "v_tiles": mt.page_memory((stages, C, H), v_pages.dtype, 0 if target.has_tma else piece),
         "weights": plgpu.SMEM((q_parts, R, C), dtype, transforms=mt.transforms(C, dtype)),
     }
     if is_converted:

@@ -39,21 +39,31 @@ def layouts(dtype: Any, num_rows: int) -> Layouts:
     return Layouts(L.MMA_LHS(dtype, m_warps=m_warps), L.MMA_RHS(dtype, m_warps=m_warps), acc, acc.reduce(1), acc.reduce(0))
 
 
-def swizzle_bytes(head_dim: int, dtype: Any) -> int:
-    """The widest swizzle that divides a row of a page: reads of a tile's columns then hit different banks."""
+def swizzle_bytes(head_dim: int, dtype: Any, copied_tokens: int = 0) -> int | None:
+    """The widest swizzle that divides a row of a page: reads of a tile's columns then hit different banks.
+
+    Args:
+      copied_tokens: that one cp.async brings, whose tiles of 8 tokens by a swizzle have to divide among four warps; 0 where the
+        copy engine brings them, which can do with 16 bytes. None is returned where nothing does.
+    """
     row_bytes = head_dim * jnp.dtype(dtype).itemsize
-    return next(width for width in (128, 64, 32, 16) if row_bytes % width == 0)
+    for width in (128, 64, 32) if copied_tokens else (128, 64, 32, 16):
+        if row_bytes % width == 0 and copied_tokens // 8 * (row_bytes // width) % 4 == 0:
+            return width
+    return None
 
 
-def transforms(width: int, dtype: Any) -> tuple[Any, ...]:
-    """Of shared memory [..., rows, width] that the copy engine writes and `ldmatrix` reads: tiled and swizzled."""
-    num_bytes = swizzle_bytes(width, dtype)
+def transforms(width: int, dtype: Any, copied_tokens: int = 0) -> tuple[Any, ...]:
+    """Of shared memory [..., rows, width] that copies write and `ldmatrix` reads: tiled and swizzled."""
+    num_bytes = swizzle_bytes(width, dtype, copied_tokens)
+    if num_bytes is None:
+        raise NotImplementedError(f"{copied_tokens} tokens of {width} numbers do not divide among four warps")
     return plgpu.TilingTransform((8, num_bytes // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(num_bytes)
 
 
-def page_memory(shape: tuple[int, ...], dtype: Any) -> Any:
+def page_memory(shape: tuple[int, ...], dtype: Any, copied_tokens: int = 0) -> Any:
     """Shared memory for tiles of pages, [..., tokens, H]."""
-    return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype))
+    return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype, copied_tokens))
 
 
 def copy(target: Target, source: Any, to: Any, barrier: Any) -> None:

@@ -48,7 +48,9 @@ def choose(
       context_tokens: M * S, the most that a row can have.
       query_bytes, page_bytes: of one number.
     """
-    num_rows = next((rows for rows in (16, 32, 64) if num_queries <= rows), MAX_ROWS)
+    # Sums of 64 rows of 256 numbers, or of three parts each, are more than a thread has registers for.
+    max_rows = 32 if head_dim > 128 or 4 in (query_bytes, page_bytes) else MAX_ROWS
+    num_rows = next(rows for rows in (16, 32, 64) if num_queries <= rows or rows == max_rows)
     if head_dim % 32 and num_rows == 16:
         num_rows = 32  # four warps share the columns of 16 rows, 8 each; two those of 32
     num_row_tiles = -(-num_queries // num_rows)

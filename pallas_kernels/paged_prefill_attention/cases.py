@@ -69,7 +69,7 @@ COMPILE = _tiles(
     Case(32, 8, 128, S=16, T=64, dtype="bfloat16", lens=(64, 4096)),
     Case(32, 8, 64, S=64, T=64, dtype="bfloat16", lens=(64, 4096)),
     Case(8, 1, 256, S=64, T=64, dtype="bfloat16", lens=(64, 4096)),
-    Case(32, 32, 80, T=64, dtype="float16", lens=(64, 4096)),
+    Case(32, 32, 80, S=64, T=64, dtype="float16", lens=(64, 4096)),
     Case(32, 8, 128, S=64, T=64, window=512, soft_cap=30.0, has_sinks=True, dtype="bfloat16", lens=(64, 4096)),
     Case(32, 8, 128, S=64, T=64, dtype="bfloat16", kv_dtype="float8_e4m3fn", scales="head", lens=(64, 4096)),
     Case(32, 8, 128, S=64, T=64, dtype="bfloat16", kv_dtype="int8", scales="token", lens=(64, 4096)),

@@ -77,7 +77,12 @@ BENCH = (
     Case(32768, K=8, H=128, S=64, dtype="int8", new_dtype="bfloat16", scales="head"),
     Case(16, K=3, H=64),
 )
-COMPILE = (*BENCH, Case(1, K=1, H=64, dtype="float8_e4m3fn", new_dtype="bfloat16", scales="token"), Case(5, K=3, H=80))
+# Without the large ones that are quantised: XLA does that before the kernel, and what it makes is as large as such a case's pool.
+COMPILE = (
+    *(case for case in BENCH if case.X < 32768 or not case.scales),
+    Case(1, K=1, H=64, dtype="float8_e4m3fn", new_dtype="bfloat16", scales="token"),
+    Case(5, K=3, H=80),
+)
 
 
 def make(case: Case) -> Call:
