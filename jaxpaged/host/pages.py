@@ -5,6 +5,7 @@ Knows page numbers and counts. Refuses to know what a page holds, who its owners
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, deque
 from collections.abc import Iterable
 
@@ -33,6 +34,10 @@ class PagePool:
         self._refs = [0] * num_pages
         self._cached: dict[int, None] = {}  # in the order in which they lost their last owner
         self.cache = cache
+        self.step = 0  # of whoever plans; only the counters below read it
+        self.num_released = self.owned_steps = 0  # pages that lost their last owner, and the steps for which they had one
+        self.num_reused = self.idle_steps = 0  # pages that got an owner again, and the steps for which they had none
+        self._since = [-1] * num_pages  # the step at which a page got its first owner or lost its last; -1 before both
 
     @property
     def num_free(self) -> int:
@@ -63,6 +68,7 @@ class PagePool:
         pages = [self._free.popleft() for _ in range(count)]
         for page in pages:
             self._refs[page] = 1
+            self._taken(page)
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
@@ -73,6 +79,8 @@ class PagePool:
                 raise PoolError(f"page {page} is shared but has no owner")
         for page in pages:
             self._cached.pop(page, None)
+            if not self._refs[page]:
+                self._taken(page)
             self._refs[page] += 1
 
     def free(self, pages: Iterable[int]) -> None:
@@ -89,6 +97,9 @@ class PagePool:
         for page in reversed(pages):
             self._refs[page] -= 1
             if not self._refs[page]:
+                self.num_released += 1
+                self.owned_steps += self.step - self._since[page]
+                self._since[page] = self.step
                 if self.cache is not None and page in self.cache:
                     self._cached[page] = None
                 else:
@@ -105,6 +116,18 @@ class PagePool:
         del self._cached[page]
         self.cache.forget(page)  # type: ignore[union-attr]
         self._free.append(page)
+
+    def _taken(self, page: int) -> None:
+        """A page has its first owner."""
+        if self._since[page] >= 0:
+            self.num_reused += 1
+            self.idle_steps += self.step - self._since[page]
+        self._since[page] = self.step
+
+    def num_free_runs(self) -> int:
+        """Runs of consecutive numbers among the free pages that hold nothing: 1 when they lie together, 0 when there are none."""
+        free = sorted(self._free)
+        return bool(free) + sum(after - before > 1 for before, after in itertools.pairwise(free))
 
     def num_owners(self, page: int) -> int:
         """References to a page."""
