@@ -148,6 +148,10 @@ class ModelConfig:
         """G: query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
 
+    def page_bytes(self, page_size: int, dtype: str) -> int:
+        """Bytes of one page over all layers: page_size * 2 * K * H * L * bytes per element."""
+        return page_size * 2 * self.num_kv_heads * self.head_dim * self.num_layers * DTYPE_BYTES[dtype]
+
     @classmethod
     def from_hf(cls, values: dict[str, Any], where: str = "config.json") -> ModelConfig:
         """Build from the object in a HF config.json, written by transformers 4 or 5.

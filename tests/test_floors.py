@@ -24,7 +24,7 @@ FLOORS = (
     ("jaxpaged.engine",),
     ("jaxpaged.llm",),
     ("jaxpaged",),  # the public names; nothing below asks it for them
-    ("jaxpaged.server", "jaxpaged.bench"),
+    ("jaxpaged.server", "jaxpaged.bench", "jaxpaged.simulate"),
     ("jaxpaged.cli",),
     ("jaxpaged.__main__",),
 )

@@ -27,6 +27,7 @@ COMMANDS = {
     "chat": "talk with a model in the terminal",
     "demo": "watch paged attention at work on a small model that comes along",
     "convert": "Hugging Face safetensors to orbax and back",
+    "simulate": "the scheduler on a virtual clock: throughput and latency on a GPU that is not here, and memory",
     "collect-env": "one block of text about this machine, for an issue",
 }
 

@@ -1,0 +1,96 @@
+"""Who comes when, with how many tokens: random traffic. Knows no scheduler and no cost."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jaxpaged.config import ConfigError
+from jaxpaged.simulate.lengths import Lengths
+
+# Token ids of prefixes start here; those below are of one request alone. No model's vocabulary is in the way of a simulation.
+_FIRST_PREFIX = 2**40
+VOCAB_SIZE = 2**41
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request before any check.
+
+    Args:
+      num_prompt: in tokens, those of its prefix counted.
+      num_output: tokens at which it ends by itself.
+      tenant: requests share prefixes only within one tenant.
+      prefix_id: requests of one prefix_id begin with the same `prefix_len` tokens, and share nothing after them.
+    """
+
+    arrival_s: float
+    num_prompt: int
+    num_output: int
+    tenant: str | None = None
+    priority: int = 0
+    prefix_id: int = 0
+    prefix_len: int = 0
+
+    def prompt_token_ids(self, number: int) -> tuple[int, ...]:
+        """Tokens that no other request has, `number` being its own, behind those of its prefix."""
+        num_shared = min(self.prefix_len, self.num_prompt)
+        return (_FIRST_PREFIX + self.prefix_id,) * num_shared + (number,) * (self.num_prompt - num_shared)
+
+
+def random_traffic(
+    num_prompts: int,
+    input_len: Lengths,
+    output_len: Lengths,
+    *,
+    request_rate: float = math.inf,
+    burstiness: float = 1.0,
+    prefix_len: int = 0,
+    num_prefixes: int = 1,
+    max_model_len: int = 2**30,
+    seed: int = 0,
+) -> Iterator[Arrival]:
+    """`num_prompts` requests whose gaps are gamma-distributed, as in vLLM's `bench serve`.
+
+    Gaps and lengths come from generators of their own, so that another rate is the same requests closer together.
+
+    Args:
+      request_rate: requests per second on average; inf is all of them at once.
+      burstiness: the shape of the gaps' distribution: 1 is a Poisson process, below 1 they come in bursts, above 1 evenly.
+      prefix_len: tokens in front of each prompt, besides `input_len`, one of `num_prefixes` drawn for each.
+      max_model_len: prompts are cut so that one new token fits.
+
+    Raises:
+      ConfigError: a value out of range.
+    """
+    _check("num_prompts", num_prompts, num_prompts >= 1, "a whole number of at least 1")
+    _check("request_rate", request_rate, request_rate > 0, "a number above 0, or inf")
+    _check("burstiness", burstiness, 0 < burstiness < math.inf, "a finite number above 0")
+    _check("prefix_len", prefix_len, prefix_len >= 0, "a whole number of at least 0")
+    _check("num_prefixes", num_prefixes, num_prefixes >= 1, "a whole number of at least 1")
+    lengths, gaps = random.Random(f"lengths {seed}"), random.Random(f"gaps {seed}")
+    return (
+        Arrival(
+            arrival_s,
+            min(prefix_len + input_len.draw(lengths), max_model_len - 1),
+            output_len.draw(lengths),
+            prefix_id=lengths.randrange(num_prefixes),
+            prefix_len=prefix_len,
+        )
+        for arrival_s in _times(num_prompts, request_rate, burstiness, gaps)
+    )
+
+
+def _times(num_prompts: int, request_rate: float, burstiness: float, rng: random.Random) -> Iterator[float]:
+    now = 0.0
+    for _ in range(num_prompts):
+        yield now
+        # Mean shape * scale, so 1 / request_rate at any burstiness.
+        now += rng.gammavariate(burstiness, 1 / burstiness) / request_rate
+
+
+def _check(name: str, value: float, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name}: got {value:g}, expected {allowed}")
