@@ -296,6 +296,10 @@ class EngineConfig:
       decode_row_buckets: decode rows that get a compiled step of their own.
       prefill_tile_buckets: likewise prefill tiles; 0, a step that only decodes, is always one.
       compilation_cache_dir: where compiled steps are kept between runs; auto is a folder in the user's cache, "none" is nowhere.
+      flight_recorder_bytes: memory for the record of what the scheduler was told and decided, the oldest of which is dropped; see
+        `Engine.save_recording` and `jaxpaged replay`. 0 is off.
+      recording_dir: where that record is written when a step fails; None is nowhere.
+      debug_socket: path of a local socket, this user's alone, that `jaxpaged inspect` and `jaxpaged debug` ask; None is none.
 
     Raises:
       ConfigError: an unknown option, or a value out of range, named with what is allowed.
@@ -327,6 +331,9 @@ class EngineConfig:
     decode_row_buckets: tuple[int, ...] | None = None
     prefill_tile_buckets: tuple[int, ...] | None = None
     compilation_cache_dir: str | None = None
+    flight_recorder_bytes: int = 64 << 20
+    recording_dir: str | None = None
+    debug_socket: str | None = None
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
@@ -344,7 +351,8 @@ class EngineConfig:
             if value not in ("auto", *FLOAT_DTYPES):
                 raise ConfigError(f"{name}: got {value!r}, expected one of auto, {', '.join(FLOAT_DTYPES)}")
             object.__setattr__(self, name, value)
-        for name in ("model", "tokenizer", "revision", "compilation_cache_dir", "compare_with", "compare_dir"):
+        paths = ("compilation_cache_dir", "compare_dir", "recording_dir", "debug_socket")
+        for name in ("model", "tokenizer", "revision", "compare_with", *paths):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected a string")
         # 16.0 equals 16, so membership alone is not a check.
@@ -357,6 +365,8 @@ class EngineConfig:
         self._check_int("num_gpu_blocks_override", 2, 2**30)
         self._check_int("kv_cache_memory_bytes", 1, 2**50)
         self._check_int("seed", -(2**63), 2**63 - 1)
+        # A smaller ring would hold little more than the heads of its segments.
+        self._check_int("flight_recorder_bytes", 2**16 if self.flight_recorder_bytes else 0, 2**36)
         self._check_int("prefill_tile", 1, 4096)
         if self.gpu_memory_utilization is not None:
             value = self.gpu_memory_utilization

@@ -19,7 +19,7 @@ LIBRARY = ("jaxpaged", "pallas_kernels", "convert")
 FLOORS = (
     ("jaxpaged.version", "jaxpaged.config", "jaxpaged.outputs", "pallas_kernels"),
     ("jaxpaged.host", "jaxpaged.model"),
-    ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel"),
+    ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel", "jaxpaged.observe"),
     ("jaxpaged.runner", "jaxpaged.tokenizer", "jaxpaged.demo", "convert"),
     ("jaxpaged.engine",),
     ("jaxpaged.llm",),
@@ -35,6 +35,7 @@ ONLY = {
     "jaxpaged.version": (),
     "jaxpaged.config": (),
     "jaxpaged.host": ("jaxpaged.config", "jaxpaged.host"),
+    "jaxpaged.observe": ("jaxpaged.config", "jaxpaged.host", "jaxpaged.observe", "jaxpaged.version"),
     "pallas_kernels": ("pallas_kernels", "jax", "jaxlib", "numpy", "ml_dtypes"),
 }
 # file -> the only reads of the environment in library code: they set no option of ours.

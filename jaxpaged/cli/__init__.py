@@ -28,6 +28,9 @@ COMMANDS = {
     "demo": "watch paged attention at work on a small model that comes along",
     "convert": "Hugging Face safetensors to orbax and back",
     "simulate": "the scheduler on a virtual clock: throughput and latency on a GPU that is not here, and memory",
+    "replay": "run a flight recording again without the model, or draw it",
+    "inspect": "which pages are in use, and by whom",
+    "debug": "what the scheduler and the prefix cache hold",
     "collect-env": "one block of text about this machine, for an issue",
 }
 
@@ -42,7 +45,7 @@ examples:
 
 'jaxpaged COMMAND --help' tells the rest.
 
-exit codes: 0 done, 1 a check failed, 2 usage, configuration or request, 3 bad checkpoint, 4 memory or space,
+exit codes: 0 done, 1 a check failed, 2 usage, configuration or request, 3 bad checkpoint or recording, 4 memory or space,
 70 a bug of jaxpaged, 130 interrupted"""
 
 
@@ -114,7 +117,11 @@ def exit_code(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EROFS):
         return EXIT_RESOURCES
     # Only a process that has imported these modules can have raised their errors.
-    known = (("jaxpaged.checkpoint", "CheckpointError", EXIT_CHECKPOINT), ("jaxpaged.runner", "ResourceError", EXIT_RESOURCES))
+    known = (
+        ("jaxpaged.checkpoint", "CheckpointError", EXIT_CHECKPOINT),
+        ("jaxpaged.observe.records", "RecordingError", EXIT_CHECKPOINT),
+        ("jaxpaged.runner", "ResourceError", EXIT_RESOURCES),
+    )
     for module, name, code in known:
         if module in sys.modules and isinstance(error, getattr(sys.modules[module], name)):
             return code

@@ -1,0 +1,112 @@
+"""The scheduler's decisions as frames. The recorder and the replay write them with this one class, so that equal is equal.
+
+Knows what a decision is. Refuses to know where frames go.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from jaxpaged.host.request import Sequence
+from jaxpaged.host.scheduler import Chunk, Scheduler, StepPlan
+from jaxpaged.observe.records import Admission, Kind, words
+
+
+class Encoder:
+    """Follows one scheduler. Invariant: `rows` holds the sequences that were planned and neither ended nor preempted since."""
+
+    def __init__(self, scheduler: Scheduler, put: Callable[[Kind, bytes], None]):
+        self.scheduler, self.put = scheduler, put
+        self.page_size = scheduler.limits.page_size
+        self.rows: dict[Sequence, int] = {}
+        self.in_flight: deque[StepPlan] = deque()  # planned and not committed, the oldest first
+        self._num_rows = 0
+        self._stays: dict[Sequence, int] = {}  # how often each of `rows` had been preempted when it was admitted
+        self._num_preemptions = 0
+
+    def state(self) -> tuple[Any, ...]:
+        """All of it and of the scheduler, for `restored`."""
+        return self.scheduler, self.in_flight, self.rows, self._stays, self._num_rows, self._num_preemptions
+
+    @classmethod
+    def restored(cls, state: tuple[Any, ...], put: Callable[[Kind, bytes], None]) -> Encoder:
+        """An encoder that goes on where the one that `state` is of was."""
+        encoder = cls(state[0], put)
+        _, encoder.in_flight, encoder.rows, encoder._stays, encoder._num_rows, encoder._num_preemptions = state
+        return encoder
+
+    def planned(self, plan: StepPlan | None) -> None:
+        """`plan` is what the scheduler has just returned."""
+        scheduler = self.scheduler
+        if scheduler.num_preemptions != self._num_preemptions:
+            self._find_preempted()
+        if plan is None:
+            self.put(Kind.IDLE, b"")
+            return
+        decodes, size = plan.decodes, self.page_size
+        try:
+            rows = [self.rows[chunk.sequence] for chunk in decodes]
+            for chunk in plan.prefills:
+                self.rows[chunk.sequence]
+        except KeyError:
+            self._admit((*decodes, *plan.prefills))
+            rows = [self.rows[chunk.sequence] for chunk in decodes]
+        pool, copies = scheduler.pool, plan.copies
+        numbers = [
+            *(pool.num_free, pool.num_cached, len(scheduler.running), len(scheduler.waiting)),
+            *(len(decodes), len(plan.prefills), len(copies)),
+            *rows,
+            *[chunk.start for chunk in decodes],
+            *[chunk.sequence.pages[chunk.start // size] for chunk in decodes],
+        ]
+        if copies:
+            numbers += [source for source, _ in copies] + [target for _, target in copies]
+        for chunk in plan.prefills:
+            pages = chunk.sequence.pages[chunk.start // size : -(-chunk.end // size)]
+            numbers += (self.rows[chunk.sequence], chunk.start, chunk.num_tokens, chunk.samples, len(pages), *pages)
+        self.in_flight.append(plan)
+        self.put(Kind.PLAN, words(*numbers))
+
+    def committed(self) -> None:
+        """The oldest plan in flight has just been committed."""
+        self.in_flight.popleft()
+        self.find_finished()
+
+    def failed(self) -> None:
+        """A step in flight raised: none of those will be committed."""
+        self.in_flight.clear()
+
+    def find_finished(self) -> None:
+        """Take out the rows whose sequences have ended."""
+        for sequence in [sequence for sequence in self.rows if sequence.finish_reason is not None]:
+            row = self._leave(sequence)
+            self.put(Kind.FINISH, words(row) + str(sequence.finish_reason).encode())
+
+    def _find_preempted(self) -> None:
+        self._num_preemptions = self.scheduler.num_preemptions
+        stays = self._stays
+        for sequence in [sequence for sequence in self.rows if sequence.num_preemptions != stays[sequence]]:
+            self.put(Kind.PREEMPT, words(self._leave(sequence)))
+
+    def _leave(self, sequence: Sequence) -> int:
+        del self._stays[sequence]
+        return self.rows.pop(sequence)
+
+    def _admit(self, chunks: Iterable[Chunk]) -> None:
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if sequence in self.rows:
+                continue
+            row = self.rows[sequence] = self._num_rows
+            self._num_rows += 1
+            self._stays[sequence] = sequence.num_preemptions
+            self.put(Kind.ADMIT, self.admission(row, sequence, chunk.start).pack())
+
+    @staticmethod
+    def admission(row: int, sequence: Sequence, num_computed: int) -> Admission:
+        """A row's line in the recording."""
+        request = sequence.request
+        index = getattr(sequence, "index", 0)
+        return Admission(row, index, num_computed, sequence.num_prompt, tuple(sequence.pages), request.request_id)

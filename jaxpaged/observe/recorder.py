@@ -1,0 +1,152 @@
+"""The flight recorder: a bounded ring in memory of all that reached the scheduler and all that it decided.
+
+Knows bytes and when to drop the oldest. Refuses to know what the frames mean, and never stops the engine for its own sake.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxpaged.host.request import Request
+from jaxpaged.host.scheduler import Scheduler, StepPlan
+from jaxpaged.observe import state
+from jaxpaged.observe.encoder import Encoder
+from jaxpaged.observe.recording import write
+from jaxpaged.observe.records import FRAME, MAX_ERROR, Kind, RecordingError, pack_commit, pack_request, words
+
+_SEGMENTS = 8  # of a full ring: what is dropped at a time, and how often the state is written down
+
+
+class Recorder:
+    """Records one scheduler from its birth on.
+
+    The ring is made of segments; the oldest is dropped as a whole. Each begins with the whole state of the scheduler at that
+    point, so that a replay can begin there. A state of more than a quarter of the ring is left out: what follows can be looked at
+    but not replayed, and the recording says so.
+
+    Invariant: `num_bytes` <= `max_bytes`.
+    """
+
+    def __init__(self, scheduler: Scheduler, *, max_bytes: int, clock: Callable[[], float], header: dict[str, Any]):
+        """`header` is what else the file should tell, as JSON; see `Recording.header`."""
+        self.max_bytes, self.header = max_bytes, header
+        self.num_bytes = 0
+        self.num_steps = 0
+        self.num_dropped_bytes = 0
+        self._clock = clock
+        self._encoder = Encoder(scheduler, self._put)
+        self._segments: deque[bytearray] = deque()
+        self._is_full = False
+        self._why_blind = ""
+        self._begin_segment()
+
+    # --- what the engine tells ---
+
+    def added(self, request: Request) -> None:
+        """The scheduler has queued a request."""
+        self._put(Kind.ADD, pack_request(request))
+        self._settle()
+
+    def aborted(self, request_id: str) -> None:
+        """The scheduler has ended a request that was live."""
+        self._put(Kind.ABORT, request_id.encode())
+        self._encoder.find_finished()
+        self._settle()
+
+    def cache_was_reset(self) -> None:
+        """The prefix cache has been emptied."""
+        self._put(Kind.RESET, b"")
+        self._settle()
+
+    def planned(self, plan: StepPlan | None) -> None:
+        """The scheduler has decided a step, or None."""
+        self._encoder.planned(plan)
+        self.num_steps += plan is not None
+        self._settle()
+
+    def ran(self, token_ids: Sequence[int], is_finite: Sequence[bool]) -> None:
+        """The oldest step in flight has run; it is about to be committed."""
+        self._put(Kind.COMMIT, pack_commit(token_ids, is_finite))
+
+    def committed(self) -> None:
+        """It has been committed."""
+        self._encoder.committed()
+
+    def failed(self, stage: str, error: BaseException) -> None:
+        """A step raised: in `plan`, `run` or `commit`."""
+        text = f"{type(error).__name__}: {error}"[:MAX_ERROR]
+        self._put(Kind.FAIL, json.dumps({"stage": stage, "error": text}).encode())
+        if stage != "plan":
+            self._encoder.failed()
+
+    # --- the ring ---
+
+    def _put(self, kind: Kind, payload: bytes) -> None:
+        if len(payload) > self.max_bytes // 4:  # only a ring of a few kilobytes meets such a frame
+            self.num_dropped_bytes += self.num_bytes + len(payload)
+            self._segments.clear()
+            self._segments.append(bytearray())
+            self.num_bytes, self._is_full = 0, True
+            return
+        segment = self._segments[-1]
+        segment += FRAME.pack(kind, len(payload), self._clock())
+        segment += payload
+        self.num_bytes += FRAME.size + len(payload)
+        self._is_full = self._is_full or len(segment) >= self.max_bytes // _SEGMENTS
+        if self.num_bytes > self.max_bytes:
+            self._drop()
+
+    def _drop(self) -> None:
+        while self.num_bytes > self.max_bytes and len(self._segments) > 1:
+            num_bytes = len(self._segments.popleft())
+            self.num_bytes -= num_bytes
+            self.num_dropped_bytes += num_bytes
+
+    def _settle(self) -> None:
+        """Begin the next segment when the last is full. Only where the state is that of all frames so far, and of no others."""
+        if self._is_full:
+            self._begin_segment()
+
+    def _begin_segment(self) -> None:
+        encoder = self._encoder
+        is_beginning = not self.num_steps and not self._segments
+        rows = [encoder.admission(row, sequence, sequence.num_computed) for sequence, row in encoder.rows.items()]
+        head = {"is_beginning": is_beginning, "num_steps": self.num_steps, "rows": [vars(row) for row in rows]}
+        text = json.dumps(head).encode()
+        saved = b"" if is_beginning else self._state(self.max_bytes // 4 - len(text) - 4)
+        self._segments.append(bytearray())
+        self._is_full = False
+        self._put(Kind.SEGMENT, words(len(text)) + text + saved)
+
+    def _state(self, most_bytes: int) -> bytes:
+        """The state of the scheduler and of the encoder; nothing when it cannot be written down."""
+        try:
+            saved = state.dump(self._encoder.state())
+        except Exception as error:  # whatever a pool or a policy of the user's own is made of
+            self._why_blind = f"the scheduler's state could not be written down ({type(error).__name__}: {error})"[:300]
+            return b""
+        if len(saved) > most_bytes:
+            self._why_blind = f"the scheduler's state has {len(saved):,} bytes, a quarter of the ring {self.max_bytes // 4:,}"
+            return b""
+        return saved
+
+    # --- the file ---
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write what the ring holds; the file is whole or not there. It holds the prompts' tokens: mode 0600.
+
+        Raises:
+          RecordingError: it could not be written.
+        """
+        path = Path(path)
+        header = {**self.header, "num_dropped_bytes": self.num_dropped_bytes, "why_blind": self._why_blind}
+        try:
+            write(path, header, b"".join(self._segments))
+        except OSError as error:
+            raise RecordingError(f"{path}: {error.strerror or error}") from None
+        return path

@@ -1,0 +1,58 @@
+"""The state of a scheduler as bytes, so that a replay can begin in the middle of a long run.
+
+Knows pickle, and which names may come out of one: classes of `jaxpaged.host`, its policies and plain containers. A file cannot
+make it call anything else, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import types
+from typing import Any
+
+_PLAIN = {
+    "builtins": {"set", "frozenset", "int"},
+    "collections": {"deque", "OrderedDict", "Counter", "defaultdict"},
+    "array": {"array", "_array_reconstructor"},
+    "functools": {"partial"},
+}
+_HOST = "jaxpaged.host."
+
+
+def dump(state: Any) -> bytes:
+    """Whatever the host side is made of; new fields of its classes come along by themselves."""
+    file = io.BytesIO()
+    _Pickler(file, protocol=5).dump(state)
+    return file.getvalue()
+
+
+def load(saved: bytes) -> Any:
+    """Inverse of `dump`. Raises pickle.UnpicklingError for what is not the host's, and whatever damaged bytes lead to."""
+    return _Unpickler(io.BytesIO(saved)).load()
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        # pickle would write the call getattr(owner, name), which `_Unpickler` must not allow in general.
+        return (obj.__self__, obj.__name__) if isinstance(obj, types.MethodType) else None
+
+
+class _Unpickler(pickle.Unpickler):
+    def persistent_load(self, pid: Any) -> Any:
+        owner, name = pid
+        method = vars(type(owner)).get(name) if type(owner).__module__.startswith(_HOST) else None
+        if not isinstance(method, types.FunctionType):
+            raise pickle.UnpicklingError(f"{name} is no method of the host's")
+        return types.MethodType(method, owner)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _PLAIN.get(module, ()):
+            return super().find_class(module, name)
+        # No dots: they reach into what a module has imported. Its own classes only, for the same reason.
+        if module.startswith(_HOST) and "." not in name:
+            found = super().find_class(module, name)
+            is_policy = module == f"{_HOST}policies" and callable(found)
+            if (isinstance(found, type) or is_policy) and found.__module__ == module:
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a scheduler's state")
