@@ -11,8 +11,8 @@ from jaxpaged.config import ConfigError
 from jaxpaged.simulate.lengths import Lengths
 
 # Token ids of prefixes start here; those below are of one request alone. No model's vocabulary is in the way of a simulation.
-_FIRST_PREFIX = 2**40
-VOCAB_SIZE = 2**41
+_FIRST_PREFIX = 2**30
+VOCAB_SIZE = 2**31
 
 
 @dataclass(frozen=True, slots=True)
