@@ -78,11 +78,10 @@ def pad(plan: StepPlan, bucket: Bucket, *, tile: int, page_size: int, max_blocks
 
 
 def _set_sampling(sampling: SamplingInputs, row: int, chunk: Chunk) -> None:
-    request = chunk.sequence.request
-    params = request.params
+    params, seed = chunk.sequence.request.params, chunk.sequence.seed
     arrays: dict[str, np.ndarray] = vars(sampling)  # type: ignore[assignment]
     arrays["temperature"][row] = params.temperature
     arrays["top_k"][row] = params.top_k
     arrays["top_p"][row] = params.top_p
     arrays["min_p"][row] = params.min_p
-    arrays["seeds"][row] = request.seed >> 32, request.seed & 0xFFFFFFFF
+    arrays["seeds"][row] = seed >> 32, seed & 0xFFFFFFFF

@@ -6,10 +6,12 @@ Owns a scheduler and a runner. Refuses to know text, checkpoints' formats and th
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from pathlib import Path
 
 import jax
 
@@ -19,6 +21,7 @@ from jaxpaged.host.pages import PagePool
 from jaxpaged.host.prefix_cache import PrefixCache
 from jaxpaged.host.request import Request, RequestError, SamplingParams, TokenEvent
 from jaxpaged.host.scheduler import Limits, Scheduler
+from jaxpaged.observe import eyes
 from jaxpaged.runner import JaxRunner, Runner, plan_memory, use_compilation_cache
 
 
@@ -52,6 +55,7 @@ class Engine:
             context = f"{model!r} {config.dtype} {config.kv_cache_dtype}"
             self.pool.cache = PrefixCache(config.block_size, context)  # type: ignore[arg-type]
         self.scheduler = Scheduler(self.pool, limits)
+        self._eyes = eyes.Eyes(config, self.scheduler, clock)
         self.num_steps = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
@@ -97,6 +101,7 @@ class Engine:
         """
         request = self.check_request(prompt_token_ids, params, request_id=request_id, cache_salt=cache_salt)
         self.scheduler.add(request)
+        self._eyes.added(request)
         self.num_prompt_tokens += len(request.prompt_token_ids)
         return request
 
@@ -128,9 +133,12 @@ class Engine:
         """An id that no unfinished request has, those that callers chose included."""
         return next(name for name in (f"req-{number}" for number in self._ids) if name not in self.scheduler)
 
-    def abort(self, request_id: str) -> TokenEvent | None:
-        """End a request now; its pages are free when this returns. None when it is unknown or already over."""
-        return self.scheduler.abort(request_id)
+    def abort(self, request_id: str) -> list[TokenEvent]:
+        """End a request now; its pages are free when this returns. An event for each output that had not ended."""
+        self._eyes.changing()
+        events = self.scheduler.abort(request_id)
+        self._eyes.aborted(request_id, bool(events))
+        return events
 
     @property
     def has_unfinished(self) -> bool:
@@ -139,18 +147,28 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """Run one step: at most one new token per running request. Empty when there is nothing to do or only prompts advanced."""
-        plan = self.scheduler.plan()
-        if plan is None:
-            return []
-        token_ids, is_finite = self.runner.run(plan)
-        events = self.scheduler.commit(plan, token_ids, is_finite)
+        try:
+            self._eyes.planning()
+            plan = self.scheduler.plan()
+            self._eyes.planned(plan)
+            if plan is None:
+                return []
+            token_ids, is_finite = self.runner.run(plan)
+            self._eyes.ran(token_ids, is_finite)
+            events = self.scheduler.commit(plan, token_ids, is_finite)
+            self._eyes.committed(plan)
+        except Exception as error:
+            self._eyes.failed(error)
+            raise
         self.num_steps += 1
         self.num_generation_tokens += sum(event.token_id is not None for event in events)
         return events
 
     def reset_prefix_cache(self) -> None:
         """Forget what pages hold: no request after this shares a page with one before it. Running requests keep theirs."""
+        self._eyes.changing()
         self.pool.reset_cache()
+        self._eyes.cache_was_reset()
 
     # --- for people who look ---
 
@@ -176,14 +194,26 @@ class Engine:
             "prefix_cache_hits": self.pool.cache.num_hit_tokens if self.pool.cache is not None else 0,
             "prompt_tokens": self.num_prompt_tokens,
             "generation_tokens": self.num_generation_tokens,
+            **eyes.stats(self.scheduler),
         }
+
+    def save_recording(self, path: str | os.PathLike[str]) -> Path:
+        """Write the flight recorder's record of this engine to a file, for `jaxpaged replay`. It holds the prompts' tokens.
+
+        Raises:
+          ConfigError: flight_recorder_bytes is 0.
+          RecordingError: the file cannot be written.
+        """
+        return self._eyes.save_recording(path)
 
     def close(self) -> None:
         """End every request and give the device's memory back. A closed engine takes no requests."""
         if self._is_closed:
             return
-        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
-            self.scheduler.abort(sequence.request.request_id)
+        live = (*self.scheduler.running, *self.scheduler.waiting)
+        for request_id in dict.fromkeys(sequence.request.request_id for sequence in live):
+            self.abort(request_id)
+        self._eyes.close()
         self.runner.close()
         self._is_closed = True
 

@@ -44,25 +44,19 @@ _GENERATION_FIELDS = {name: name for name in ("temperature", "top_p", "top_k", "
 
 
 @dataclass(eq=False)
-class _Live:
-    """A request in the engine, and its text so far. `detokenizer` is None when no text is wanted."""
+class _Output:
+    """One output of a request so far. `detokenizer` is None when no text is wanted."""
 
-    request: Request
-    prompt: str | None
+    index: int
     detokenizer: Detokenizer | None
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
-    first_token_s: float = 0.0
-    last_token_s: float = 0.0
-    num_cached_tokens: int = 0
 
-    def record(self, event: TokenEvent, now: float) -> None:
+    def record(self, event: TokenEvent) -> None:
         self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
         if event.token_id is not None:
             self.token_ids.append(event.token_id)
-            self.first_token_s, self.last_token_s = self.first_token_s or now, now
-            self.num_cached_tokens = event.num_cached_tokens
         if self.detokenizer is None:
             return
         # The token that stops a request is no part of its text, as in vLLM.
@@ -71,21 +65,57 @@ class _Live:
         if event.finish_reason is not None:
             self.detokenizer.finish()
 
-    def output(self) -> RequestOutput:
-        completion = CompletionOutput(
-            index=0,
+    def completion(self) -> CompletionOutput:
+        return CompletionOutput(
+            index=self.index,
             text=self.detokenizer.text if self.detokenizer else "",
             token_ids=list(self.token_ids),
             finish_reason=self.finish_reason.value if self.finish_reason else None,
             stop_reason=self.stop_reason,
         )
-        times = RequestStateStats(self.request.arrival_s, self.first_token_s, self.last_token_s, len(self.token_ids))
+
+
+@dataclass(eq=False)
+class _Live:
+    """A request in the engine, and its outputs so far."""
+
+    request: Request
+    prompt: str | None
+    outputs: list[_Output]
+    num_events: int = 0
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+    num_cached_tokens: int = 0
+
+    @property
+    def is_finished(self) -> bool:
+        return all(output.finish_reason is not None for output in self.outputs)
+
+    @property
+    def num_generated(self) -> int:
+        return sum(len(output.token_ids) for output in self.outputs)
+
+    def record(self, event: TokenEvent, now: float) -> None:
+        self.outputs[event.index].record(event)
+        self.num_events += 1
+        if event.token_id is not None:
+            self.first_token_s, self.last_token_s = self.first_token_s or now, now
+            self.num_cached_tokens = event.num_cached_tokens
+
+    def end(self, now: float) -> None:
+        """Someone else took it out of the engine."""
+        for output in self.outputs:
+            if output.finish_reason is None:
+                self.record(TokenEvent(self.request.request_id, None, FinishReason.ABORT, index=output.index), now)
+
+    def output(self) -> RequestOutput:
+        times = RequestStateStats(self.request.arrival_s, self.first_token_s, self.last_token_s, self.num_generated)
         return RequestOutput(
             request_id=self.request.request_id,
             prompt=self.prompt,
             prompt_token_ids=list(self.request.prompt_token_ids),
-            outputs=[completion],
-            finished=self.finish_reason is not None,
+            outputs=[output.completion() for output in self.outputs],
+            finished=self.is_finished,
             metrics=times,
             num_cached_tokens=self.num_cached_tokens,
         )
@@ -282,29 +312,33 @@ class LLM:
             checked.prompt_token_ids, params, request_id=str(next(self._ids)), cache_salt=checked.cache_salt
         )
         wants_text = self.tokenizer is not None and params.detokenize
-        detokenizer = self.tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens) if wants_text else None  # type: ignore[union-attr]
-        live = _Live(request, checked.prompt, detokenizer)
+        outputs = []
+        for index in range(params.n):
+            detokenizer = self.tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens) if wants_text else None  # type: ignore[union-attr]
+            outputs.append(_Output(index, detokenizer))
+        live = _Live(request, checked.prompt, outputs)
         self._live[request.request_id] = live
         return live
 
     def _step(self) -> list[_Live]:
         """One step of the engine, whoever's requests it serves: those that it changed."""
-        engine, changed = self._open_engine(), []
+        engine = self._open_engine()
+        changed: dict[str, _Live] = {}
         for event in engine.step():
             live = self._live.get(event.request_id)
             if live is None:  # someone drives the engine beside this LLM
                 continue
             live.record(event, engine.clock())
-            changed.append(live)
-            if event.finish_reason is not None:
+            changed[event.request_id] = live
+            if live.is_finished:
                 del self._live[event.request_id]
         if not engine.has_unfinished:
             # Someone else took our requests out of the engine: without this we would wait for them for ever.
             for live in self._live.values():
-                live.record(TokenEvent(live.request.request_id, None, FinishReason.ABORT), engine.clock())
-                changed.append(live)
+                live.end(engine.clock())
+                changed[live.request.request_id] = live
             self._live.clear()
-        return changed
+        return list(changed.values())
 
     def _drop(self, lives: Seq[_Live]) -> None:
         """Take what is unfinished out of the engine."""
@@ -325,12 +359,12 @@ class LLM:
         try:
             for one in checked:
                 lives.append(self._queue(one))
-            while any(live.finish_reason is None for live in lives):
+            while not all(live.is_finished for live in lives):
                 for live in self._step():
-                    if live.finish_reason is None or live not in lives:
+                    if not live.is_finished or live not in lives:
                         continue
                     num_input += len(live.request.prompt_token_ids)
-                    num_output += len(live.token_ids)
+                    num_output += live.num_generated
                     seconds = time.perf_counter() - started
                     speed = f"input: {num_input / seconds:.2f} toks/s, output: {num_output / seconds:.2f} toks/s"
                     progress.postfix = f"est. speed {speed}"
@@ -348,14 +382,14 @@ class LLM:
             num_seen = dict.fromkeys(lives, 0)
             running = lives
             while running:
-                if all(len(live.token_ids) == num_seen[live] and live.finish_reason is None for live in running):
+                if all(live.num_events == num_seen[live] for live in running):
                     self._step()
                 # Not what the step returned: another call may have moved our requests while the caller held the iterator.
                 for live in running:
-                    if len(live.token_ids) > num_seen[live] or live.finish_reason is not None:
-                        num_seen[live] = len(live.token_ids)
+                    if live.num_events > num_seen[live]:
+                        num_seen[live] = live.num_events
                         yield live.output()
-                running = [live for live in running if live.finish_reason is None or len(live.token_ids) > num_seen[live]]
+                running = [live for live in running if not live.is_finished or live.num_events > num_seen[live]]
         finally:
             self._drop(lives)
 

@@ -7,6 +7,7 @@ tested with a fake that has no model.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import time
@@ -76,9 +77,16 @@ class JaxRunner:
             self.duel = duel.Duel.between(backend, rival, config, model)
             step = functools.partial(model_duel.step, config=model, backend=backend, rival=rival)
         self._jitted = jax.jit(step, donate_argnums=1)
+        # A step copies at most one page of each sequence; few sizes, so that a step of two copies does not move 256 null pages.
+        limit: int = config.max_num_seqs  # type: ignore[assignment]
+        self._copy_sizes = [*itertools.takewhile(lambda size: size < limit, (4**i for i in itertools.count(1))), limit]
+        self._copiers: dict[int, jax.stages.Compiled] = {}
+        self._jitted_copy = jax.jit(functools.partial(kv_cache.copy_pages, config=model), donate_argnums=0)
 
     def run(self, plan: StepPlan) -> tuple[Seq[int], Seq[bool]]:
         """See `Runner.run`."""
+        if plan.copies:
+            self._copy(plan.copies)
         bucket = batch.fit(plan, self.buckets, self.config.prefill_tile)  # type: ignore[arg-type]
         inputs, rows = self._pad(plan, bucket)
         if bucket not in self.compiled:  # enforce_eager
@@ -99,12 +107,26 @@ class JaxRunner:
             progress = tqdm(
                 compiled, total=len(self.buckets), desc="Compiling steps", unit="bucket", disable=not use_tqdm, leave=False
             )
+            copiers = executor.map(self._compile_copier, self._copy_sizes)
             self.compiled = dict(zip(self.buckets, progress, strict=True))
+            self._copiers = dict(zip(self._copy_sizes, copiers, strict=True))
         logger.info("Compiled %d steps in %.1f s.", len(self.buckets), time.perf_counter() - started)
 
     def _compile(self, bucket: Bucket) -> jax.stages.Compiled:
         inputs, _ = self._pad(StepPlan((), ()), bucket)
         return self._jitted.lower(self.weights, self.cache, inputs).compile()
+
+    def _copy(self, copies: Seq[tuple[int, int]]) -> None:
+        """Copy pages of all layers onto others, in one call; the rest of its size is the null page onto itself."""
+        size = next(size for size in self._copy_sizes if size >= len(copies))
+        pairs = np.zeros((2, size), np.int32)
+        pairs[:, : len(copies)] = np.transpose(copies)
+        if size not in self._copiers:  # enforce_eager
+            self._copiers[size] = self._compile_copier(size)
+        self.cache = self._copiers[size](self.cache, *pairs)
+
+    def _compile_copier(self, size: int) -> jax.stages.Compiled:
+        return self._jitted_copy.lower(self.cache, *np.zeros((2, size), np.int32)).compile()
 
     def log_memory(self) -> None:
         """The start-up table of where every byte goes, and what the pool can hold, in the words that people search logs for."""
@@ -131,6 +153,7 @@ class JaxRunner:
             if not array.is_deleted():
                 array.delete()
         self.compiled.clear()
+        self._copiers.clear()
 
 
 def attention_backend(config: EngineConfig, model: ModelConfig, option: str = "attention_backend") -> backends.Backend:

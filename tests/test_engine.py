@@ -367,16 +367,16 @@ def test_abort(engine: Engine) -> None:
         for victim in victims:
             num_used = one.pool.num_used
             owned = next((len(s.pages) for s in one.scheduler.running if s.request.request_id == victim), 0)
-            event = one.abort(victim)
+            (event,) = one.abort(victim)
             assert event.finish_reason is FinishReason.ABORT
             assert event.token_id is None
             assert one.pool.num_used == num_used - owned, f"step {step}: its pages are not free"
             answers[victim].add(event)
-            assert one.abort(victim) is None
+            assert one.abort(victim) == []
             one.scheduler.check()
         for event in one.step():
             answers[event.request_id].add(event)
-    assert one.abort("nobody") is None
+    assert one.abort("nobody") == []
     while one.has_unfinished:
         for event in one.step():
             answers[event.request_id].add(event)
@@ -625,3 +625,48 @@ def test_cached_equals_cold(engine: Engine) -> None:
     caching.reset_prefix_cache()
     assert caching.stats()["kv_blocks_cached"] == 0
     assert run(caching, first) == answers
+
+
+# --- forks ----------------------------------------------------------------------------------------------------------
+
+
+def forked(engine: Engine, asks: list[Ask]) -> list[list[list[int]]]:
+    """The tokens of every output of each request."""
+    outputs: dict[str, list[list[int]]] = {}
+    for index, ask in enumerate(asks):
+        engine.add_request(ask.prompt, ask.params, request_id=str(index))
+        outputs[str(index)] = [[] for _ in range(ask.params.n)]
+    while engine.has_unfinished:
+        for event in engine.step():
+            if event.token_id is not None:
+                outputs[event.request_id][event.index].append(event.token_id)
+        engine.scheduler.check()
+    assert engine.pool.num_used == 0
+    return list(outputs.values())
+
+
+@pytest.mark.parametrize("caches", [False, True])
+def test_forked_outputs_are_those_of_requests_of_their_own(engine: Engine, caches: bool) -> None:
+    """R03: prompts that end at every place of two pages and a bit, 2 to 8 outputs each: output i is that of seed + i alone."""
+    page_size: int = engine.config.block_size  # type: ignore[assignment]
+    rng = random.Random(6)
+    asks = []
+    for num_prompt in range(1, 2 * page_size + 3):
+        params = SamplingParams(
+            n=rng.randint(2, 8), temperature=2.0, max_tokens=rng.randint(1, 2 * page_size), seed=rng.getrandbits(40)
+        )
+        asks.append(Ask([rng.randrange(V) for _ in range(num_prompt)], params))
+    options = {"enable_prefix_caching": caches}
+    singles = [
+        Ask(ask.prompt, dataclasses.replace(ask.params, n=1, seed=ask.params.seed + index))  # type: ignore[operator]
+        for ask in asks
+        for index in range(ask.params.n)
+    ]
+    alone = iter([answer.token_ids for answer in run(another_engine(engine, enable_prefix_caching=False), singles)])
+    want = [[next(alone) for _ in range(ask.params.n)] for ask in asks]
+    crowd = another_engine(engine, **options)
+    assert forked(crowd, asks) == want
+    assert crowd.scheduler.num_copies > 20
+    small = another_engine(engine, num_pages=FEW_PAGES, **options)
+    assert forked(small, asks) == want
+    assert small.scheduler.num_preemptions > 0

@@ -251,7 +251,7 @@ def test_an_interrupted_call_leaves_the_llm_usable(llm: LLM, monkeypatch: pytest
 def test_a_request_that_someone_else_aborts_ends(llm: LLM):
     stream = llm.stream("hello", GREEDY)
     request_id = next(stream).request_id
-    assert llm.engine.abort(request_id) is not None
+    assert llm.engine.abort(request_id)
     last = list(stream)[-1]
     assert last.finished and last.outputs[0].finish_reason == "abort"
 

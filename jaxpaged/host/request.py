@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from jaxpaged.config import nearest
+
+MAX_N = 128  # outputs of one request, as many as OpenAI's API has: one request must not be able to fill the engine
 
 
 class RequestError(ValueError):
@@ -30,11 +32,13 @@ class SamplingParams:
     """How to choose tokens and when to stop. Names, meanings and defaults are vLLM's.
 
     Args:
+      n: outputs for the prompt, which is computed once; their pages are shared as far as they are equal.
       temperature: 0 is greedy; otherwise logits are divided by it.
       top_p: keep the smallest set of tokens whose probabilities sum to at least this; 1 keeps all.
       top_k: keep the k likeliest tokens; 0 or -1 keeps all.
       min_p: keep tokens at least this likely relative to the likeliest; 0 keeps all.
-      seed: the same seed gives the same tokens, whatever else is in the batch. None draws one from the engine's own seed.
+      seed: the same seed gives the same tokens, whatever else is in the batch; of several outputs, the i-th has seed + i. None
+        draws one from the engine's own seed.
       max_tokens: at most this many new tokens; None means up to the model's limit.
       stop_token_ids: end after any of these, besides the model's own end-of-sequence ids.
       ignore_eos: do not end at the model's end-of-sequence ids.
@@ -45,6 +49,7 @@ class SamplingParams:
       RequestError: a value is out of range or of the wrong type.
     """
 
+    n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -65,6 +70,7 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        _check_int("n", self.n, 1, MAX_N)
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_number("top_p", self.top_p, 0.0, 1.0, exclude_low=True)
         _check_number("min_p", self.min_p, 0.0, 1.0)
@@ -181,13 +187,15 @@ class Request:
 
 @dataclass(eq=False)
 class Sequence:
-    """A request plus its tokens and pages, owned by the scheduler.
+    """One output of a request with its tokens and pages, owned by the scheduler.
 
     Invariant: 0 <= num_computed <= len(tokens); the keys and values of tokens[:num_computed] are in `pages`, in order.
     A sequence is decoding exactly when one token is left to compute and it has output; nothing else records its phase.
     """
 
     request: Request
+    index: int = 0  # which of the request's outputs
+    num_forks: int = 0  # outputs to be forked from it when all of the prompt but the last token is computed
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
@@ -197,8 +205,17 @@ class Sequence:
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
 
-    def __post_init__(self) -> None:
-        self.tokens = list(self.request.prompt_token_ids)
+    @classmethod
+    def first(cls, request: Request) -> Sequence:
+        """The sequence that computes a request's prompt, and that its further outputs are forked from."""
+        return cls(request, num_forks=request.params.n - 1, tokens=list(request.prompt_token_ids))
+
+    def fork(self, index: int) -> Sequence:
+        """A sequence of the same tokens that has no pages yet and so has computed nothing."""
+        tokens, page_keys = list(self.tokens), list(self.page_keys)
+        return replace(
+            self, index=index, num_forks=0, tokens=tokens, page_keys=page_keys, pages=[], num_computed=0, num_recorded=0
+        )
 
     @property
     def num_prompt(self) -> int:
@@ -211,6 +228,16 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
+    def num_to_compute(self) -> int:
+        """Those of them that can be computed now: the last token of a prompt with forks waits for them, to be each one's own."""
+        return self.num_uncomputed - (self.num_forks > 0)
+
+    @property
+    def seed(self) -> int:
+        """64 unsigned bits, another for each of the request's outputs."""
+        return (self.request.seed + self.index) % 2**64
+
+    @property
     def output_token_ids(self) -> list[int]:
         """Tokens generated so far."""
         return self.tokens[self.num_prompt :]
@@ -218,10 +245,11 @@ class Sequence:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One new token of one request, or its end. `token_id` is None when a request ends without a new token (abort, error)."""
+    """One new token of one output of a request, or its end. `token_id` is None when it ends without a new one (abort, error)."""
 
     request_id: str
     token_id: int | None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop id that ended it, as in vLLM; None for the model's own end-of-sequence id
     num_cached_tokens: int = 0  # tokens of the prompt that the prefix cache had
+    index: int = 0  # which of the request's outputs

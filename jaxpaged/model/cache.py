@@ -5,11 +5,14 @@ Knows geometry. Refuses to know which page belongs to whom.
 
 from __future__ import annotations
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxpaged.config import DTYPE_BYTES, ModelConfig
+import pallas_kernels
+from jaxpaged.config import ModelConfig
 from pallas_kernels.bits import as_bits
 
 
@@ -59,6 +62,12 @@ def init_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: str =
     return KVCache.of(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
+def copy_pages(cache: KVCache, sources: jax.Array, targets: jax.Array, *, config: ModelConfig) -> KVCache:
+    """Page `targets[x]` of every layer becomes a copy of page `sources[x]`; (0, 0) is padding. Donate `cache`."""
+    copy = functools.partial(pallas_kernels.copy_pages, sources=sources, targets=targets, num_layers=config.num_layers)
+    return cache.replace(k=copy(cache.k), v=copy(cache.v))  # type: ignore[attr-defined]
+
+
 def page_bytes(config: ModelConfig, page_size: int, dtype: str) -> int:
-    """Bytes of one page over all layers: page_size * 2 * K * H * L * bytes per element."""
-    return page_size * 2 * config.num_kv_heads * config.head_dim * config.num_layers * DTYPE_BYTES[dtype]
+    """Bytes of one page over all layers."""
+    return config.page_bytes(page_size, dtype)

@@ -20,17 +20,17 @@ POISON = 2**32 - 1  # what a page holds that nobody owns; not a token id
 Fails = Callable[[str, int], bool]  # request id, output tokens so far -> this row's logits are not finite
 
 
-def next_token(context: bytes) -> int:
-    """The fake model: any change of the context changes the token, but for one in VOCAB_SIZE."""
-    return zlib.crc32(context) % VOCAB_SIZE
+def next_token(context: bytes, index: int = 0) -> int:
+    """The fake model: any change of the context changes the token, but for one in VOCAB_SIZE; `index` stands for the seed."""
+    return (zlib.crc32(context) + index) % VOCAB_SIZE
 
 
-def isolated(prompt: Sequence[int], max_len: int, stop_ids: frozenset[int] = frozenset()) -> list[int]:
-    """The output of FakeRunner for one prompt, written down without scheduler, pages or steps."""
+def isolated(prompt: Sequence[int], max_len: int, stop_ids: frozenset[int] = frozenset(), index: int = 0) -> list[int]:
+    """One output of FakeRunner for one prompt, written down without scheduler, pages or steps."""
     tokens = list(prompt)
     crc = zlib.crc32(array("I", tokens))
     while True:
-        tokens.append(crc % VOCAB_SIZE)
+        tokens.append((crc + index) % VOCAB_SIZE)
         if tokens[-1] in stop_ids or len(tokens) >= max_len:
             return tokens[len(prompt) :]
         crc = zlib.crc32(array("I", tokens[-1:]), crc)
@@ -52,6 +52,8 @@ class FakeRunner:
     def run(self, plan) -> tuple[list[int], list[bool]]:
         """See `jaxpaged.runner.Runner.run`: all writes of a step come before its reads."""
         size, places = self.page_size, self.places
+        for source, target in plan.copies:
+            places[target * size : (target + 1) * size] = places[source * size : (source + 1) * size]
         for chunk in (*plan.decodes, *plan.prefills):
             pages, tokens = chunk.sequence.pages, chunk.sequence.tokens
             for position in range(chunk.start, chunk.end):
@@ -61,7 +63,7 @@ class FakeRunner:
             context = array("I")
             for page in chunk.sequence.pages:
                 context += places[page * size : (page + 1) * size]
-            token_ids.append(next_token(context[: chunk.end]))  # type: ignore[arg-type]
+            token_ids.append(next_token(context[: chunk.end], chunk.sequence.index))  # type: ignore[arg-type]
             is_finite.append(not self.fails(chunk.sequence.request.request_id, chunk.end - chunk.sequence.num_prompt))
         return token_ids, is_finite
 
@@ -108,6 +110,10 @@ class PaddedFakeRunner:
 
     def run(self, plan) -> tuple[list[int], list[bool]]:
         """See `jaxpaged.runner.Runner.run`."""
+        for source, target in plan.copies:
+            for layer in (self.first, self.second):
+                size = self.page_size
+                layer[target * size : (target + 1) * size] = layer[source * size : (source + 1) * size]
         bucket = self.batch.fit(plan, self.buckets, self.tile)
         options = {"tile": self.tile, "page_size": self.page_size, "max_blocks_per_seq": self.max_blocks_per_seq}
         inputs, rows = self.batch.pad(plan, bucket, **options)

@@ -68,22 +68,29 @@ class Scenario:
         asked = len(ask.prompt) + ask.params["max_tokens"] if ask.params["max_tokens"] else self.max_model_len
         return min(asked, self.max_model_len, self.max_pool_len + 1)
 
-    def expected(self, ask: Ask) -> list[int]:
-        """The output of a run without scheduler."""
+    def expected(self, ask: Ask, index: int = 0) -> list[int]:
+        """One of the outputs of a run without scheduler."""
         stop_ids = frozenset(ask.params["stop_token_ids"])
         stop_ids |= frozenset() if ask.params["ignore_eos"] else frozenset(ask.eos_token_ids)
         if not self.is_padded:
-            return isolated(ask.prompt, self.max_len(ask), stop_ids)
+            return isolated(ask.prompt, self.max_len(ask), stop_ids, index)
         params = SimpleNamespace(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **ask.params})
-        return isolated_padded(ask.prompt, self.max_len(ask), stop_ids, params, ask.seed % 2**64)
+        return isolated_padded(ask.prompt, self.max_len(ask), stop_ids, params, (ask.seed + index) % 2**64)
 
 
 def random_scenario(
-    seed: int, *, num_requests: int = 20, is_padded: bool = False, with_faults: bool = True, shares: bool = False
+    seed: int,
+    *,
+    num_requests: int = 20,
+    is_padded: bool = False,
+    with_faults: bool = True,
+    shares: bool = False,
+    forks: bool = False,
 ) -> Scenario:
     """A scenario whose every request can be served. Half of them have a pool too small for their crowd.
 
     shares: there is a prefix cache, and most prompts begin as an earlier request's prompt and output do.
+    forks: most requests want several outputs.
     """
     rng = random.Random(f"scenario {seed}")
     page_size = rng.choice((1, 2, 16))
@@ -116,6 +123,8 @@ def random_scenario(
             "ignore_eos": rng.random() < 0.3,
             "stop_token_ids": (),
         }
+        if forks:
+            params["n"] = rng.choice((1, 2, 3, 4, 8))
         if is_padded:
             params |= {"temperature": rng.random(), "top_k": rng.randint(-1, 9), "top_p": 1 - rng.random(), "min_p": rng.random()}
         ask = Ask(
@@ -161,8 +170,19 @@ class Outcome:
     max_preemptions: int = 0
     num_hit_tokens: int = 0
     num_evictions: int = 0
+    num_copies: int = 0
     reasons: Counter = field(default_factory=Counter)
     outputs: dict[str, list[int]] = field(default_factory=dict)
+
+
+def outputs_of(ask: Ask) -> list[str]:
+    """Names of a request's outputs: its id for the first, with a number for the others."""
+    return [ask.request_id, *(f"{ask.request_id}#{index}" for index in range(1, ask.params.get("n", 1)))]
+
+
+def output_of(event) -> str:
+    """The output that an event is about."""
+    return f"{event.request_id}#{event.index}" if event.index else event.request_id
 
 
 def buckets_of(limits) -> list[Bucket]:
@@ -192,8 +212,9 @@ class Simulation:
         self.pool = watched(self.house.pages.PagePool, scenario.num_pages, **options)
         self.scheduler = self.house.scheduler.Scheduler(self.pool, self.limits)
         self.live: list[str] = []  # in order of arrival
-        self.outcome = Outcome(outputs={request_id: [] for request_id in self.asks})
-        self.endings: dict[str, object] = {}  # the last event of each request
+        self.unended: dict[str, set[str]] = {}  # of each live request, the outputs that have not ended
+        self.outcome = Outcome(outputs={output: [] for ask in self.scenario.asks for output in outputs_of(ask)})
+        self.endings: dict[str, object] = {}  # the last event of each output
         self.admitted: list[str] = []
 
     def fails(self, request_id: str, num_output: int) -> bool:
@@ -203,8 +224,8 @@ class Simulation:
     def run(self) -> Outcome:
         """Live to the end of the last request; AssertionError, or whatever the code under test raises, when a law is broken."""
         coming = deque(self.scenario.asks)
-        # The oldest request computes a token in every step and is never preempted, so its steps are fewer than its tokens.
-        most_steps = sum(self.scenario.max_len(ask) for ask in self.scenario.asks)
+        # The oldest sequence computes a token in every step and is never preempted, so its steps are fewer than its tokens.
+        most_steps = sum(self.scenario.max_len(ask) * len(outputs_of(ask)) for ask in self.scenario.asks)
         num_perturbed = 0
         now = 0
         while coming or self.live:
@@ -235,6 +256,7 @@ class Simulation:
         )
         self.scheduler.add(request)
         self.live.append(ask.request_id)
+        self.unended[ask.request_id] = set(outputs_of(ask))
         self.check()
         if ask.seed % 4:
             return
@@ -251,15 +273,15 @@ class Simulation:
             if ask.abort != now or ask.abort_in_flight != in_flight:
                 continue
             free = self.pool.num_free
-            mine = [s.pages for s in self.scheduler.running if s.request.request_id == ask.request_id]
-            owned = sum(self.pool.num_owners(page) == 1 for pages in mine for page in pages)
-            event = self.scheduler.abort(ask.request_id)
-            assert (event is not None) == (ask.request_id in self.live)
-            if event is not None:
+            mine = Counter(page for s in self.scheduler.running if s.request.request_id == ask.request_id for page in s.pages)
+            owned = sum(self.pool.num_owners(page) == count for page, count in mine.items())
+            events = self.scheduler.abort(ask.request_id)
+            assert {output_of(event) for event in events} == self.unended.get(ask.request_id, set())
+            assert self.pool.num_free == free + owned, "an aborted request keeps pages"
+            for event in events:
                 assert event.token_id is None and event.finish_reason == "abort"
-                assert self.pool.num_free == free + owned, "an aborted request keeps pages"
                 self.take(event)
-                assert self.scheduler.abort(ask.request_id) is None
+            assert not self.scheduler.abort(ask.request_id)
             self.check()
 
     def perturb(self) -> None:
@@ -284,7 +306,7 @@ class Simulation:
         self.abort(now, in_flight=True)
         events = self.scheduler.commit(plan, token_ids, is_finite)
         self.check()
-        assert len({event.request_id for event in events}) == len(events)
+        assert len({output_of(event) for event in events}) == len(events)
         for event in events:
             self.take(event)
         self.outcome.num_steps += 1
@@ -297,7 +319,10 @@ class Simulation:
         ids = [chunk.sequence.request.request_id for chunk in chunks]
         assert 0 < plan.num_tokens == sum(chunk.num_tokens for chunk in chunks) <= limits.max_num_batched_tokens
         assert self.live[0] in ids, "the oldest request sits a step out"
-        assert len(set(ids)) == len(ids), "one sequence has two chunks in one step"
+        assert len({id(chunk.sequence) for chunk in chunks}) == len(chunks), "one sequence has two chunks in one step"
+        targets = [target for _, target in plan.copies]
+        assert len(set(targets)) == len(targets) and not set(targets) & {source for source, _ in plan.copies}
+        self.outcome.num_copies += len(targets)
         assert sum(-(-chunk.num_tokens // limits.tile) for chunk in plan.prefills) <= limits.max_prefill_tiles
         assert all(chunk.num_tokens == 1 and chunk.samples for chunk in plan.decodes)
         for chunk in plan.prefills:
@@ -316,12 +341,16 @@ class Simulation:
 
     def take(self, event) -> None:
         """Book one event."""
-        assert event.request_id in self.live, "an event after the end"
+        output = output_of(event)
+        assert output in self.unended.get(event.request_id, ()), "an event after the end"
         if event.token_id is not None:
-            self.outcome.outputs[event.request_id].append(event.token_id)
+            self.outcome.outputs[output].append(event.token_id)
         if event.finish_reason is not None:
-            self.endings[event.request_id] = event
-            self.live.remove(event.request_id)
+            self.endings[output] = event
+            self.unended[event.request_id].remove(output)
+            if not self.unended[event.request_id]:
+                del self.unended[event.request_id]
+                self.live.remove(event.request_id)
 
     def check(self) -> None:
         self.scheduler.check()
@@ -342,8 +371,10 @@ class Simulation:
         self.pool.check([])
         first = [self.rank[request_id] for request_id in self.admitted]
         assert first == sorted(first), "a later request was admitted first"
-        for request_id, ask in self.asks.items():
-            output, expected, event = self.outcome.outputs[request_id], self.scenario.expected(ask), self.endings[request_id]
+        outputs = [(ask, index, output) for ask in self.scenario.asks for index, output in enumerate(outputs_of(ask))]
+        for ask, index, request_id in outputs:
+            expected, event = self.scenario.expected(ask, index), self.endings[request_id]
+            output = self.outcome.outputs[request_id]
             self.outcome.reasons[str(event.finish_reason)] += 1
             if event.finish_reason == "abort":
                 assert ask.abort is not None and output == expected[: len(output)]
@@ -358,6 +389,17 @@ class Simulation:
                 assert event.stop_reason == (output[-1] if output[-1] in ask.params["stop_token_ids"] else None)
                 assert output[-1] in stops or len(ask.prompt) + len(output) == self.scenario.max_len(ask)
         self.outcome.num_preemptions = self.scheduler.num_preemptions
+        is_plain = not self.outcome.num_preemptions and self.cache is None and not self.is_perturbed
+        if (
+            is_plain
+            and set(self.outcome.reasons) <= {"stop", "length"}
+            and max(map(len, map(outputs_of, self.scenario.asks))) <= self.limits.max_num_seqs
+        ):
+            # Each prompt but for its last token once, then a token for each token of each output.
+            num_prompt = sum(len(ask.prompt) - 1 for ask in self.scenario.asks)
+            assert self.outcome.num_tokens == num_prompt + sum(map(len, self.outcome.outputs.values())), (
+                "something is computed twice"
+            )
 
 
 def simulate(scenario: Scenario, *, order: str = "oldest", is_perturbed: bool = False) -> Outcome:

@@ -84,8 +84,8 @@ MUTANTS = [
     Mutant(
         "an abort frees nothing",
         SCHEDULER,
-        "        self._release(sequence)\n        del",
-        "        reason is FinishReason.ABORT or self._release(sequence)\n        del",
+        "        self._release(sequence)\n        siblings",
+        "        reason is FinishReason.ABORT or self._release(sequence)\n        siblings",
     ),
     Mutant(
         "an aborted request stays in the queue", SCHEDULER, "            self.waiting.remove(sequence)\n", "            pass\n"
@@ -136,8 +136,8 @@ MUTANTS = [
     Mutant(
         "admits one sequence too many",
         SCHEDULER,
-        "len(self.running) < self.limits.max_num_seqs",
-        "len(self.running) <= self.limits.max_num_seqs",
+        "num_slots + 1 + sequence.num_forks <= self.limits.max_num_seqs",
+        "num_slots + sequence.num_forks <= self.limits.max_num_seqs",
     ),
     Mutant(
         "admits the youngest first",
@@ -216,8 +216,8 @@ MUTANTS = [
     Mutant(
         "halves of the seed swapped",
         BATCH,
-        "request.seed >> 32, request.seed & 0xFFFFFFFF",
-        "request.seed & 0xFFFFFFFF, request.seed >> 32",
+        "seed >> 32, seed & 0xFFFFFFFF",
+        "seed & 0xFFFFFFFF, seed >> 32",
     ),
     Mutant("temperature of the first row", BATCH, 'arrays["temperature"][row] =', 'arrays["temperature"][0] ='),
     Mutant(
@@ -260,6 +260,49 @@ MUTANTS = [
         "self._reserve(sequence, num_known + num_tokens)",
         "self._reserve(sequence, num_tokens)",
     ),
+    Mutant(
+        "forks before the prompt is computed",
+        SCHEDULER,
+        "not sequence.num_forks or sequence.num_to_compute",
+        "not sequence.num_forks",
+    ),
+    Mutant("forks and counts no reference", SCHEDULER, "            self.pool.share(shared)\n", ""),
+    Mutant(
+        "forks all pages, the reserved ones too",
+        SCHEDULER,
+        "sequence.pages[: self._num_pages(sequence.num_computed)]",
+        "sequence.pages",
+    ),
+    Mutant(
+        "forks beyond the rows of a step",
+        SCHEDULER,
+        "room = self.limits.max_num_seqs - len(self.running)",
+        "room = len(siblings)",
+    ),
+    Mutant("forks go behind everyone", SCHEDULER, "at = self.running.index(sequence) + 1", "at = len(self.running)"),
+    Mutant(
+        "a fork's tokens are its sibling's", REQUEST, "tokens, page_keys = list(self.tokens),", "tokens, page_keys = self.tokens,"
+    ),
+    Mutant("all forks have the results of one seed", REQUEST, "(self.request.seed + self.index)", "self.request.seed"),
+    Mutant("a shared page is written", SCHEDULER, "self.pool.num_owners(sequence.pages[index]) > 1", "False"),
+    Mutant("a page of its own is copied", SCHEDULER, "self.pool.num_owners(sequence.pages[index]) > 1", "True"),
+    Mutant(
+        "copies the page before",
+        SCHEDULER,
+        "self._copies.append((sequence.pages[index], pages[0]))",
+        "self._copies.append((sequence.pages[index - 1], pages[0]))",
+    ),
+    Mutant(
+        "copies onto itself",
+        SCHEDULER,
+        "self._copies.append((sequence.pages[index], pages[0]))",
+        "self._copies.append((pages[0], pages[0]))",
+    ),
+    Mutant("does not tell the device to copy", SCHEDULER, "            copies=copies,\n", ""),
+    Mutant("keeps the source of a copy", SCHEDULER, "        self.pool.free(source for source, _ in copies)\n", ""),
+    Mutant("a page for the copy is not counted", SCHEDULER, " + is_copied)", ")"),
+    Mutant("a fork believes that it has computed what it has not", REQUEST, ", pages=[], num_computed=0,", ", pages=[],"),
+    Mutant("ends all outputs with the first", SCHEDULER, "        if not siblings:\n", "        if True:\n"),
     Mutant("bucket with too few tiles", BATCH, "-(-chunk.num_tokens // tile)", "chunk.num_tokens // tile"),
 ]
 
@@ -284,9 +327,10 @@ def test_a_planted_bug_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch
     plant(monkeypatch, mutant)
     is_padded = mutant.module == BATCH or "results" in mutant.name
     shares = mutant.module == PREFIX or any(word in mutant.old for word in ("cache", "known"))
+    forks = any(word in mutant.name for word in ("fork", "cop", "shared page", "outputs"))
     for seed in range(MOST_SCENARIOS):
         try:
-            scenario = simulation.random_scenario(seed, is_padded=is_padded, shares=shares, with_faults=not shares)
+            scenario = simulation.random_scenario(seed, is_padded=is_padded, shares=shares, forks=forks, with_faults=not shares)
             simulation.simulate(scenario, is_perturbed=shares)
         except Exception:  # an AssertionError of a law, or whatever the broken code ran into
             return

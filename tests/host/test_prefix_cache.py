@@ -34,7 +34,7 @@ class Machine:
 
     def num_known(self, prompt: list[int]) -> int:
         """Pages of a prompt that the cache has."""
-        return len(self.cache.match(Sequence(self.request(prompt))))
+        return len(self.cache.match(Sequence.first(self.request(prompt))))
 
     def step(self):
         plan = self.scheduler.plan()

@@ -232,7 +232,7 @@ def test_stop_ids_are_the_request_s_and_the_model_s() -> None:
 
 
 def test_a_sequence_starts_as_its_prompt() -> None:
-    sequence = Sequence(checked([4, 5, 6]))
+    sequence = Sequence.first(checked([4, 5, 6]))
     assert sequence.tokens == [4, 5, 6] and sequence.num_prompt == sequence.num_uncomputed == 3
     assert sequence.output_token_ids == sequence.pages == [] and sequence.finish_reason is None
     sequence.tokens.append(7)

@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 from fake_runner import FakeRunner, isolated, watched
-from simulation import Ask, Scenario, random_scenario, simulate
+from simulation import Ask, Scenario, output_of, random_scenario, simulate
 
 from jaxpaged.host.pages import PagePool
 from jaxpaged.host.request import FinishReason, Request, RequestError, SamplingParams
@@ -72,6 +72,23 @@ def test_shared_prefixes_through_the_bridge_with_forced_preemptions_and_resets()
         perturbed = simulate(scenario, is_perturbed=True, order="random")
         assert perturbed.outputs == simulate(scenario).outputs
         assert perturbed.outputs == simulate(dataclasses.replace(scenario, has_cache=False)).outputs
+
+
+@pytest.mark.parametrize("first", range(90_000, 90_160, SCENARIOS_PER_TEST))  # 3,200 requests, 11,000 outputs
+def test_every_output_of_a_forked_request_equals_its_isolated_run(first: int) -> None:
+    num_copies = 0
+    for seed in seeds(first, SCENARIOS_PER_TEST):
+        scenario = random_scenario(
+            seed, num_requests=REQUESTS_PER_SCENARIO, is_padded=seed % 4 == 0, shares=seed % 2 == 0, forks=True
+        )
+        num_copies += simulate(scenario, order="random").num_copies
+    assert num_copies > 200
+
+
+def test_forks_with_forced_preemptions_do_not_matter() -> None:
+    for seed in seeds(95_000, 40):
+        scenario = random_scenario(seed, is_padded=seed % 4 == 0, with_faults=False, shares=seed % 2 == 0, forks=True)
+        assert simulate(scenario, is_perturbed=True, order="random").outputs == simulate(scenario).outputs
 
 
 def test_the_scenarios_reach_what_they_are_for() -> None:
@@ -187,7 +204,7 @@ class Bench:
         outputs: dict[str, list[int]] = {}
         while self.scheduler.has_unfinished:
             for event in self.step():
-                outputs.setdefault(event.request_id, []).append(event.token_id)
+                outputs.setdefault(output_of(event), []).append(event.token_id)
         assert self.pool.num_used == 0
         return outputs
 
@@ -195,7 +212,7 @@ class Bench:
 def test_nothing_to_do_plans_nothing() -> None:
     bench = Bench()
     assert bench.scheduler.plan() is None and not bench.scheduler.has_unfinished
-    assert bench.scheduler.abort("unknown") is None
+    assert bench.scheduler.abort("unknown") == []
 
 
 def test_a_preempted_sequence_ends_with_the_same_tokens() -> None:
@@ -238,23 +255,23 @@ def test_abort_frees_everything_and_is_the_last_event(when: str) -> None:
     events = []
     if when == "waiting":
         bench.add("victim", 8)
-        events.append(bench.scheduler.abort("victim"))
+        events.extend(bench.scheduler.abort("victim"))
     else:
         bench.add("victim", 4 if when.endswith("decoding") else 8)
         bench.step()
         if when.startswith("in flight"):
             held = next(s for s in bench.scheduler.running if s.request.request_id == "victim")
-            after = bench.step(in_flight=lambda: events.append(bench.scheduler.abort("victim")))
+            after = bench.step(in_flight=lambda: events.extend(bench.scheduler.abort("victim")))
             assert all(event.request_id == "other" for event in after)
             assert held.pages == [] and held.finish_reason is FinishReason.ABORT
         else:
             if when == "preempted":
                 bench.scheduler._preempt(bench.scheduler.running[-1])
-            events.append(bench.scheduler.abort("victim"))
+            events.extend(bench.scheduler.abort("victim"))
     assert [(event.request_id, event.token_id, event.finish_reason) for event in events] == [("victim", None, FinishReason.ABORT)]
     assert bench.pool.num_used == sum(len(s.pages) for s in bench.scheduler.running)
     bench.scheduler.check()
-    assert bench.scheduler.abort("victim") is None
+    assert bench.scheduler.abort("victim") == []
     rest = bench.drain()
     assert "victim" not in rest
     assert isolated(other.prompt_token_ids, other.max_len)[-len(rest["other"]) :] == rest["other"]
