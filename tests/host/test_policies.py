@@ -102,6 +102,7 @@ def test_the_key_of_a_static_policy_does_not_change_while_a_candidate_waits(name
 
 
 def test_the_policies_that_are_not_static_do_change() -> None:
+    assert {policies.fair_share, policies.prefix} == set(POLICIES.values()) - STATIC
     cached = iter((16, 32))
     one = Candidate(
         request_id="a", number=1, since_step=0, num_prompt=5, num_tokens=5, max_len=9, tenant="a", cached_len=lambda: next(cached)
