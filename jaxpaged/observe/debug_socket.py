@@ -25,7 +25,7 @@ from jaxpaged.observe.snapshot import VIEWS, snapshot
 logger = logging.getLogger("jaxpaged")
 
 _MAX_QUESTION = 4096  # bytes
-_CLIENT_S = 5.0  # how long a client may take to ask or to read
+_CLIENT_S = 2.0  # how long a client may take to ask or to read
 _ANSWER_S = 5.0  # how long the engine may take to stand still
 _LOOK_S = 0.02  # between two looks whether it does
 

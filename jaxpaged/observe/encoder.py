@@ -6,16 +6,16 @@ Knows what a decision is. Refuses to know where frames go.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from jaxpaged.host.request import Sequence
-from jaxpaged.host.scheduler import Chunk, Scheduler, StepPlan
+from jaxpaged.host.scheduler import Scheduler, StepPlan
 from jaxpaged.observe.records import Admission, Kind, words
 
 
 class Encoder:
-    """Follows one scheduler. Invariant: `rows` holds the sequences that were planned and neither ended nor preempted since."""
+    """Follows one scheduler. Invariant, after `planned`: `rows` holds the running sequences."""
 
     def __init__(self, scheduler: Scheduler, put: Callable[[Kind, bytes], None]):
         self.scheduler, self.put = scheduler, put
@@ -45,19 +45,13 @@ class Encoder:
         if plan is None:
             self.put(Kind.IDLE, b"")
             return
-        decodes, size = plan.decodes, self.page_size
-        try:
-            rows = [self.rows[chunk.sequence] for chunk in decodes]
-            for chunk in plan.prefills:
-                self.rows[chunk.sequence]
-        except KeyError:
-            self._admit((*decodes, *plan.prefills))
-            rows = [self.rows[chunk.sequence] for chunk in decodes]
-        pool, copies = scheduler.pool, plan.copies
+        if len(scheduler.running) != len(self.rows):
+            self._admit()
+        decodes, pool, copies, size = plan.decodes, scheduler.pool, plan.copies, self.page_size
         numbers = [
             *(pool.num_free, pool.num_cached, len(scheduler.running), len(scheduler.waiting)),
             *(len(decodes), len(plan.prefills), len(copies)),
-            *rows,
+            *[self.rows[chunk.sequence] for chunk in decodes],
             *[chunk.start for chunk in decodes],
             *[chunk.sequence.pages[chunk.start // size] for chunk in decodes],
         ]
@@ -94,19 +88,17 @@ class Encoder:
         del self._stays[sequence]
         return self.rows.pop(sequence)
 
-    def _admit(self, chunks: Iterable[Chunk]) -> None:
-        for chunk in chunks:
-            sequence = chunk.sequence
+    def _admit(self) -> None:
+        for sequence in self.scheduler.running:
             if sequence in self.rows:
                 continue
             row = self.rows[sequence] = self._num_rows
             self._num_rows += 1
             self._stays[sequence] = sequence.num_preemptions
-            self.put(Kind.ADMIT, self.admission(row, sequence, chunk.start).pack())
+            self.put(Kind.ADMIT, self.admission(row, sequence).pack())
 
     @staticmethod
-    def admission(row: int, sequence: Sequence, num_computed: int) -> Admission:
-        """A row's line in the recording."""
-        request = sequence.request
-        index = getattr(sequence, "index", 0)
-        return Admission(row, index, num_computed, sequence.num_prompt, tuple(sequence.pages), request.request_id)
+    def admission(row: int, sequence: Sequence) -> Admission:
+        """What the recording says of a row."""
+        counts = sequence.index, sequence.num_computed, sequence.num_prompt
+        return Admission(row, *counts, tuple(sequence.pages), sequence.request.request_id)

@@ -115,7 +115,7 @@ class Recorder:
     def _begin_segment(self) -> None:
         encoder = self._encoder
         is_beginning = not self.num_steps and not self._segments
-        rows = [encoder.admission(row, sequence, sequence.num_computed) for sequence, row in encoder.rows.items()]
+        rows = [encoder.admission(row, sequence) for sequence, row in encoder.rows.items()]
         head = {"is_beginning": is_beginning, "num_steps": self.num_steps, "rows": [vars(row) for row in rows]}
         text = json.dumps(head).encode()
         saved = b"" if is_beginning else self._state(self.max_bytes // 4 - len(text) - 4)

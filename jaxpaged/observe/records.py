@@ -225,11 +225,18 @@ def note_names(frame: Frame, names: dict[int, str]) -> None:
 
 
 def describe(frame: Frame, names: dict[int, str]) -> list[str]:
-    """A frame as lines of text.
+    """A frame as lines of text, whatever it holds.
 
     Args:
       names: of rows; an ADMIT adds its own.
     """
+    try:
+        return _describe(frame, names)
+    except (ValueError, TypeError, LookupError):
+        return [f"{frame.kind.name.lower()}: {len(frame.payload)} bytes that cannot be read"]
+
+
+def _describe(frame: Frame, names: dict[int, str]) -> list[str]:
     kind, payload = frame.kind, frame.payload
     if kind is Kind.ADMIT:
         admitted = Admission.unpack(payload)

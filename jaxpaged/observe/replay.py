@@ -128,7 +128,7 @@ class Replay:
     def _apply(self, frame: Frame) -> Kind | None:
         """Tell the scheduler what it was told."""
         if self._decided:
-            return self._differ([], list(self._decided))
+            return self._differ([frame] if frame.kind is Kind.FAIL else [], list(self._decided))
         self._at += 1
         scheduler, kind = self.scheduler, frame.kind
         if kind is Kind.ADD:
@@ -142,8 +142,10 @@ class Replay:
             scheduler.commit(self._encoder.in_flight[0], *unpack_commit(frame.payload))
             self._encoder.committed()
         elif kind is Kind.FAIL:
-            if json.loads(frame.payload)["stage"] == "plan":
+            stage = json.loads(frame.payload)["stage"]
+            if stage == "plan":
                 self._encoder.planned(scheduler.plan())  # raises again, or differs
+            if stage != "run":  # what fails there is the device
                 return self._differ([frame], list(self._decided))
             self._encoder.failed()
         return kind
@@ -188,7 +190,7 @@ class Replay:
         texts = []
         for found in (recorded, again):
             names = dict(self._names)
-            texts.append([line for frame in found for line in describe(frame, names)] or ["nothing"])
+            texts.append([line for frame in found for line in describe(frame, names)] or ["no more decisions"])
         self.difference = Difference(self.num_steps + 1, self.now, *texts)
 
     def _fail(self, error: str) -> None:
