@@ -103,7 +103,7 @@ class Roofline:
     def _prefill_s(self, plan: StepPlan, window: int) -> float:
         num_read = num_scored = 0
         for chunk in plan.prefills:
-            num_read += min(chunk.end, chunk.num_tokens + window) if window else chunk.end
+            num_read += min(chunk.end, chunk.num_tokens + window - 1) if window else chunk.end
             num_scored += _num_seen(chunk.end, window) - _num_seen(chunk.start, window)
         return max(num_read * self._read_s, num_scored * self._score_s)
 

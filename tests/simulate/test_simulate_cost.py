@@ -95,6 +95,9 @@ def test_a_window_bounds_what_is_read_and_scored():
     assert set(mistral.windows) == {4096}
     assert price.step_s(plan_of([4095], [])) == price.step_s(plan_of([30_000], []))
     assert price.step_s(plan_of([4000], [])) < price.step_s(plan_of([4095], []))
+    # Two tokens of a chunk see 4,097 keys; the first two of a sequence see two.
+    late, first = (price.step_s(plan_of([], [(start, 2)])) for start in (9000, 0))
+    assert late - first == pytest.approx(32 * (4097 - 2) * KV / 3.35e12, rel=1e-6)
     for window in (0, 1, 3, 8):
         for start in range(12):
             for end in range(start, 12):
