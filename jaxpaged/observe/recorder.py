@@ -19,7 +19,7 @@ from jaxpaged.observe.encoder import Encoder
 from jaxpaged.observe.recording import write
 from jaxpaged.observe.records import FRAME, MAX_ERROR, Kind, RecordingError, pack_commit, pack_request, words
 
-_SEGMENTS = 8  # of a full ring: what is dropped at a time, and how often the state is written down
+_SEGMENTS = 8  # of a full ring, were states nothing: what is dropped at a time, and how often the state is written down
 
 
 class Recorder:
@@ -42,6 +42,7 @@ class Recorder:
         self._encoder = Encoder(scheduler, self._put)
         self._segments: deque[bytearray] = deque()
         self._is_full = False
+        self._head_bytes = 0  # of the last segment
         self._why_blind = ""
         self._begin_segment()
 
@@ -91,13 +92,13 @@ class Recorder:
             self.num_dropped_bytes += self.num_bytes + len(payload)
             self._segments.clear()
             self._segments.append(bytearray())
-            self.num_bytes, self._is_full = 0, True
+            self.num_bytes, self._head_bytes, self._is_full = 0, 0, True
             return
         segment = self._segments[-1]
         segment += FRAME.pack(kind, len(payload), self._clock())
         segment += payload
         self.num_bytes += FRAME.size + len(payload)
-        self._is_full = self._is_full or len(segment) >= self.max_bytes // _SEGMENTS
+        self._is_full = self._is_full or len(segment) - self._head_bytes >= self.max_bytes // _SEGMENTS
         if self.num_bytes > self.max_bytes:
             self._drop()
 
@@ -120,8 +121,9 @@ class Recorder:
         text = json.dumps(head).encode()
         saved = b"" if is_beginning else self._state(self.max_bytes // 4 - len(text) - 4)
         self._segments.append(bytearray())
-        self._is_full = False
+        self._head_bytes = FRAME.size + 4 + len(text) + len(saved)
         self._put(Kind.SEGMENT, words(len(text)) + text + saved)
+        self._is_full = False
 
     def _state(self, most_bytes: int) -> bytes:
         """The state of the scheduler and of the encoder; nothing when it cannot be written down."""

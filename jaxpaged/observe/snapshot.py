@@ -137,6 +137,6 @@ def _shared_prefixes(scheduler: Scheduler, max_lines: int) -> dict[str, Any]:
     prefixes: dict[tuple[str, ...], list[int]] = {}
     for page, names in owners.items():
         prefixes.setdefault(tuple(names), []).append(page)
-    found = [{"pages": pages, "num_owners": len(names), "owners": names[:8]} for names, pages in prefixes.items()]
+    found = [{"pages": pages, "num_owners": len(names), "owners": list(names[:8])} for names, pages in prefixes.items()]
     found.sort(key=lambda prefix: (-prefix["num_owners"], prefix["pages"]))
     return {"shared_prefixes": found[:max_lines], "left_out": max(0, len(found) - max_lines)}

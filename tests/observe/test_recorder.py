@@ -205,7 +205,7 @@ def test_the_command_as_json(day, capsys) -> None:
 
 
 def test_the_ring_is_bounded_and_replays_from_what_is_left(tmp_path: Path) -> None:
-    limit = 2**16
+    limit = 2**17
     engine = new_engine(flight_recorder_bytes=limit)
     recorder = engine._eyes._recorder
     assert recorder is not None
@@ -229,7 +229,7 @@ def test_the_ring_is_bounded_and_replays_from_what_is_left(tmp_path: Path) -> No
 
 
 def test_a_difference_is_found_behind_a_dropped_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = new_engine(flight_recorder_bytes=2**16)
+    engine = new_engine(flight_recorder_bytes=2**17)
     busy_day(engine, num_requests=250)
     recording = saved(engine, tmp_path)
     planted(monkeypatch, 20, lambda scheduler: scheduler._preempt(scheduler.running[-1]))
@@ -239,7 +239,7 @@ def test_a_difference_is_found_behind_a_dropped_beginning(tmp_path: Path, monkey
 
 
 def test_a_state_that_cannot_be_written_down_is_said(tmp_path: Path) -> None:
-    engine = new_engine(flight_recorder_bytes=2**16)
+    engine = new_engine(flight_recorder_bytes=2**17)
     engine.pool.whim = lambda: 0  # type: ignore[attr-defined]
     busy_day(engine, num_requests=250)
     with pytest.raises(
@@ -259,13 +259,13 @@ def test_another_pool_is_said(tmp_path: Path) -> None:
 
 
 def test_a_prompt_larger_than_the_ring_begins_it_anew(tmp_path: Path) -> None:
-    engine = new_engine(flight_recorder_bytes=2**16)
+    engine = new_engine(flight_recorder_bytes=2**17)
     recorder = engine._eyes._recorder
     assert recorder is not None
     engine.add_request([1] * 400)
-    recorder._put(Kind.ADD, bytes(2**15))  # as of a prompt of 8,192 tokens
+    recorder._put(Kind.ADD, bytes(2**16))  # as of a prompt of 16,384 tokens
     recorder._settle()
-    assert recorder.num_bytes <= 2**16
+    assert recorder.num_bytes <= 2**17
     busy_day(engine, num_requests=5)
     replay = Replay(saved(engine, tmp_path))
     assert replay.run() is None and replay.num_steps == engine.num_steps
