@@ -57,7 +57,7 @@ def test_no_share_is_more_than_the_whole(monkeypatch: pytest.MonkeyPatch):
         add(self, *state)
 
     monkeypatch.setattr(run.Occupancy, "add", watch)
-    found = outcomes(num_pages=600, num_prompts=60, max_num_seqs=256)
+    found = outcomes(("medium chat", "mixed"), num_pages=600, num_prompts=40, max_num_seqs=256)
     pool_tokens = 600 * 16
     assert len(states) > 1000 and all(0 < held <= allocated <= pool_tokens for held, allocated in states)
     for outcome in found:
