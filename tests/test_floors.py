@@ -36,6 +36,7 @@ ONLY = {
     "jaxpaged.config": (),
     "jaxpaged.host": ("jaxpaged.config", "jaxpaged.host"),
     "jaxpaged.observe": ("jaxpaged.config", "jaxpaged.host", "jaxpaged.observe", "jaxpaged.version"),
+    "jaxpaged.simulate": ("jaxpaged.config", "jaxpaged.host", "jaxpaged.simulate"),
     "pallas_kernels": ("pallas_kernels", "jax", "jaxlib", "numpy", "ml_dtypes"),
 }
 # file -> the only reads of the environment in library code: they set no option of ours.
@@ -170,6 +171,8 @@ BAD_IMPORTS = [
     ("jaxpaged/host/pages.py", "from jaxpaged import LLM", "is not below jaxpaged.host"),
     ("jaxpaged/host/pages.py", "import tqdm", "is not for jaxpaged.host"),
     ("jaxpaged/model/step.py", "import jaxpaged.host.pages", "is not below jaxpaged.model"),
+    ("jaxpaged/simulate/run.py", "from jaxpaged.engine import Engine", "is not for jaxpaged.simulate"),
+    ("jaxpaged/simulate/cost.py", "import numpy", "is not for jaxpaged.simulate"),
     ("jaxpaged/model/step.py", "if TYPE_CHECKING:\n    from jaxpaged.engine import Engine", "is not below jaxpaged.model"),
     ("jaxpaged/config.py", "import jax", "is not for jaxpaged.config"),
     ("jaxpaged/config.py", "import pallas_kernels", "is not below jaxpaged.config"),

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import sys
 import time
@@ -22,14 +23,16 @@ from jaxpaged.cli.options import (
     set_up_logging,
     whole_number,
 )
-from jaxpaged.config import ConfigError, EngineConfig, ModelConfig, nearest
+from jaxpaged.config import DTYPE_BYTES, ConfigError, EngineConfig, ModelConfig, nearest
 from jaxpaged.simulate import cost, memory, report
 from jaxpaged.simulate.arrivals import Arrival, random_traffic
 from jaxpaged.simulate.gpus import GPUS, Gpu, named_gpu
 from jaxpaged.simulate.lengths import DATASETS, Fixed, Lengths, LogNormal, Uniform
 from jaxpaged.simulate.run import OPTIONS, build_scheduler, simulate
-from jaxpaged.simulate.shapes import MODELS, named_model, plan_pages
+from jaxpaged.simulate.shapes import MODELS, named_model, num_parameters, plan_pages
 from jaxpaged.simulate.trace import read_trace
+
+logger = logging.getLogger("jaxpaged")
 
 DESCRIPTION = """\
 Serve made-up or recorded traffic with the engine's own scheduler and page pool on a virtual clock: steps take what a GPU's
@@ -140,7 +143,14 @@ def _machine(given: dict[str, Any], defaults: dict[str, Any]) -> _Machine:
     model = _model(name)
     config = config.resolved(model, "gpu")
     costs, assumed = _costs(given, gpu, model, config)
-    return _Machine(gpu, name, model, config, plan_pages(config, model, gpu), costs, assumed)
+    num_pages = plan_pages(config, model, gpu)
+    max_len: int = config.max_model_len  # type: ignore[assignment]
+    num_tokens = (num_pages - 1) * config.block_size  # type: ignore[operator]
+    # In the words of an engine that starts; see jaxpaged/runner.py.
+    logger.info("weights (%s): %.1f GiB", config.dtype, num_parameters(model) * DTYPE_BYTES[config.dtype] / 2**30)
+    logger.info("GPU KV cache size: %s tokens", f"{num_tokens:,}")
+    logger.info("Maximum concurrency for %s tokens per request: %.2fx", f"{max_len:,}", num_tokens / max_len)
+    return _Machine(gpu, name, model, config, num_pages, costs, assumed)
 
 
 def _run_memory(machine: _Machine, given: dict[str, Any], *, as_json: bool) -> int:

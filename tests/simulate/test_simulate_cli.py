@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,16 @@ from jaxpaged import cli
 from jaxpaged.simulate.run import OPTIONS
 
 SMALL = ("--num-prompts", "20", "--dataset-name", "alpaca", "--request-rate", "50")
+
+
+@pytest.fixture(autouse=True)
+def logger() -> Iterator[None]:
+    """The command sets up the library's logger for its process; these tests share one."""
+    logger = logging.getLogger("jaxpaged")
+    before = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
 
 
 @pytest.fixture
@@ -30,6 +42,12 @@ def test_a_table_names_its_assumptions(run):
     assert "llama-3-8b on H100, 7,130 pages of 64 tokens (bfloat16)" in out
     assert "assumed: 75% of 3.35 TB/s, 65% of 989.4 TFLOP/s, 0.5 ms a step" in out
     assert "goodput" in out and "Time to first token" in out
+
+
+def test_memory_is_told_when_asked(run):
+    _, _, err = run(*SMALL, "-v")
+    assert "weights (bfloat16): 15.0 GiB" in err and "GPU KV cache size: 456,256 tokens" in err
+    assert "Maximum concurrency for 8,192 tokens per request: 55.70x" in err
 
 
 def test_a_report_can_be_made_again(run):
