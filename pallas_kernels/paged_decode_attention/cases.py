@@ -94,7 +94,12 @@ BENCH = (
     Case(32, 8, 128, S=64, dtype="bfloat16", kv_dtype="int8", scales="token", lens=(4096,) * 32),
 )
 # What the interpreter takes a second or two for: fewer rows, which still are empty, of one token, of several chunks and ragged.
-INTERPRET = (CHECK[5], *(replace(case, lens=(0, max(1, case.T), max(case.S + 1, case.T), 130, 257)) for case in CHECK))
+# The second alone has chunks of more tiles than there are slots, 97 tiles for 48 items: without it no slot is ever refilled.
+INTERPRET = (
+    CHECK[5],
+    Case(1, 1, 256, S=64, dtype="bfloat16", lens=(20, 3050)),
+    *(replace(case, lens=(0, max(1, case.T), max(case.S + 1, case.T), 130, 257)) for case in CHECK),
+)
 # Every body that the Mosaic kernel has on a GPU: head sizes, pages below and above a tile, quantised pages, many query rows.
 COMPILE = (
     *BENCH[-8:],

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import jax
 import pytest
+from planting import check_races, forget_races
 
 from pallas_kernels.backends import MOSAIC_JAX
 
@@ -17,12 +18,10 @@ os.environ.setdefault("NPROC", "8")
 
 @pytest.fixture(autouse=True)
 def races_are_failures() -> Iterator[None]:
-    """Forget the interpreter's state before each test, and fail one whose last kernel raced (jax 0.11 only prints it)."""
+    """Forget the interpreter's state before each test, and fail one in which any kernel raced (jax 0.11 only prints it)."""
     if jax.__version_info__[:3] < MOSAIC_JAX:
         yield
         return
-    from pallas_kernels import _compat
-
-    _compat.reset_interpreter()
+    forget_races()
     yield
-    _compat.check_races()
+    check_races()
