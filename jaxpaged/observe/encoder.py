@@ -13,6 +13,9 @@ from jaxpaged.host.request import Sequence
 from jaxpaged.host.scheduler import Scheduler, StepPlan
 from jaxpaged.observe.records import Admission, Kind, words
 
+Look = tuple[tuple[int, int, int, int], list[int], list[int]]
+"""The state of pool and queues, and of each decode its row and the page it writes to."""
+
 
 class Encoder:
     """Follows one scheduler. Invariant, after `planned`: `rows` holds the running sequences."""
@@ -39,34 +42,36 @@ class Encoder:
 
     def planned(self, plan: StepPlan | None) -> None:
         """`plan` is what the scheduler has just returned."""
-        scheduler = self.scheduler
-        if scheduler.num_preemptions != self._num_preemptions:
+        if self.scheduler.num_preemptions != self._num_preemptions:
             self._find_preempted()
         if plan is None:
             self.put(Kind.IDLE, b"")
             return
-        if len(scheduler.running) != len(self.rows):
-            self._admit()
-        decodes, pool, copies, size = plan.decodes, scheduler.pool, plan.copies, self.page_size
-        numbers = [
-            *(pool.num_free, pool.num_cached, len(scheduler.running), len(scheduler.waiting)),
-            *(len(decodes), len(plan.prefills), len(copies)),
-            *[self.rows[chunk.sequence] for chunk in decodes],
-            *[chunk.start for chunk in decodes],
-            *[chunk.sequence.pages[chunk.start // size] for chunk in decodes],
-        ]
-        if copies:
-            numbers += [source for source, _ in copies] + [target for _, target in copies]
-        for chunk in plan.prefills:
-            pages = chunk.sequence.pages[chunk.start // size : -(-chunk.end // size)]
-            numbers += (self.rows[chunk.sequence], chunk.start, chunk.num_tokens, chunk.samples, len(pages), *pages)
+        if self.has_news or any(chunk.sequence not in self.rows for chunk in (*plan.decodes, *plan.prefills)):
+            self._admit(plan)
+        self.put(Kind.PLAN, pack_plan(plan, *self.look(plan), self.page_size, self.rows))
         self.in_flight.append(plan)
-        self.put(Kind.PLAN, words(*numbers))
+
+    def look(self, plan: StepPlan) -> Look:
+        """What of a plan and of the pool may be otherwise by the time it is written down. KeyError when a row is new."""
+        rows, pool, scheduler, size = self.rows, self.scheduler.pool, self.scheduler, self.page_size
+        return (
+            (pool.num_free, pool.num_cached, len(scheduler.running), len(scheduler.waiting)),
+            [rows[chunk.sequence] for chunk in plan.decodes],
+            [chunk.sequence.pages[chunk.start // size] for chunk in plan.decodes],
+        )
+
+    @property
+    def has_news(self) -> bool:
+        """Whether sequences have been admitted, ended or been preempted since this was last told."""
+        scheduler = self.scheduler
+        return len(scheduler.running) != len(self.rows) or scheduler.num_preemptions != self._num_preemptions
 
     def committed(self) -> None:
         """The oldest plan in flight has just been committed."""
         self.in_flight.popleft()
-        self.find_finished()
+        if self.has_news:
+            self.find_finished()
 
     def failed(self) -> None:
         """A step in flight raised: none of those will be committed."""
@@ -88,8 +93,9 @@ class Encoder:
         del self._stays[sequence]
         return self.rows.pop(sequence)
 
-    def _admit(self) -> None:
-        for sequence in self.scheduler.running:
+    def _admit(self, plan: StepPlan) -> None:
+        planned = (chunk.sequence for chunk in (*plan.decodes, *plan.prefills))
+        for sequence in (*self.scheduler.running, *planned):
             if sequence in self.rows:
                 continue
             row = self.rows[sequence] = self._num_rows
@@ -102,3 +108,19 @@ class Encoder:
         """What the recording says of a row."""
         counts = sequence.index, sequence.num_computed, sequence.num_prompt
         return Admission(row, *counts, tuple(sequence.pages), sequence.request.request_id)
+
+
+def pack_plan(
+    plan: StepPlan, counts: tuple[int, ...], rows: list[int], pages: list[int], page_size: int, row_of: dict[Sequence, int]
+) -> bytes:
+    """A plan's frame; `records.Decision` reads it. The first three values are those of `Encoder.look`."""
+    decodes, prefills, copies = plan.decodes, plan.prefills, plan.copies
+    numbers = [
+        *(*counts, len(decodes), len(prefills), len(copies)),
+        *(*rows, *[chunk.start for chunk in decodes], *pages),
+        *(*[source for source, _ in copies], *[target for _, target in copies]),
+    ]
+    for chunk in prefills:
+        written = chunk.sequence.pages[chunk.start // page_size : -(-chunk.end // page_size)]
+        numbers += (row_of[chunk.sequence], chunk.start, chunk.num_tokens, chunk.samples, len(written), *written)
+    return words(*numbers)

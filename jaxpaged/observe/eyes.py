@@ -50,7 +50,8 @@ class Eyes:
     def planning(self) -> None:
         """It is about to decide a step."""
         self._stage = "plan"
-        self.changing()
+        if self._socket is not None:
+            self._socket.begin()
 
     def _end(self) -> None:
         if self._socket is not None:
@@ -80,12 +81,14 @@ class Eyes:
         if self._recorder is not None and (plan is not None or self._scheduler.has_unfinished):
             self._recorder.planned(plan)
         self._stage = "run"
-        self._end()
+        if self._socket is not None:
+            self._socket.end()
 
     def ran(self, token_ids: Sequence[int], is_finite: Sequence[bool]) -> None:
         """The oldest step in flight has run and is about to be committed."""
-        self.changing()
         self._stage = "commit"
+        if self._socket is not None:
+            self._socket.begin()
         if self._recorder is not None:
             self._recorder.ran(token_ids, is_finite)
 
@@ -94,7 +97,8 @@ class Eyes:
         if self._recorder is not None:
             self._recorder.committed()
         self._watch.after_step(plan)
-        self._end()
+        if self._socket is not None:
+            self._socket.end()
 
     def failed(self, error: Exception) -> None:
         """A step raised. Says what the pool's own check finds, and writes the recording where recording_dir says."""

@@ -104,7 +104,7 @@ def draw_pool(recording: Recording, *, title: str | None = None) -> Any:
         interpolation="nearest",
         extent=(steps[0], last, num_pages, 1),
     )
-    above.set(ylabel="page", title=title or f"{num_pages - 1:,} pages of {recording.header['page_size']} tokens")
+    above.set(ylabel="page", title=title or _title(recording))
     used = [num_pages - 1 - plan.num_free for plan in plans]
     below.stackplot(
         steps, used, [plan.num_cached for plan in plans], labels=("owned", "cached"), colors=("#4477aa", "#aaccee"), step="post"
@@ -116,6 +116,11 @@ def draw_pool(recording: Recording, *, title: str | None = None) -> Any:
     handles = [handle for axes in (below, waiting) for handle in axes.get_legend_handles_labels()[0]]
     below.legend(handles, ("owned", "cached", "waiting"), loc="upper left", fontsize="small", ncols=3)
     return figure
+
+
+def _title(recording: Recording) -> str:
+    pages = f"{recording.header['num_pages'] - 1:,} pages of {recording.header['page_size']} tokens"
+    return f"{pages}: a colour for each stay of a request, black is shared, white is free"
 
 
 def sample(recording: Recording) -> tuple[list[int], list[list[int]], list[Decision]]:

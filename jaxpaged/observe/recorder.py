@@ -15,10 +15,11 @@ from typing import Any
 from jaxpaged.host.request import Request
 from jaxpaged.host.scheduler import Scheduler, StepPlan
 from jaxpaged.observe import state
-from jaxpaged.observe.encoder import Encoder
+from jaxpaged.observe.encoder import Encoder, pack_plan
 from jaxpaged.observe.recording import write
 from jaxpaged.observe.records import FRAME, MAX_ERROR, Kind, RecordingError, pack_commit, pack_request, words
 
+_LATE = 64  # plans and commits that are written down together; one at a time, each would find the processor's caches cold
 _SEGMENTS = 8  # of a full ring, were states nothing: what is dropped at a time, and how often the state is written down
 
 
@@ -28,6 +29,8 @@ class Recorder:
     The ring is made of segments; the oldest is dropped as a whole. Each begins with the whole state of the scheduler at that
     point, so that a replay can begin there. A state of more than a quarter of the ring is left out: what follows can be looked at
     but not replayed, and the recording says so.
+
+    Steps that only decode, which are most, are kept as they came and written down some dozens at a time.
 
     Invariant: `num_bytes` <= `max_bytes`.
     """
@@ -41,6 +44,7 @@ class Recorder:
         self._clock = clock
         self._encoder = Encoder(scheduler, self._put)
         self._segments: deque[bytearray] = deque()
+        self._late: list[tuple] = []  # (time, plan, what `Encoder.look` saw) or (time, None, (token ids, flags))
         self._is_full = False
         self._head_bytes = 0  # of the last segment
         self._why_blind = ""
@@ -66,13 +70,27 @@ class Recorder:
 
     def planned(self, plan: StepPlan | None) -> None:
         """The scheduler has decided a step, or None."""
-        self._encoder.planned(plan)
         self.num_steps += plan is not None
-        self._settle()
+        if plan is None or plan.prefills or plan.copies or self._encoder.has_news or not self._planned_late(plan):
+            self._encoder.planned(plan)
+            self._settle()
+
+    def _planned_late(self, plan: StepPlan) -> bool:
+        """Keep a step that only decodes for later; False when it cannot wait."""
+        try:
+            seen = self._encoder.look(plan)
+        except KeyError:  # of a row that has yet to be admitted
+            return False
+        self._late.append((self._clock(), plan, seen))
+        self._encoder.in_flight.append(plan)
+        if len(self._late) >= _LATE:
+            self._write_late()
+            self._settle()
+        return True
 
     def ran(self, token_ids: Sequence[int], is_finite: Sequence[bool]) -> None:
         """The oldest step in flight has run; it is about to be committed."""
-        self._put(Kind.COMMIT, pack_commit(token_ids, is_finite))
+        self._late.append((self._clock(), None, (token_ids, is_finite)))
 
     def committed(self) -> None:
         """It has been committed."""
@@ -88,6 +106,21 @@ class Recorder:
     # --- the ring ---
 
     def _put(self, kind: Kind, payload: bytes) -> None:
+        if self._late:
+            self._write_late()
+        self._write(kind, self._clock(), payload)
+
+    def _write_late(self) -> None:
+        late, self._late = self._late, []
+        encoder = self._encoder
+        for time_s, plan, rest in late:
+            if plan is None:
+                self._write(Kind.COMMIT, time_s, pack_commit(*rest))
+            else:
+                counts, rows, pages = rest
+                self._write(Kind.PLAN, time_s, pack_plan(plan, counts, rows, pages, encoder.page_size, {}))
+
+    def _write(self, kind: Kind, time_s: float, payload: bytes) -> None:
         if len(payload) > self.max_bytes // 4:  # only a ring of a few kilobytes meets such a frame
             self.num_dropped_bytes += self.num_bytes + len(payload)
             self._segments.clear()
@@ -95,7 +128,7 @@ class Recorder:
             self.num_bytes, self._head_bytes, self._is_full = 0, 0, True
             return
         segment = self._segments[-1]
-        segment += FRAME.pack(kind, len(payload), self._clock())
+        segment += FRAME.pack(kind, len(payload), time_s)
         segment += payload
         self.num_bytes += FRAME.size + len(payload)
         self._is_full = self._is_full or len(segment) - self._head_bytes >= self.max_bytes // _SEGMENTS
@@ -114,6 +147,7 @@ class Recorder:
             self._begin_segment()
 
     def _begin_segment(self) -> None:
+        self._write_late()
         encoder = self._encoder
         is_beginning = not self.num_steps and not self._segments
         rows = [encoder.admission(row, sequence) for sequence, row in encoder.rows.items()]
@@ -146,6 +180,7 @@ class Recorder:
           RecordingError: it could not be written.
         """
         path = Path(path)
+        self._write_late()
         header = {**self.header, "num_dropped_bytes": self.num_dropped_bytes, "why_blind": self._why_blind}
         try:
             write(path, header, b"".join(self._segments))

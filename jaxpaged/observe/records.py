@@ -194,7 +194,7 @@ class Decision:
 
     @classmethod
     def unpack(cls, payload: bytes) -> Decision:
-        """Inverse of `Encoder.planned`, which writes the words itself because it runs in every step."""
+        """Inverse of `encoder.pack_plan`."""
         numbers = unwords(payload)
         num_decodes, num_prefills, num_copies = numbers[4:7]
         at = cls.HEAD

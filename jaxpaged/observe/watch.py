@@ -17,6 +17,7 @@ FREE_SHARE = 0.10, 0.30  # pages that can be handed out, of all
 WASTE_SHARE = 0.25, 0.15  # allocated token places that hold nothing, of all that are allocated
 WASTE_MATTERS = 0.5  # of the pool in use: below this nobody is short of what is wasted
 WASTE_EVERY = 32  # steps between two looks, which cost a microsecond for every few sequences
+LOOK_EVERY = 4  # steps, where nobody comes and somebody runs: between two device steps even a few look-ups are slow
 COLLAPSE = 4  # a batch that is a quarter of what it was
 SMALL_BATCH = 4  # below this a batch is not said to shrink
 MANY_OWNERS = 32
@@ -39,7 +40,10 @@ class Watch:
 
     def after_step(self, plan: StepPlan) -> None:
         """A step has been committed."""
+        self._num_steps += 1
         scheduler = self.scheduler
+        if self._num_steps % LOOK_EVERY and scheduler.running and not plan.prefills:
+            return
         pool, running = scheduler.pool, len(scheduler.running)
         if self._is_low != (pool.num_free < FREE_SHARE[self._is_low] * pool.num_usable):
             self._is_low = not self._is_low
@@ -52,7 +56,6 @@ class Watch:
             self._shrunk(plan, running)
         if plan.prefills:
             self._look_at_owners(plan)
-        self._num_steps += 1
         if self._num_steps % WASTE_EVERY == 0:
             self._look_at_waste()
         if not scheduler.has_unfinished:
