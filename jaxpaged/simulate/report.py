@@ -34,7 +34,7 @@ def check_percentiles(percentiles: Sequence[float]) -> None:
 def summarise(
     run: Run, *, percentiles: Sequence[float] = PERCENTILES, goodput: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """All numbers. Where nothing was measured they are 0, as in vLLM.
+    """All numbers. Where nothing was measured they are 0, as in vLLM; where requests name tenants, `tenants` has those of each.
 
     `kv_cache_usage_perc` is the share of pages with an owner, `kv_waste` the share of the token places in such pages that hold no
     token, `device_busy` the share of the time with a step running; means are over the time of steps.
@@ -46,29 +46,38 @@ def summarise(
     check_goodput(goals)
     check_percentiles(percentiles)
     lives, seconds = run.lives, run.duration_s or 1.0
-    num_output = sum(life.num_output for life in lives)
-    num_input = sum(life.num_prompt for life in lives)
-    numbers: dict[str, Any] = {
+    numbers = {
         "duration": run.duration_s,
-        "completed": len(lives),
+        **_requests(lives, seconds, percentiles, goals),
+        **_spread("itl", [(gap * 1e3, count) for gap, count in run.gaps.items()], percentiles),
         "failed": len(run.refused),
+        "max_output_tokens_per_s": max(run.tokens_in_second.values(), default=0),
+        "max_concurrent_requests": run.peak_requests,
+        **_pool(run),
+    }
+    tenants = sorted({life.tenant or "" for life in lives})
+    if tenants not in ([], [""]):
+        groups = {tenant: [life for life in lives if (life.tenant or "") == tenant] for tenant in tenants}
+        numbers["tenants"] = {tenant: _requests(group, seconds, percentiles, goals) for tenant, group in groups.items()}
+    return numbers
+
+
+def _requests(lives: Sequence[Life], seconds: float, percentiles: Sequence[float], goals: Mapping[str, float]) -> dict[str, Any]:
+    """What can be said of some requests alone."""
+    num_output, num_input = sum(life.num_output for life in lives), sum(life.num_prompt for life in lives)
+    numbers: dict[str, Any] = {
+        "completed": len(lives),
         "total_input_tokens": num_input,
         "total_output_tokens": num_output,
         "request_throughput": len(lives) / seconds,
         "request_goodput": sum(_is_good(life, goals) for life in lives) / seconds if goals else None,
         "output_throughput": num_output / seconds,
         "total_token_throughput": (num_input + num_output) / seconds,
-        "max_output_tokens_per_s": max(run.tokens_in_second.values(), default=0),
-        "max_concurrent_requests": run.peak_requests,
     }
-    weighted = {
-        **{name: [(_milliseconds(life, name), 1) for life in lives] for name in ("ttft", "e2el")},
-        "tpot": [(_milliseconds(life, "tpot"), 1) for life in lives if life.num_output > 1],
-        "itl": [(gap * 1e3, count) for gap, count in run.gaps.items()],
-    }
-    for name in METRICS:
-        numbers |= _spread(name, weighted[name], percentiles)
-    return numbers | _pool(run)
+    for name in _GOALS:
+        several = lives if name != "tpot" else [life for life in lives if life.num_output > 1]
+        numbers |= _spread(name, [(_milliseconds(life, name), 1) for life in several], percentiles)
+    return numbers
 
 
 def _pool(run: Run) -> dict[str, Any]:
@@ -177,4 +186,15 @@ def table(numbers: Mapping[str, Any], goodput: Mapping[str, float] | None = None
     rows = [
         f"{words:26}" + "".join(f"{numbers[f'{name}_{metric}_ms']:11,.2f}" for name in names) for metric, words in METRICS.items()
     ]
+    if "tenants" in numbers:
+        rows += ["", _tenants(numbers["tenants"])]
     return "\n".join([*(f"{name:26} {value}" for name, value in lines), "", head, *rows])
+
+
+def _tenants(tenants: Mapping[str, Mapping[str, Any]]) -> str:
+    rows: list[tuple[str, ...]] = [("tenant", "requests", "tokens out", "mean ttft", "median", "mean tpot", "mean e2el")]
+    for name, numbers in tenants.items():
+        times = (numbers[f"{key}_ms"] for key in ("mean_ttft", "median_ttft", "mean_tpot", "mean_e2el"))
+        counts = (f"{numbers['completed']:,}", f"{numbers['total_output_tokens']:,}")
+        rows.append((name or "(none)", *counts, *(f"{time:,.2f}" for time in times)))
+    return "\n".join(f"{row[0][:26]:26}" + "".join(f"{cell:>11}" for cell in row[1:]) for row in rows)

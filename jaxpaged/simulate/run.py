@@ -41,6 +41,7 @@ class Life:
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     num_cached: int = 0
+    tenant: str | None = None
     finish_reason: FinishReason | None = None
 
 
@@ -172,7 +173,7 @@ class _Desk:
             self.run.refused.append(str(error))
             return
         self.run.scheduler.add(request)
-        life = Life(arrival_s, arrival.num_prompt)
+        life = Life(arrival_s, arrival.num_prompt, tenant=arrival.tenant)
         self.live[request_id] = life
         self.run.lives.append(life)
         self.run.peak_requests = max(self.run.peak_requests, len(self.live))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 
 from jaxpaged.config import ConfigError
 from jaxpaged.host.pages import PagePool
-from jaxpaged.host.request import FinishReason
 from jaxpaged.host.scheduler import Limits, Scheduler
 from jaxpaged.simulate.report import METRICS, percentiles_of, summarise, table
 from jaxpaged.simulate.run import Life, Occupancy, Run
@@ -25,9 +25,9 @@ def a_run(*lives: Life, **other) -> Run:
 
 # TTFT 1, 2 and 4 s; TPOT 0.5, none and 2 s.
 LIVES = (
-    Life(0.0, 10, 5, 1.0, 3.0, 0, FinishReason.LENGTH),
-    Life(1.0, 20, 1, 3.0, 3.0, 0, FinishReason.LENGTH),
-    Life(4.0, 30, 2, 8.0, 10.0, 0, FinishReason.LENGTH),
+    Life(0.0, 10, 5, 1.0, 3.0),
+    Life(1.0, 20, 1, 3.0, 3.0),
+    Life(4.0, 30, 2, 8.0, 10.0),
 )
 GAPS: Counter[float] = Counter({0.5: 4, 2.0: 1})
 
@@ -80,6 +80,21 @@ def test_the_pool_is_a_mean_over_time():
     assert numbers["max_kv_cache_usage_perc"] == 0.4 and numbers["max_running_requests"] == 2
     assert numbers["kv_waste"] == pytest.approx(1 - (20 + 180) / (32 + 192))
     assert numbers["mean_running_requests"] == pytest.approx(7 / 4) and numbers["device_busy"] == pytest.approx(0.4)
+
+
+def test_tenants_are_told_apart():
+    lives = [dataclasses.replace(life, tenant=tenant) for life, tenant in zip(LIVES, ("a", None, "a"), strict=True)]
+    numbers = summarise(a_run(*lives), goodput={"ttft": 1000})
+    assert numbers["tenants"].keys() == {"", "a"}
+    found = numbers["tenants"]["a"]
+    assert (found["completed"], found["total_output_tokens"], found["total_input_tokens"]) == (2, 7, 40)
+    assert found["mean_ttft_ms"] == 2500 and found["mean_tpot_ms"] == 1250 and found["request_goodput"] == 0.1
+    assert numbers["tenants"][""]["median_ttft_ms"] == 2000
+    for key in ("completed", "request_throughput", "request_goodput", "output_throughput", "total_token_throughput"):
+        assert numbers[key] == pytest.approx(sum(tenant[key] for tenant in numbers["tenants"].values()))
+    shown = table(numbers).splitlines()[-3:]
+    assert shown[0].startswith("tenant ") and "(none)" in shown[1] and "2,500.00   2,500.00   1,250.00   4,500.00" in shown[2]
+    assert "tenants" not in summarise(a_run(*LIVES))
 
 
 def test_nobody_came():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -212,6 +213,13 @@ def test_sharing_is_faster_and_can_be_turned_off():
     on, off = (summarise(serve(traffic, Price(0.0, 1e-3), enable_prefix_caching=flag)) for flag in (True, False))
     assert on["num_scheduled_tokens"] < off["num_scheduled_tokens"] / 4 and on["mean_ttft_ms"] < off["mean_ttft_ms"]
     assert off["prefix_cache_queries"] == off["prefix_cache_hits"] == 0
+
+
+def test_a_simulation_is_quick():
+    """A tenth of what is measured on one core, so that only a mistake in the order of the work fails it."""
+    started = time.process_time()
+    found = serve(random_traffic(200, Fixed(64), Fixed(200)), Price(0.01), max_num_seqs=128)
+    assert found.num_scheduled_tokens / (time.process_time() - started) > 30_000
 
 
 # --- the same decisions as the engine's --------------------------------------------------------------------------
