@@ -76,9 +76,13 @@ class DebugSocket:
 
     def _give(self) -> None:
         view, self._wanted = self._wanted, None
-        if view is not None:
+        if view is None:  # the client has just been answered
+            return
+        try:
             self._taken = snapshot(self._scheduler, view)
-            self._is_taken.set()
+        except Exception as error:  # a look must never stop the engine
+            self._taken = {"view": view, "error": f"{type(error).__name__}: {error}"}
+        self._is_taken.set()
 
     # --- the socket's thread ---
 
@@ -101,19 +105,19 @@ class DebugSocket:
             return {"error": 'expected one line such as {"view": "scheduler"}'}
         if view not in VIEWS:
             return {"error": f"view: got {str(view)[:64]!r}, expected one of {', '.join(VIEWS)}"}
-        self._is_taken.clear()
-        self._taken, self._wanted = None, view
         deadline = time.monotonic() + _ANSWER_S
+        self._is_taken.clear()
         try:
-            while not self._is_taken.wait(_LOOK_S):
-                found = self._look(view)
-                if found is not None:
+            while time.monotonic() < deadline:
+                self._wanted = view
+                # What the engine gives may still be the answer to the question before, which this thread answered itself.
+                found = self._taken if self._is_taken.wait(_LOOK_S) else self._look(view)
+                self._is_taken.clear()
+                if found is not None and found["view"] == view:
                     return found
-                if time.monotonic() > deadline:
-                    return {"error": f"the scheduler did not stand still for {_ANSWER_S:g} s"}
         finally:
             self._wanted = None
-        return self._taken or {"error": "the view was lost"}
+        return {"error": f"the scheduler did not stand still for {_ANSWER_S:g} s"}
 
     def _look(self, view: str) -> dict[str, Any] | None:
         """A view taken beside the engine's thread; None when the state changed meanwhile."""

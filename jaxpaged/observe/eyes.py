@@ -163,8 +163,8 @@ def stats(scheduler: Scheduler) -> dict[str, int | float]:
         "kv_tail_waste_perc": num_wasted_places(scheduler.running, scheduler.limits.page_size) / allocated if allocated else 0.0,
         "kv_free_scatter_perc": (pool.num_free_runs() - 1) / (num_empty - 1) if num_empty > 1 else 0.0,
         "prefix_cache_evictions": cache.num_evictions if cache is not None else 0,
-        "kv_blocks_copied": scheduler.num_copies,
-        "kv_blocks_released": pool.num_released,
+        "num_blocks_copied": scheduler.num_copies,
+        "num_blocks_released": pool.num_released,
         "kv_block_lifetime_steps": pool.owned_steps / pool.num_released if pool.num_released else 0.0,
         "kv_block_reuse_gap_steps": pool.idle_steps / pool.num_reused if pool.num_reused else 0.0,
     }

@@ -142,12 +142,11 @@ class Recorder:
             self.num_dropped_bytes += num_bytes
 
     def _settle(self) -> None:
-        """Begin the next segment when the last is full. Only where the state is that of all frames so far, and of no others."""
+        """Begin the next segment when the last is full. Only where the state is that of all frames so far, and nothing is late."""
         if self._is_full:
             self._begin_segment()
 
     def _begin_segment(self) -> None:
-        self._write_late()
         encoder = self._encoder
         is_beginning = not self.num_steps and not self._segments
         rows = [encoder.admission(row, sequence) for sequence, row in encoder.rows.items()]

@@ -32,7 +32,7 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     engine = new_engine()
     busy_day(engine)
     stats = engine.stats()
-    assert stats["num_preemptions"] > 10 and stats["prefix_cache_hits"] > 100 and stats["kv_blocks_copied"] > 10
+    assert stats["num_preemptions"] > 10 and stats["prefix_cache_hits"] > 100 and stats["num_blocks_copied"] > 10
     recording = Recording.load(engine.save_recording(tmp_path_factory.mktemp("day") / "day.recording"))
     kinds = {frame.kind for frame in recording.frames}
     assert {Kind.ADD, Kind.ABORT, Kind.RESET, Kind.ADMIT, Kind.PREEMPT, Kind.FINISH} <= kinds

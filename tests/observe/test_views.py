@@ -294,11 +294,21 @@ def test_scatter_lifetime_and_reuse_by_hand() -> None:
     assert (pool.num_released, pool.owned_steps) == (4, 12 + 11)
 
 
+def test_every_page_that_was_taken_was_given_back_or_is_owned() -> None:
+    engine = working(40)
+    pool = engine.pool
+    assert engine.stats()["prefix_cache_hits"] > 0
+    num_first_uses = sum(since >= 0 for since in pool._since)
+    assert pool.num_reused + num_first_uses == pool.num_released + pool.num_used
+    # A page is owned or idle, never both, from its first use on; the state that it is in now is not counted yet.
+    assert pool.owned_steps + pool.idle_steps <= engine.num_steps * num_first_uses
+
+
 def test_the_stats_of_a_day(engine: Engine) -> None:
     stats = engine.stats()
-    assert stats["kv_blocks_released"] > 100 and 1 < stats["kv_block_lifetime_steps"] < engine.num_steps
+    assert stats["num_blocks_released"] > 100 and 1 < stats["kv_block_lifetime_steps"] < engine.num_steps
     assert 0 < stats["kv_block_reuse_gap_steps"] < engine.num_steps
-    assert stats["kv_blocks_copied"] == engine.scheduler.num_copies > 0
+    assert stats["num_blocks_copied"] == engine.scheduler.num_copies > 0
     assert stats["prefix_cache_evictions"] == engine.pool.cache.num_evictions > 0  # type: ignore[union-attr]
     assert stats["kv_tail_waste_perc"] == 0.0 and 0.0 <= stats["kv_free_scatter_perc"] <= 1.0
     assert new_engine().stats()["kv_free_scatter_perc"] == 0.0
