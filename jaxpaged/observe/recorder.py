@@ -142,7 +142,7 @@ class Recorder:
             self.num_dropped_bytes += num_bytes
 
     def _settle(self) -> None:
-        """Begin the next segment when the last is full. Only where the state is that of all frames so far, and nothing is late."""
+        """Begin the next segment when the last is full: only where nothing is late and the state is that of all frames so far."""
         if self._is_full:
             self._begin_segment()
 
