@@ -6,6 +6,7 @@ make it call anything else, whoever wrote it.
 
 from __future__ import annotations
 
+import copyreg
 import io
 import pickle
 import types
@@ -23,7 +24,9 @@ _HOST = "jaxpaged.host."
 def dump(state: Any) -> bytes:
     """Whatever the host side is made of; new fields of its classes come along by themselves."""
     file = io.BytesIO()
-    _Pickler(file, protocol=5).dump(state)
+    pickler = pickle.Pickler(file, protocol=5)
+    pickler.dispatch_table = {**copyreg.dispatch_table, types.MethodType: _reduce_method}
+    pickler.dump(state)
     return file.getvalue()
 
 
@@ -32,22 +35,21 @@ def load(saved: bytes) -> Any:
     return _Unpickler(io.BytesIO(saved)).load()
 
 
-class _Pickler(pickle.Pickler):
-    def persistent_id(self, obj: Any) -> Any:
-        # pickle would write the call getattr(owner, name), which `_Unpickler` must not allow in general.
-        return (obj.__self__, obj.__name__) if isinstance(obj, types.MethodType) else None
+def _reduce_method(method: types.MethodType) -> tuple[Any, ...]:
+    # pickle by itself would write the call getattr(owner, name), which `_Unpickler` must not allow in general.
+    return _method, (method.__self__, method.__name__)
+
+
+def _method(owner: Any, name: str) -> types.MethodType:
+    function = vars(type(owner)).get(name) if type(owner).__module__.startswith(_HOST) else None
+    if not isinstance(function, types.FunctionType):
+        raise pickle.UnpicklingError(f"{name} is no part of a scheduler's state")
+    return types.MethodType(function, owner)
 
 
 class _Unpickler(pickle.Unpickler):
-    def persistent_load(self, pid: Any) -> Any:
-        owner, name = pid
-        method = vars(type(owner)).get(name) if type(owner).__module__.startswith(_HOST) else None
-        if not isinstance(method, types.FunctionType):
-            raise pickle.UnpicklingError(f"{name} is no method of the host's")
-        return types.MethodType(method, owner)
-
     def find_class(self, module: str, name: str) -> Any:
-        if name in _PLAIN.get(module, ()):
+        if name in _PLAIN.get(module, ()) or (module, name) == (__name__, "_method"):
             return super().find_class(module, name)
         # No dots: they reach into what a module has imported. Its own classes only, for the same reason.
         if module.startswith(_HOST) and "." not in name:

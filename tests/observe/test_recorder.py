@@ -449,6 +449,8 @@ def test_a_recording_cannot_run_code(tmp_path: Path) -> None:
         Evil(getattr, PagePool, "__init__"),
         Evil(eval, "1"),
         Evil(logging.getLogger, "x"),
+        Evil(state._method, 5, "bit_length"),
+        Evil(state._method, [], "append"),
     ]
     for call in calls:
         payload = words(len(head)) + head + pickle.dumps((call, 1))
