@@ -43,6 +43,7 @@ def kernel(
     """
     if target.is_interpreted:
         _register_interpretation()
+        _watch_races()
     if name is not None:
         body.__name__ = name  # what ptxas and profilers call the kernel
     threads = {} if num_threads is None else {"num_threads": num_threads, "thread_name": thread_name}
@@ -109,18 +110,39 @@ def check_races() -> None:
     Raises:
       RuntimeError: two threads touched the same memory in no order.
     """
-    races = _callbacks()._races  # get_races() fails when no kernel has run
-    if races is not None and races.races_found:
-        raise RuntimeError("the kernel has a data race (printed above)")
+    if has_raced():
+        raise RuntimeError("a kernel has a data race (printed above)")
+
+
+def has_raced() -> bool:
+    """Whether a kernel interpreted since the last `reset_interpreter` raced."""
+    return any(state.races_found for state in _race_states)
 
 
 def reset_interpreter() -> None:
     """Forget the interpreter's state, which an exception inside a kernel leaves behind."""
+    _race_states.clear()
     _callbacks().reset_gpu_interpret_mode_state()
 
 
 def _callbacks() -> Any:
     return importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
+
+
+# What the detector found in each kernel: a call may be several kernels, and jax 0.11 forgets the one before with each.
+_race_states: list[Any] = []
+
+
+@functools.cache
+def _watch_races() -> None:
+    callbacks = _callbacks()
+    make = callbacks.GPURaceDetectionState
+
+    def watched(**options: Any) -> Any:
+        _race_states.append(make(**options))
+        return _race_states[-1]
+
+    callbacks.GPURaceDetectionState = watched
 
 
 @functools.cache

@@ -141,8 +141,10 @@ def judge(name: str, got: np.ndarray, exact: np.ndarray, plain: np.ndarray | Non
         errors = np.where(counts, np.abs(values - exact), 0.0)
     wrong = np.isnan(values) | (errors > allowed) | (is_infinite & (values != exact))
     scale = float(np.linalg.norm(np.where(counts, exact, 0.0)))
-    relative = float(np.linalg.norm(np.nan_to_num(errors))) / scale if scale else 0.0
-    return Verdict(name, float(np.nan_to_num(errors, nan=np.inf).max(initial=0.0)), allowed, _first(wrong), relative)
+    errors = np.nan_to_num(errors, nan=np.inf, posinf=np.inf)
+    with np.errstate(over="ignore"):
+        relative = float(np.linalg.norm(errors)) / scale if scale else 0.0
+    return Verdict(name, float(errors.max(initial=0.0)), allowed, _first(wrong), relative)
 
 
 def check(operation: Operation, call: Call, backend: str) -> list[Verdict]:

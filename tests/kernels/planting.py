@@ -68,18 +68,20 @@ def first_rung(name: str, case: Any, backend: str) -> str:
     """The first rung that sees something wrong with an operation as it is now, "" for none."""
     if backend != "interpret":
         return _falls_from(fresh(name), case, backend, lambda: None)
-    forget_races()
+    from pallas_kernels import _compat  # imports Mosaic, which an older jax does not have
+
+    _compat.reset_interpreter()
     try:
-        return _falls_from(fresh(name), case, backend, check_races)
+        return _falls_from(fresh(name), case, backend, _compat.check_races)
     except Exception as error:  # jax wraps what its callbacks raise, tracebacks and all
-        if has_raced():  # and went on in jax 0.11, until a barrier was out of step
+        if _compat.has_raced():  # and went on in jax 0.11, until a barrier was out of step
             return "race"
         for rung, message in RAISED.items():
             if re.search(message, str(error)):
                 return rung
         raise
     finally:
-        forget_races()
+        _compat.reset_interpreter()  # a race leaves behind what the next kernel would trip over
 
 
 def fresh(name: str) -> Operation:
@@ -110,48 +112,6 @@ def _falls_from(operation: Operation, case: Any, backend: str, check_races: Call
 
 def _bits(x: np.ndarray) -> np.ndarray:
     return np.frombuffer(x.tobytes(), np.uint8)
-
-
-def forget_races() -> None:
-    """Begin anew: also what a race leaves behind in the interpreter, which the next kernel would trip over."""
-    _watch_races()
-    _seen.clear()
-    _compat().reset_interpreter()
-
-
-def check_races() -> None:
-    """Raise when any kernel raced since `forget_races`. jax 0.12 has raised by itself; 0.11 only prints.
-
-    Raises:
-      RuntimeError: two threads touched the same memory in no order.
-    """
-    if has_raced():
-        raise RuntimeError("a kernel has a data race (printed above)")
-
-
-def has_raced() -> bool:
-    """Whether a race was printed since `forget_races`."""
-    return any(state.races_found for state in _seen)
-
-
-# What the detector found in each kernel: a call may be several kernels, and jax 0.11 forgets the one before with each.
-_seen: list[Any] = []
-
-
-@functools.cache
-def _watch_races() -> None:
-    callbacks = _compat()._callbacks()
-    state = callbacks.GPURaceDetectionState
-
-    def watched(**options: Any) -> Any:
-        _seen.append(state(**options))
-        return _seen[-1]
-
-    callbacks.GPURaceDetectionState = watched
-
-
-def _compat() -> ModuleType:
-    return importlib.import_module("pallas_kernels._compat")  # imports Mosaic, which an older jax does not have
 
 
 @contextmanager
