@@ -112,6 +112,26 @@ def test_a_state_that_changes_is_not_shown(path: str, monkeypatch: pytest.Monkey
         assert ask(path, "scheduler")["num_running"] == 0
 
 
+def test_a_view_of_a_state_that_moved_is_thrown_away(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_looks = 0
+
+    def moving(scheduler, view):
+        nonlocal num_looks
+        num_looks += 1
+        found = snapshot(scheduler, view)
+        if num_looks < 3:  # the engine's thread does something in the meantime
+            engine._eyes._socket._wanted = None  # and has not seen the question
+            engine.add_request([1] * 20) if num_looks == 1 else engine.step()
+        if num_looks == 2:
+            raise RuntimeError("deque mutated during iteration")
+        return found
+
+    with new_engine(debug_socket=path) as engine:
+        monkeypatch.setattr(debug_socket, "snapshot", moving)
+        assert ask(path, "scheduler") == snapshot(engine.scheduler, "scheduler")
+        assert num_looks == 3 and len(engine.scheduler.running) == 1
+
+
 def test_an_error_in_a_step_does_not_stop_the_answers(path: str) -> None:
     class Broken(FakeRunner):
         def run(self, plan):

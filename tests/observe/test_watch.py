@@ -53,6 +53,28 @@ def test_free_blocks_are_said_once_per_crossing(caplog: pytest.LogCaptureFixture
     assert len(lines(caplog, "[Allocator] Free")) == 2
 
 
+def test_free_blocks_that_hover_around_the_line_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    engine = new_engine(101, max_model_len=512)
+    engine.add_request([1] * 16, SamplingParams(max_tokens=400, ignore_eos=True))
+    taken = engine.pool.allocate(60)
+    assert taken is not None
+
+    def step_with(num_taken: int) -> None:
+        extra = engine.pool.allocate(num_taken)
+        for _ in range(8):  # the watch does not look at every step
+            engine.step()
+        engine.pool.free(extra or ())
+
+    for num_taken in (10, 33, 20, 33, 15, 33):  # free: about 27, 4, 14, 3, 17, 1
+        step_with(num_taken)
+    assert len(lines(caplog, "[Allocator] Free")) == 1
+    engine.pool.free(taken)
+    step_with(10)
+    taken = engine.pool.allocate(60)
+    step_with(33)
+    assert len(lines(caplog, "[Allocator] Free")) == 2
+
+
 def test_fragmentation_is_said_when_it_matters(caplog: pytest.LogCaptureFixture) -> None:
     few = [(4, 60)] * 12
     serve(new_engine(100, block_size=64, runner=FakeRunner(100, 64)), few)
