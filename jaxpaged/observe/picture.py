@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxpaged.observe.recording import Recording, Segment
-from jaxpaged.observe.records import Admission, Decision, Kind, RecordingError, unwords
+from jaxpaged.observe.records import Admission, Decision, Kind, RecordingError, readable, unwords
 
 FREE, SHARED = -1, -2
 _MAX_CELLS = 1200  # of the picture, either way; more would be less than a pixel each
@@ -130,11 +130,12 @@ def sample(recording: Recording) -> tuple[list[int], list[list[int]], list[Decis
     every = -(-recording.num_steps // _MAX_CELLS) or 1
     each = -(-(timeline.num_pages - 1) // _MAX_CELLS) or 1
     steps, columns, plans = [], [], []
-    for number, plan in enumerate(timeline.steps()):
-        if number % every == 0:
-            steps.append(first + number)
-            columns.append(timeline.column()[::each])
-            plans.append(plan)
+    with readable(recording.path):
+        for number, plan in enumerate(timeline.steps()):
+            if number % every == 0:
+                steps.append(first + number)
+                columns.append(timeline.column()[::each])
+                plans.append(plan)
     return steps, columns, plans
 
 

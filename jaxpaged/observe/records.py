@@ -5,6 +5,7 @@ Knows the layout of frames, and reads them back as values. Refuses to know files
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import json
@@ -71,6 +72,17 @@ def frames(body: bytes, where: str) -> Iterator[Frame]:
         except ValueError:
             raise RecordingError(f"{where}: damaged: no such kind of frame, {kind}, at byte {at - FRAME.size:,}") from None
         at += num_bytes
+
+
+@contextlib.contextmanager
+def readable(where: str) -> Iterator[None]:
+    """What frames of no sense lead to, as one line: a file may pass its checksum and still not be ours."""
+    try:
+        yield
+    except RecordingError:
+        raise
+    except (ValueError, TypeError, LookupError, struct.error) as error:
+        raise RecordingError(f"{where}: damaged: {' '.join(str(error).split())}") from None
 
 
 def words(*numbers: int) -> bytes:

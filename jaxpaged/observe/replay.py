@@ -26,6 +26,7 @@ from jaxpaged.observe.records import (
     RecordingError,
     describe,
     note_names,
+    readable,
     unpack_commit,
     unpack_request,
 )
@@ -57,13 +58,12 @@ class Replay:
         self.failure: str | None = None  # what the recorded scheduler raised, and this one too
         self.now = 0.0  # the virtual clock
         self._decided: deque[Frame] = deque()
-        self._names: dict[int, str] = {}
         self._at, segment = self._beginning()
         self.first_step = self.num_steps = segment.num_steps
         self._encoder = self._restore(segment)
         self.scheduler = self._encoder.scheduler
-        for row in segment.rows:
-            self._names[row["row"]] = Admission(**row).name
+        with readable(recording.path):
+            self._names = {row["row"]: Admission(**row).name for row in segment.rows}
 
     def run(self, *, until: int | None = None, check: bool = False) -> Difference | None:
         """Replay to the end, or until so many steps are decided; the first difference, or None.

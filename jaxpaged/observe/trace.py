@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpaged.observe.recording import Recording, Segment
-from jaxpaged.observe.records import Admission, Decision, Kind, RecordingError, Work, unpack_request, unwords
+from jaxpaged.observe.records import Admission, Decision, Kind, RecordingError, Work, readable, unpack_request, unwords
 
 _ENGINE, _REQUESTS = 1, 2  # the trace's two processes
 
@@ -21,7 +21,7 @@ def save_trace(recording: Recording, path: str | os.PathLike[str]) -> Path:
     """Write `trace_events` as a file that Perfetto and chrome://tracing open. Raises RecordingError when it cannot be written."""
     path = Path(path)
     try:
-        with path.open("w") as file:
+        with path.open("w") as file, readable(recording.path):
             file.write('{"displayTimeUnit": "ms", "traceEvents": [')
             for number, event in enumerate(trace_events(recording)):
                 file.write((",\n" if number else "\n") + json.dumps(event))

@@ -22,7 +22,7 @@ from jaxpaged.engine import Engine
 from jaxpaged.host.pages import PagePool
 from jaxpaged.host.request import RequestError
 from jaxpaged.host.scheduler import Scheduler
-from jaxpaged.observe import Recording, RecordingError, Replay, recording, state
+from jaxpaged.observe import Difference, Recording, RecordingError, Replay, picture, recording, save_trace, state
 from jaxpaged.observe.records import FRAME, Kind, pack_request, unpack_request, words
 
 
@@ -410,12 +410,14 @@ def test_what_passes_the_checksum_is_still_not_trusted(tmp_path: Path) -> None:
         for _ in range(rng.randint(1, 3)):
             other[rng.randrange(len(other))] ^= 1 << rng.randrange(8)
         recording.write(path, header, bytes(other[: rng.choice((len(other), rng.randrange(len(other))))]))
-        try:
-            seen.add(type(Replay(Recording.load(path)).run()))
-        except RecordingError as error:
-            assert "\n" not in str(error)
-            seen.add(RecordingError)
-    assert len(seen) == 3, "equal, different and refused"
+        uses = (lambda found: Replay(found).run(), picture.sample, lambda found: save_trace(found, tmp_path / "trace.json"))
+        for use in uses:
+            try:
+                seen.add(type(use(Recording.load(path))))
+            except RecordingError as error:
+                assert "\n" not in str(error)
+                seen.add(RecordingError)
+    assert seen == {type(None), Difference, RecordingError, tuple, type(path)}, "equal, different, refused; pictures and traces"
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", gzip.compress(b"hello"), b"\x1f\x8b"])
