@@ -71,7 +71,7 @@ class Recorder:
     def planned(self, plan: StepPlan | None) -> None:
         """The scheduler has decided a step, or None."""
         self.num_steps += plan is not None
-        if plan is None or plan.prefills or plan.copies or self._encoder.has_news or not self._planned_late(plan):
+        if plan is None or plan.prefills or self._encoder.has_news or not self._planned_late(plan):
             self._encoder.planned(plan)
             self._settle()
 

@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import stat
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from jaxpaged.host.pages import PagePool
 from jaxpaged.host.request import RequestError
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.observe import Difference, Recording, RecordingError, Replay, picture, recording, save_trace, state
-from jaxpaged.observe.records import FRAME, Kind, pack_request, unpack_request, words
+from jaxpaged.observe.records import FRAME, Decision, Kind, note_names, pack_request, unpack_request, words
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,40 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> Recording:
 
 def saved(engine: Engine, folder: Path) -> Recording:
     return Recording.load(engine.save_recording(folder / "a.recording"))
+
+
+def test_the_record_is_what_was_decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, plan = new_engine(), Scheduler.plan
+    decided = []
+
+    def watched(self):
+        found = plan(self)
+        if found is not None:
+            free = self.pool.num_free, self.pool.num_cached, len(self.running), len(self.waiting)
+            works = []
+            for chunk in (*found.decodes, *found.prefills):
+                sequence = chunk.sequence
+                name = f"{sequence.request.request_id}#{sequence.index}" if sequence.index else sequence.request.request_id
+                pages = [sequence.pages[position // PAGE] for position in range(chunk.start, chunk.end)]
+                works.append((name, chunk.start, chunk.num_tokens, chunk.samples, tuple(dict.fromkeys(pages))))
+            decided.append((free, found.copies, len(found.decodes), works))
+        return found
+
+    monkeypatch.setattr(Scheduler, "plan", watched)
+    busy_day(engine)
+    recorded, names = [], {}
+    for frame in saved(engine, tmp_path).frames:
+        note_names(frame, names)
+        if frame.kind is Kind.PLAN:
+            found = Decision.unpack(frame.payload)
+            free = found.num_free, found.num_cached, found.num_running, found.num_waiting
+            works = [
+                (names[work.row], work.start, work.num_tokens, work.samples, work.pages)
+                for work in (*found.decodes, *found.prefills)
+            ]
+            recorded.append((free, found.copies, len(found.decodes), works))
+    assert recorded == decided
+    assert any(copies for _, copies, _, _ in decided)
 
 
 # --- equal -------------------------------------------------------------------------------------------------------------
@@ -453,6 +488,7 @@ def test_a_recording_cannot_run_code(tmp_path: Path) -> None:
         Evil(logging.getLogger, "x"),
         Evil(state._method, 5, "bit_length"),
         Evil(state._method, [], "append"),
+        Evil(state._method, Counter(), "update"),
     ]
     for call in calls:
         payload = words(len(head)) + head + pickle.dumps((call, 1))
