@@ -156,7 +156,7 @@ class Engine:
             token_ids, is_finite = self.runner.run(plan)
             self._eyes.ran(token_ids, is_finite)
             events = self.scheduler.commit(plan, token_ids, is_finite)
-            self._eyes.committed(plan)
+            self._eyes.committed()
         except Exception as error:
             self._eyes.failed(error)
             raise

@@ -80,6 +80,8 @@ class Eyes:
         self._scheduler.pool.step += 1
         if self._recorder is not None and (plan is not None or self._scheduler.has_unfinished):
             self._recorder.planned(plan)
+        if plan is not None:
+            self._watch.planned(plan)
         self._stage = "run"
         if self._socket is not None:
             self._socket.end()
@@ -92,11 +94,11 @@ class Eyes:
         if self._recorder is not None:
             self._recorder.ran(token_ids, is_finite)
 
-    def committed(self, plan: StepPlan) -> None:
+    def committed(self) -> None:
         """It has been committed."""
         if self._recorder is not None:
             self._recorder.committed()
-        self._watch.after_step(plan)
+        self._watch.committed()
         if self._socket is not None:
             self._socket.end()
 

@@ -17,7 +17,7 @@ FREE_SHARE = 0.10, 0.30  # pages that can be handed out, of all
 WASTE_SHARE = 0.25, 0.15  # allocated token places that hold nothing, of all that are allocated
 WASTE_MATTERS = 0.5  # of the pool in use: below this nobody is short of what is wasted
 WASTE_EVERY = 32  # steps between two looks, which cost a microsecond for every few sequences
-LOOK_EVERY = 4  # steps, where nobody comes and somebody runs: between two device steps even a few look-ups are slow
+LOOK_EVERY = 4  # steps, while nobody comes in: between two device steps even a few look-ups are slow
 COLLAPSE = 4  # a batch that is a quarter of what it was
 SMALL_BATCH = 4  # below this a batch is not said to shrink
 MANY_OWNERS = 32
@@ -38,12 +38,12 @@ class Watch:
         self._many = MANY_OWNERS
         self._num_steps = 0
 
-    def after_step(self, plan: StepPlan) -> None:
-        """A step has been committed."""
+    def planned(self, plan: StepPlan) -> None:
+        """A step has been decided. Looked at now, not after its commit, when those that end have left and nobody has come in."""
         self._num_steps += 1
-        scheduler = self.scheduler
-        if self._num_steps % LOOK_EVERY and scheduler.running and not plan.prefills:
+        if self._num_steps % LOOK_EVERY and not plan.prefills:
             return
+        scheduler = self.scheduler
         pool, running = scheduler.pool, len(scheduler.running)
         if self._is_low != (pool.num_free < FREE_SHARE[self._is_low] * pool.num_usable):
             self._is_low = not self._is_low
@@ -53,27 +53,31 @@ class Watch:
             self._peak = self._said = running
             self._has_collapsed, self._num_preemptions = False, scheduler.num_preemptions
         elif running <= self._said // 2 and self._said >= SMALL_BATCH:
-            self._shrunk(plan, running)
+            self._shrunk(running)
         if plan.prefills:
             self._look_at_owners(plan)
+
+    def committed(self) -> None:
+        """A step has been committed."""
         if self._num_steps % WASTE_EVERY == 0:
             self._look_at_waste()
-        if not scheduler.has_unfinished:
+        if not self.scheduler.running and not self.scheduler.has_unfinished:
             self._look_for_leaks()
 
     def wrong_count(self, error: Exception) -> None:
         """A check of the pool found what must not be."""
         logger.error("[KV] Refcount check failed: %s", error)
 
-    def _shrunk(self, plan: StepPlan, running: int) -> None:
-        limits = self.scheduler.limits
-        num_preempted = self.scheduler.num_preemptions - self._num_preemptions
+    def _shrunk(self, running: int) -> None:
+        scheduler = self.scheduler
+        num_preempted = scheduler.num_preemptions - self._num_preemptions
+        num_needed = -(-len(next(iter(scheduler.waiting)).tokens) // scheduler.limits.page_size)
         if num_preempted:
             cause = f"{num_preempted} preemptions: the pool is too small for what runs"
-        elif plan.num_tokens < limits.max_num_batched_tokens and running < limits.max_num_seqs:
-            cause = f"no pages for the next of {len(self.scheduler.waiting)} waiting requests"
+        elif num_needed > scheduler.pool.num_free:
+            cause = f"no pages for the next of {len(scheduler.waiting)} waiting requests"
         else:
-            return  # the step was full; those who wait come in with one of the next
+            return  # the step was full: those who wait come in with one of the next
         logger.warning("[Scheduler] Batch size reduced: %d -> %d (%s)", self._said, running, cause)
         self._said = running
         if running * COLLAPSE <= self._peak and not self._has_collapsed:

@@ -41,6 +41,19 @@ def test_requests_that_end_are_no_collapse(caplog: pytest.LogCaptureFixture) -> 
     assert not lines(caplog, "[Scheduler]")
 
 
+def test_batches_that_end_together_are_no_collapse(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody runs between their commit and the next plan, but that plan admits those who wait."""
+    engine = new_engine(400, max_num_seqs=8, max_num_batched_tokens=512)
+    serve(engine, [(16, 24)] * 24)
+    assert engine.num_steps < 80 and not lines(caplog, "[Scheduler]")
+
+
+def test_prompts_that_wait_for_room_in_the_step_are_no_collapse(caplog: pytest.LogCaptureFixture) -> None:
+    engine = new_engine(1000, max_model_len=512, max_num_batched_tokens=32)
+    serve(engine, [(20, 12)] * 16 + [(400, 4)] * 20)
+    assert not lines(caplog, "[Scheduler]")
+
+
 def test_free_blocks_are_said_once_per_crossing(caplog: pytest.LogCaptureFixture) -> None:
     engine = new_engine(101, max_num_batched_tokens=512, enable_prefix_caching=False)
     serve(engine, [(92 * 5, 20), (92 * 5, 20), (92 * 5, 20)])  # 29 or 30 pages each, 87 to 90 of 100
@@ -98,8 +111,8 @@ def test_a_batch_that_shrinks_by_preemption(caplog: pytest.LogCaptureFixture) ->
 
 def test_a_batch_that_shrinks_because_the_next_does_not_fit(caplog: pytest.LogCaptureFixture) -> None:
     engine = new_engine(33, max_num_batched_tokens=256, enable_prefix_caching=False)
-    # Fifteen short ones end, and the long one behind them, which needs nearly all pages, waits for the one that is left.
-    serve(engine, [(20, 30)] + [(16, 8)] * 8 + [(29 * PAGE, 4)])
+    # Eight short ones end, and the long one behind them, which needs all pages but one, waits for the one that is left.
+    serve(engine, [(20, 30)] + [(16, 8)] * 8 + [(31 * PAGE, 4)])
     (line,) = lines(caplog, "[Scheduler] Batch size reduced")
     assert line == "[Scheduler] Batch size reduced: 9 -> 1 (no pages for the next of 1 waiting requests)"
     assert engine.stats()["num_preemptions"] == 0
