@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxpaged.host.pages import PagePool
+from jaxpaged.host.policies import find_policy
 from jaxpaged.host.prefix_cache import PrefixCache
 from jaxpaged.host.request import Request
 from jaxpaged.host.scheduler import Limits, Scheduler
@@ -113,7 +114,9 @@ class Replay:
             if segment.is_beginning:
                 limits = Limits(**header["limits"])
                 cache = PrefixCache(limits.page_size) if header["prefix_cache"] else None
-                return Encoder(Scheduler(PagePool(header["num_pages"], cache), limits), self._put)
+                pool, options = PagePool(header["num_pages"], cache), header["options"]
+                order = {"policy": find_policy(options["scheduling_policy"]), "ageing_steps": options["ageing_steps"]}
+                return Encoder(Scheduler(pool, limits, **order), self._put)
             return Encoder.restored(state.load(segment.state), self._put)
         except (pickle.UnpicklingError, TypeError, ValueError, KeyError, AttributeError, EOFError, IndexError) as error:
             version = header.get("jaxpaged")

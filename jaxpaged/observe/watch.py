@@ -72,12 +72,12 @@ class Watch:
         scheduler = self.scheduler
         num_preempted = scheduler.num_preemptions - self._num_preemptions
         num_needed = -(-len(next(iter(scheduler.waiting)).tokens) // scheduler.limits.page_size)
+        if num_needed <= scheduler.pool.num_free:
+            return  # the step was full: those who wait come in with one of the next
         if num_preempted:
             cause = f"{num_preempted} preemptions: the pool is too small for what runs"
-        elif num_needed > scheduler.pool.num_free:
-            cause = f"no pages for the next of {len(scheduler.waiting)} waiting requests"
         else:
-            return  # the step was full: those who wait come in with one of the next
+            cause = f"no pages for the next of {len(scheduler.waiting)} waiting requests"
         logger.warning("[Scheduler] Batch size reduced: %d -> %d (%s)", self._said, running, cause)
         self._said = running
         if running * COLLAPSE <= self._peak and not self._has_collapsed:

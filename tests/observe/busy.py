@@ -36,6 +36,11 @@ def new_engine(num_pages: int = 41, *, runner: FakeRunner | None = None, pool: P
     return Engine(config, MODEL, runner or FakeRunner(num_pages, PAGE), pool=pool, clock=Clock())
 
 
+def whose(number: int) -> dict:
+    """A priority and a tenant."""
+    return {"priority": number * 7 % 5, "tenant": "abc"[number % 3]}
+
+
 def busy_day(engine: Engine, *, num_requests: int = 60, seed: int = 0, with_faults: bool = True) -> None:
     """Serve random requests to the end."""
     rng = random.Random(seed)
@@ -45,7 +50,9 @@ def busy_day(engine: Engine, *, num_requests: int = 60, seed: int = 0, with_faul
         while num_added < num_requests and rng.random() < 0.4:
             prompt = rng.choice(beginnings) + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 40))]
             params = SamplingParams(max_tokens=rng.randint(1, 60), n=rng.choice((1, 1, 1, 3)))
-            engine.add_request(prompt, params, request_id=f"r{num_added}", cache_salt=rng.choice((None, None, "a")))
+            engine.add_request(
+                prompt, params, request_id=f"r{num_added}", cache_salt=rng.choice((None, None, "a")), **whose(num_added)
+            )
             num_added += 1
         if with_faults and rng.random() < 0.05:
             engine.abort(f"r{rng.randrange(num_requests)}")

@@ -59,14 +59,14 @@ def test_views_under_load_are_consistent(path: str) -> None:
     for looker in lookers:
         looker.start()
     seed = 0
-    while len(views) < 150 and seed < 200:
+    while len(views) < 60 and seed < 2000:
         busy_day(engine, num_requests=30, seed=seed)
         seed += 1
     is_over.set()
     for looker in lookers:
         looker.join(20)
     engine.close()
-    assert len(views) >= 150 and len({json.dumps(view) for view in views}) > 50
+    assert len(views) >= 60 and len({json.dumps(view) for view in views}) > 20
     for view in views:
         check_view(view)
     assert any(view["view"] == "active-blocks" and view["sequences"] for view in views)

@@ -18,7 +18,7 @@ from busy import MODEL, PAGE, VOCAB_SIZE, FakeRunner, busy_day, new_engine
 from text_model import FAST, write_text_model
 
 from jaxpaged import LLM, SamplingParams, cli
-from jaxpaged.config import ConfigError, EngineConfig
+from jaxpaged.config import SCHEDULING_POLICIES, ConfigError, EngineConfig
 from jaxpaged.engine import Engine
 from jaxpaged.host.pages import PagePool
 from jaxpaged.host.request import RequestError
@@ -99,6 +99,18 @@ def test_any_day_replays_equal(seed: int, tmp_path: Path) -> None:
     replay = Replay(saved(engine, tmp_path))
     assert replay.run() is None and replay.num_steps == engine.num_steps
     assert replay.scheduler.num_preemptions == engine.scheduler.num_preemptions
+
+
+@pytest.mark.parametrize("policy", SCHEDULING_POLICIES)
+def test_every_policy_replays_equal_from_the_beginning_and_from_the_middle(policy: str, tmp_path: Path) -> None:
+    options = {"scheduling_policy": policy, "ageing_steps": 30, "batch_merge_window": 2, "max_num_partial_prefills": 2}
+    for limit in (2**26, 2**17):
+        engine = new_engine(flight_recorder_bytes=limit, **options)
+        busy_day(engine, num_requests=200)
+        replay = Replay(saved(engine, tmp_path))
+        assert replay.run(check=True) is None
+        assert (replay.first_step > 0) == (limit == 2**17) and replay.num_steps == engine.num_steps
+        assert replay.scheduler.num_preemptions == engine.scheduler.num_preemptions > 10
 
 
 def test_a_recording_in_the_middle_of_work(tmp_path: Path) -> None:
