@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ _DTYPE_ALIASES = {"half": "float16", "float": "float32", "fp16": "float16", "fp3
 
 # One size a page may have. 8 and below waste table space, above 128 waste the tail of every sequence.
 BLOCK_SIZES = (8, 16, 32, 64, 128)
+
+SCHEDULING_POLICIES = ("fcfs", "lifo", "priority", "fair_share", "sjf", "prefix")  # host/policies.py
 
 
 class ConfigError(ValueError):
@@ -277,6 +280,12 @@ class EngineConfig:
       max_num_seqs: sequences in one step; auto is 32 on a CPU, 256 on a GPU.
       max_num_batched_tokens: tokens of one step, so also the longest chunk of a prompt; auto is 512 on a CPU, 2048 on a GPU.
       long_prefill_token_threshold: longest chunk of one prompt in one step; 0 for no limit of its own.
+      max_num_partial_prefills: prompts in the middle of which a step may end; 0 for no limit of its own.
+      batch_merge_window: steps that a request may be held back, while others run, for more to be admitted with it; 0 for none.
+      scheduling_policy: who is admitted first, and gives way last when pages run out: fcfs, lifo, priority, fair_share (between
+        tenants), sjf (shortest job first) or prefix (longest cached prefix first); in Python also a function, see
+        `jaxpaged.host.policies.Policy`.
+      ageing_steps: a request that has waited longer than this many steps is ahead of all that came later, whatever the policy.
       enable_prefix_caching: requests that begin with the same tokens share the pages of that beginning.
       kv_cache_dtype: of the page pool; auto is dtype.
       num_gpu_blocks_override: pages of the pool, whatever the memory.
@@ -314,6 +323,10 @@ class EngineConfig:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     long_prefill_token_threshold: int = 0
+    max_num_partial_prefills: int = 0
+    batch_merge_window: int = 0
+    scheduling_policy: str | Callable[..., Any] = "fcfs"
+    ageing_steps: int = 5000
     enable_prefix_caching: bool = True
     kv_cache_dtype: str = "auto"
     num_gpu_blocks_override: int | None = None
@@ -362,6 +375,14 @@ class EngineConfig:
         self._check_int("max_num_seqs", 1, 4096)
         self._check_int("max_num_batched_tokens", 1, 2**20)
         self._check_int("long_prefill_token_threshold", 0, 2**30)
+        self._check_int("max_num_partial_prefills", 0, 4096)
+        self._check_int("batch_merge_window", 0, 2**30)
+        self._check_int("ageing_steps", 0, 2**30)
+        policy = self.scheduling_policy
+        if not callable(policy) and policy not in SCHEDULING_POLICIES:
+            hint = nearest(policy, SCHEDULING_POLICIES) if isinstance(policy, str) else ""
+            known = ", ".join(SCHEDULING_POLICIES)
+            raise ConfigError(f"scheduling_policy: got {policy!r}, expected a function or one of {known}{hint}")
         self._check_int("num_gpu_blocks_override", 2, 2**30)
         self._check_int("kv_cache_memory_bytes", 1, 2**50)
         self._check_int("seed", -(2**63), 2**63 - 1)

@@ -17,10 +17,9 @@ import jax
 
 from jaxpaged.config import EngineConfig, ModelConfig
 from jaxpaged.duel import Duel
+from jaxpaged.host import scheduler
 from jaxpaged.host.pages import PagePool
-from jaxpaged.host.prefix_cache import PrefixCache
 from jaxpaged.host.request import Request, RequestError, SamplingParams, TokenEvent
-from jaxpaged.host.scheduler import Limits, Scheduler
 from jaxpaged.observe import eyes
 from jaxpaged.runner import JaxRunner, Runner, plan_memory, use_compilation_cache
 
@@ -42,19 +41,8 @@ class Engine:
     ):
         """`config` is resolved; `pool` and `clock` are for tests and simulations."""
         self.config, self.model, self.runner, self.clock = config, model, runner, clock
-        limits = Limits(
-            page_size=config.block_size,  # type: ignore[arg-type]
-            max_num_seqs=config.max_num_seqs,  # type: ignore[arg-type]
-            max_num_batched_tokens=config.max_num_batched_tokens,  # type: ignore[arg-type]
-            tile=config.prefill_tile,  # type: ignore[arg-type]
-            max_prefill_tiles=config.max_prefill_tiles,
-            long_prefill_token_threshold=config.long_prefill_token_threshold,
-        )
         self.pool = pool if pool is not None else PagePool(runner.num_pages)
-        if config.enable_prefix_caching and self.pool.cache is None:
-            context = f"{model!r} {config.dtype} {config.kv_cache_dtype}"
-            self.pool.cache = PrefixCache(config.block_size, context)  # type: ignore[arg-type]
-        self.scheduler = Scheduler(self.pool, limits)
+        self.scheduler = scheduler.build(config, model, self.pool)
         self._eyes = eyes.Eyes(config, self.scheduler, clock)
         self.num_steps = 0
         self.num_prompt_tokens = 0
@@ -90,16 +78,21 @@ class Engine:
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
     ) -> Request:
         """Queue a prompt.
 
         Args:
           cache_salt: requests share the pages of equal beginnings only with requests of the same salt.
+          priority: lower is earlier, where scheduling_policy is priority.
+          tenant: whose request it is, where scheduling_policy is fair_share.
 
         Raises:
           RequestError: it can never be served; nothing was taken for it.
         """
-        request = self.check_request(prompt_token_ids, params, request_id=request_id, cache_salt=cache_salt)
+        options = {"request_id": request_id, "cache_salt": cache_salt, "priority": priority, "tenant": tenant}
+        request = self.check_request(prompt_token_ids, params, **options)  # type: ignore[arg-type]
         self.scheduler.add(request)
         self._eyes.added(request)
         self.num_prompt_tokens += len(request.prompt_token_ids)
@@ -112,6 +105,8 @@ class Engine:
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
     ) -> Request:
         """The request that `add_request` would queue, without queuing it. Raises as `add_request`."""
         if self._is_closed:
@@ -127,6 +122,8 @@ class Engine:
             default_seed=self._seeds.getrandbits(64),
             arrival_s=self.clock(),
             cache_salt=cache_salt,
+            priority=priority,
+            tenant=tenant,
         )
 
     def _new_id(self) -> str:

@@ -128,7 +128,7 @@ class _Checked:
     prompt: str | None
     prompt_token_ids: Seq[int]
     params: SamplingParams
-    cache_salt: str | None
+    options: dict[str, Any]  # of `Engine.add_request`
 
 
 class LLM:
@@ -176,6 +176,8 @@ class LLM:
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: int | Seq[int] | None = None,
+        tenant: str | Seq[str] | None = None,
     ) -> list[RequestOutput]:
         """Complete all prompts together; results in the prompts' order.
 
@@ -183,11 +185,13 @@ class LLM:
           prompts: one or a list of: a text, {"prompt": text}, {"prompt_token_ids": ids}, or a list of token ids; see `Prompt`.
           sampling_params: one for all, or one for each; None is `get_default_sampling_params()`.
           use_tqdm: show a progress bar on stderr.
+          priority: lower is earlier, with scheduling_policy="priority"; one for all, or one for each. None is 0.
+          tenant: whose prompts these are, with scheduling_policy="fair_share"; likewise.
 
         Raises:
           RequestError: a prompt or its parameters cannot be served; nothing has been generated for any of them.
         """
-        return self._run(self._checked(prompts, sampling_params), use_tqdm=use_tqdm)
+        return self._run(self._checked(prompts, sampling_params, priority, tenant), use_tqdm=use_tqdm)
 
     def chat(
         self,
@@ -195,6 +199,8 @@ class LLM:
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: int | Seq[int] | None = None,
+        tenant: str | Seq[str] | None = None,
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
         tools: list[dict[str, Any]] | None = None,
@@ -203,6 +209,7 @@ class LLM:
         """Answer one conversation or a list of them: messages are {"role": ..., "content": ...}.
 
         Args:
+          priority, tenant: as for `generate`.
           add_generation_prompt: end the prompt with the beginning of the assistant's turn.
           chat_template: Jinja source to use instead of the model's.
           chat_template_kwargs: further names that the template can read.
@@ -222,10 +229,15 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, tenant=tenant)
 
     def stream(
-        self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        priority: int | Seq[int] | None = None,
+        tenant: str | Seq[str] | None = None,
     ) -> Generator[RequestOutput, None, None]:
         """Like `generate`, but yield each request whenever it has a new token, the last time with `finished` set.
 
@@ -236,7 +248,7 @@ class LLM:
         Raises:
           RequestError: as `generate`, at the call.
         """
-        return self._stream(self._checked(prompts, sampling_params))
+        return self._stream(self._checked(prompts, sampling_params, priority, tenant))
 
     def chat_prompt(self, messages: Seq[Message], *, add_generation_prompt: bool = True, **options: Any) -> dict[str, Any]:
         """One conversation as a prompt for `generate` and `stream`; options are those of `Tokenizer.apply_chat_template`."""
@@ -253,30 +265,34 @@ class LLM:
     # --- inside ---
 
     def _checked(
-        self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None,
+        priority: int | Seq[int] | None,
+        tenant: str | Seq[str] | None,
     ) -> list[_Checked]:
         listed = _list_prompts(prompts)
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
-        each = [sampling_params] * len(listed) if isinstance(sampling_params, SamplingParams) else list(sampling_params)
-        if len(each) != len(listed):
-            raise RequestError(f"sampling_params: got {len(each)} for {len(listed)} prompts, expected one, or one for each")
+        params = _one_for_each("sampling_params", sampling_params, listed)
+        priorities = _one_for_each("priority", 0 if priority is None else priority, listed)
+        tenants = _one_for_each("tenant", "" if tenant is None else tenant, listed)
         checked = []
-        for index, (prompt, params) in enumerate(zip(listed, each, strict=True)):
+        for index, prompt in enumerate(listed):
             try:
-                checked.append(self._check(prompt, params))
+                checked.append(self._check(prompt, params[index], {"priority": priorities[index], "tenant": tenants[index]}))
             except RequestError as error:
                 raise RequestError(f"prompts[{index}]: {error}" if len(listed) > 1 else str(error)) from None
         return checked
 
-    def _check(self, prompt: Prompt, params: SamplingParams) -> _Checked:
+    def _check(self, prompt: Prompt, params: SamplingParams, options: dict[str, Any]) -> _Checked:
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params: got {type(params).__name__}, expected SamplingParams")
         engine = self._open_engine()
         text, token_ids = self._tokens(prompt)
-        cache_salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
-        engine.check_request(token_ids, params, request_id="prompt", cache_salt=cache_salt)
-        return _Checked(text, token_ids, params, cache_salt)
+        options = {**options, "cache_salt": prompt.get("cache_salt") if isinstance(prompt, Mapping) else None}
+        engine.check_request(token_ids, params, request_id="prompt", **options)
+        return _Checked(text, token_ids, params, options)
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, Seq[int]]:
         """The text of a prompt, when it has one, and its ids."""
@@ -309,7 +325,7 @@ class LLM:
     def _queue(self, checked: _Checked) -> _Live:
         params = checked.params
         request = self._open_engine().add_request(
-            checked.prompt_token_ids, params, request_id=str(next(self._ids)), cache_salt=checked.cache_salt
+            checked.prompt_token_ids, params, request_id=str(next(self._ids)), **checked.options
         )
         wants_text = self.tokenizer is not None and params.detokenize
         outputs = []
@@ -486,6 +502,15 @@ def _default_params(checkpoint: Checkpoint) -> SamplingParams:
         return SamplingParams(**options)
     except RequestError as error:
         raise CheckpointError(f"{checkpoint.directory / 'generation_config.json'}: {error}") from None
+
+
+def _one_for_each(name: str, given: Any, prompts: list[Any]) -> list[Any]:
+    """What was given for each prompt, when it may have been given once for all."""
+    if isinstance(given, (str, bytes)) or not isinstance(given, Seq):
+        return [given] * len(prompts)
+    if len(given) != len(prompts):
+        raise RequestError(f"{name}: got {len(given)} for {len(prompts)} prompts, expected one, or one for each")
+    return list(given)
 
 
 def _list_prompts(prompts: Prompt | Seq[Prompt]) -> list[Any]:

@@ -342,3 +342,49 @@ def test_public_names_exist_and_import_is_light():
     code = "import sys, jaxpaged; jaxpaged.SamplingParams, jaxpaged.EngineConfig; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert not {"jax", "transformers", "numpy"} & set(done.stdout.split())
+
+
+# --- whose turn it is ---
+
+
+def test_priority_decides_who_is_first_and_changes_no_answer(model: Path) -> None:
+    with LLM(model, **{**FAST, "max_num_seqs": 1}, scheduling_policy="priority") as llm:
+        alone = [llm.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0].token_ids for prompt in PROMPTS]
+        outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False, priority=list(range(len(PROMPTS), 0, -1)), tenant="me")
+        assert [output.outputs[0].token_ids for output in outputs] == alone
+        firsts = [output.metrics.first_token_ts for output in outputs]
+        assert firsts == sorted(firsts, reverse=True)
+        assert [output.finished for output in llm.stream("hello", GREEDY, priority=3)][-1]
+
+
+def test_a_function_of_ones_own_is_a_policy(model: Path) -> None:
+    asked = []
+
+    def longest_prompt(candidate, situation) -> int:
+        asked.append(candidate.tenant)
+        return -candidate.num_prompt
+
+    with LLM(model, **{**FAST, "max_num_seqs": 1}, scheduling_policy=longest_prompt) as llm:
+        outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False, tenant=[str(index % 3) for index in range(len(PROMPTS))])
+    order = sorted(outputs, key=lambda output: output.metrics.first_token_ts)
+    lengths = [len(output.prompt_token_ids) for output in order]
+    assert lengths == sorted(lengths, reverse=True) and set(asked) == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"priority": [1, 2, 3]}, "priority: got 3 for 2 prompts, expected one, or one for each"),
+        ({"priority": [1, "high"]}, r"prompts\[1\]: priority: got 'high', expected a whole number"),
+        ({"tenant": ["a"]}, "tenant: got 1 for 2 prompts"),
+        ({"tenant": 7}, r"prompts\[0\]: tenant: got 7, expected a string"),
+    ],
+)
+def test_priorities_and_tenants_that_cannot_be_are_refused(llm: LLM, options: dict, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        llm.generate(["a", "b"], GREEDY, use_tqdm=False, **options)
+
+
+def test_an_unknown_policy_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(ConfigError, match=r"scheduling_policy: got 'prioritty', expected .* did you mean 'priority'"):
+        LLM("nowhere", scheduling_policy="prioritty")

@@ -115,6 +115,7 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 
 _KINDS = {"int": (whole_number, "N"), "float": (number, "X"), "str": (str, "TEXT"), "tuple[int, ...]": (whole_numbers, "N,N,...")}
+_KINDS["str | Callable[..., Any]"] = _KINDS["str"]  # a function can only be given in Python
 
 
 def add_fields(

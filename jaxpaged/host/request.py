@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 from jaxpaged.config import nearest
 
@@ -123,6 +124,8 @@ class Request:
     stop_ids: frozenset[int]
     arrival_s: float
     cache_salt: str | None = None  # requests share cached prefixes only within one salt
+    priority: int = 0  # lower is earlier
+    tenant: str = ""  # whose it is, for policies that share between tenants
 
     @classmethod
     def checked(
@@ -138,6 +141,8 @@ class Request:
         default_seed: int = 0,
         arrival_s: float = 0.0,
         cache_salt: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
     ) -> Request:
         """Check a prompt and its parameters against the model's and the pool's limits.
 
@@ -152,6 +157,9 @@ class Request:
             raise RequestError(f"request_id: got {_shown(request_id)}, expected a non-empty string of printable characters")
         if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
             raise RequestError(f"cache_salt: got {_shown(cache_salt)}, expected a non-empty string")
+        _check_int("priority", priority, -(2**63), 2**63 - 1)
+        if not isinstance(tenant, str):
+            raise RequestError(f"tenant: got {_shown(tenant)}, expected a string")
         if isinstance(prompt_token_ids, (str, bytes, bytearray)) or not isinstance(prompt_token_ids, Seq):
             raise RequestError(f"prompt_token_ids: got {type(prompt_token_ids).__name__}, expected a list of token ids")
         if not prompt_token_ids:
@@ -182,6 +190,8 @@ class Request:
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_token_ids)),
             arrival_s=arrival_s,
             cache_salt=cache_salt,
+            priority=priority,
+            tenant=tenant,
         )
 
 
@@ -203,19 +213,23 @@ class Sequence:
     num_cached_tokens: int = 0  # tokens that the prefix cache had when the sequence was first admitted
     page_keys: list[bytes] = field(default_factory=list)  # of its first full pages; see host/prefix_cache.py
     num_preemptions: int = 0
+    number: int = 0  # of its request in order of arrival
+    rank: tuple = ()  # its place among those that wait and among those that run; see host/waiting.py
     finish_reason: FinishReason | None = None
 
     @classmethod
-    def first(cls, request: Request) -> Sequence:
+    def first(cls, request: Request, number: int = 0) -> Sequence:
         """The sequence that computes a request's prompt, and that its further outputs are forked from."""
-        return cls(request, num_forks=request.params.n - 1, tokens=list(request.prompt_token_ids))
+        return cls(request, num_forks=request.params.n - 1, tokens=list(request.prompt_token_ids), number=number)
 
     def fork(self, index: int) -> Sequence:
         """A sequence of the same tokens that has no pages yet and so has computed nothing."""
         tokens, page_keys = list(self.tokens), list(self.page_keys)
-        return replace(
+        fork = replace(
             self, index=index, num_forks=0, tokens=tokens, page_keys=page_keys, pages=[], num_computed=0, num_recorded=0
         )
+        fork.rank = (*self.rank[:-1], index)
+        return fork
 
     @property
     def num_prompt(self) -> int:
@@ -243,8 +257,7 @@ class Sequence:
         return self.tokens[self.num_prompt :]
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One new token of one output of a request, or its end. `token_id` is None when it ends without a new one (abort, error)."""
 
     request_id: str

@@ -6,12 +6,21 @@ and limits. Refuses to know arrays, text, time and the device.
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
+from bisect import insort
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from jaxpaged.config import EngineConfig, ModelConfig
 from jaxpaged.host.pages import PagePool
+from jaxpaged.host.policies import OUTPUT_COST, PROMPT_COST, Policy, fcfs, find_policy
+from jaxpaged.host.prefix_cache import PrefixCache
 from jaxpaged.host.request import FinishReason, Request, RequestError, Sequence, TokenEvent
+from jaxpaged.host.waiting import AGEING_STEPS, WaitingLine, by_rank
+
+# A sequence that has given way this often is admitted with all the pages that it can ever need, and gives way no more.
+MAX_PREEMPTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,8 @@ class Limits:
       tile: tokens of one prefill tile; a chunk fills whole tiles.
       max_prefill_tiles: tiles of one step.
       long_prefill_token_threshold: longest chunk of one sequence in one step; 0 for no limit of its own.
+      max_num_partial_prefills: prompts in the middle of which a step may end; 0 for no limit of its own.
+      batch_merge_window: steps that a sequence may be held back, while others run, for more to be admitted with it.
     """
 
     page_size: int
@@ -33,10 +44,11 @@ class Limits:
     tile: int
     max_prefill_tiles: int
     long_prefill_token_threshold: int = 0
+    max_num_partial_prefills: int = 0
+    batch_merge_window: int = 0
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens [start, start + num_tokens) of one sequence, computed in one step. Its pages already hold room for them.
 
     `samples`: the chunk ends with the last known token, so the step yields the next one.
@@ -79,19 +91,45 @@ class StepPlan:
         return [*self.decodes, *(chunk for chunk in self.prefills if chunk.samples)]
 
 
-class Scheduler:
-    """First come, first served, with chunked prefill, shared prefixes, forks and preemption by recompute.
+def build(config: EngineConfig, model: ModelConfig, pool: PagePool) -> Scheduler:
+    """The scheduler of an engine with these resolved options; the pool gets its prefix cache when it has none."""
+    limits = Limits(
+        page_size=config.block_size,  # type: ignore[arg-type]
+        max_num_seqs=config.max_num_seqs,  # type: ignore[arg-type]
+        max_num_batched_tokens=config.max_num_batched_tokens,  # type: ignore[arg-type]
+        tile=config.prefill_tile,  # type: ignore[arg-type]
+        max_prefill_tiles=config.max_prefill_tiles,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
+        max_num_partial_prefills=config.max_num_partial_prefills,
+        batch_merge_window=config.batch_merge_window,
+    )
+    if config.enable_prefix_caching and pool.cache is None:
+        pool.cache = PrefixCache(limits.page_size, f"{model!r} {config.dtype} {config.kv_cache_dtype}")
+    return Scheduler(pool, limits, policy=find_policy(config.scheduling_policy), ageing_steps=config.ageing_steps)
 
-    Invariants: `running` and `waiting` are each in order of arrival and everything running arrived before everything waiting, so
-    the oldest sequence can always take pages from a younger one and finishes; only running sequences own pages; a page with
-    several owners is copied before one of them writes it.
+
+class Scheduler:
+    """Chunked prefill, shared prefixes, forks and preemption by recompute, in the order of a policy.
+
+    Invariants: `running` and `waiting` are each in order of rank, and a rank changes only while its sequence waits; only running
+    sequences own pages; a page with several owners is copied before one of them writes it; a sequence that was preempted
+    MAX_PREEMPTIONS times owns, as soon as it runs, all pages that it can ever need.
+
+    Every step computes a token, whatever the policy: the first that runs takes pages from those behind it, and has to give way
+    itself only to one behind it that lacks none. So everything ends, because a sequence is set back at most MAX_PREEMPTIONS
+    times: steps <= (MAX_PREEMPTIONS + 1) * tokens. With `fcfs` ranks are the order of arrival, all that runs arrived before all
+    that waits, the oldest is never set back, and steps <= tokens.
+
+    Args:
+      ageing_steps: how long a policy may hold a sequence back; see `WaitingLine`.
     """
 
-    def __init__(self, pool: PagePool, limits: Limits):
+    def __init__(self, pool: PagePool, limits: Limits, *, policy: Policy = fcfs, ageing_steps: int = AGEING_STEPS):
         self.pool = pool
         self.limits = limits
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingLine(policy, ageing_steps=ageing_steps, cached_len=self._cached_len)
         self.running: list[Sequence] = []
+        self._num_added = 0
         self.num_preemptions = 0
         self.num_copies = 0
         self._by_id: dict[str, list[Sequence]] = {}  # what has not ended yet of each request
@@ -100,12 +138,13 @@ class Scheduler:
     # --- events ---
 
     def add(self, request: Request) -> None:
-        """Queue a request behind all others."""
+        """Queue a request where its policy puts it."""
         if request.request_id in self._by_id:
             raise RequestError(f"request_id: {request.request_id!r} is already in use by an unfinished request")
-        sequence = Sequence.first(request)
+        sequence = Sequence.first(request, self._num_added)
+        self.waiting.push(sequence)
+        self._num_added += 1
         self._by_id[request.request_id] = [sequence]
-        self.waiting.append(sequence)
 
     def abort(self, request_id: str) -> list[TokenEvent]:
         """End a request now and free its pages: an event for each output that had not ended, none when it is unknown or over."""
@@ -131,16 +170,18 @@ class Scheduler:
         """Decide the next step and take the pages it writes to; None when nothing is waiting or running."""
         tokens_left, tiles_left = self.limits.max_num_batched_tokens, self.limits.max_prefill_tiles
         chunks: list[Chunk] = []
-        has_preempted = False
+        has_preempted, is_by_arrival = False, self.waiting.policy is fcfs
+        self.waiting.step += 1
 
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
             self._fork(sequence)
-            num_tokens = self._chunk_len(sequence, sequence.num_computed, tokens_left, tiles_left)
+            num_kept = 0 if is_by_arrival else self._num_kept(index, tokens_left)
+            num_tokens = self._chunk_len(sequence, sequence.num_computed, tokens_left - num_kept, tiles_left)
             if num_tokens and not self._reserve(sequence, sequence.num_computed + num_tokens):
-                # Out of pages: the youngest gives way. It has not been planned yet, because planning goes from old to young.
-                self._preempt(self.running[-1])
+                # Out of pages: the last in rank gives way. It has not been planned yet, because planning goes by rank.
+                self._preempt(next(other for other in reversed(self.running[index:]) if not _is_protected(other)))
                 has_preempted = True
                 continue
             if num_tokens:
@@ -148,24 +189,35 @@ class Scheduler:
                 tokens_left, tiles_left = tokens_left - num_tokens, tiles_left - self._num_tiles(chunks[-1])
             index += 1
 
-        # Free pages that running sequences will take for tokens they already have.
-        num_lacking = sum(map(self._num_pages_lacking, self.running)) if self.waiting else 0
         # A step that preempted admits nobody: the pages it freed belong to the older sequences' next tokens.
-        while self.waiting and not has_preempted and self._has_room(self.waiting[0]):
+        is_open = self.waiting and not has_preempted and not self._is_held(tokens_left) and self._has_room(1)
+        # Free pages that running sequences will take for tokens they already have.
+        num_lacking = sum(map(self._num_pages_lacking, self.running)) if is_open else 0
+        while self.waiting and is_open and self._has_room(1):
+            self.waiting.refresh()
             sequence = self.waiting[0]
             known = self.pool.cache.match(sequence) if self.pool.cache is not None else []
             num_known = len(known) * self.limits.page_size
             num_tokens = self._chunk_len(sequence, num_known, tokens_left, tiles_left)
             # Enough for all of its tokens, not only its first chunk: else prompts half done would preempt each other.
-            num_needed = self._num_pages_lacking(sequence) - sum(self.pool.num_owners(page) > 0 for page in known)
+            num_needed = self._num_pages_lacking(sequence)
+            if _is_protected(sequence):
+                # All that it can ever need, and likewise for all that runs: nobody will lack what it holds.
+                num_needed, num_lacking = self._num_pages_to_end(sequence), sum(map(self._num_pages_to_end, self.running))
+            num_needed -= sum(self.pool.num_owners(page) > 0 for page in known)
             if not self.running:
                 num_needed -= sequence.num_forks  # which may be more than the whole pool holds: they take turns
             if not num_tokens or num_lacking + num_needed > self.pool.num_free:
                 break
+            if not self._has_room(1 + sequence.num_forks) or self._is_one_too_many(
+                chunks, num_known + num_tokens < len(sequence.tokens)
+            ):
+                break
             self._begin(sequence, known)
-            self._reserve(sequence, num_known + num_tokens)
+            self._reserve(sequence, _num_places(sequence) if _is_protected(sequence) else num_known + num_tokens)
             num_lacking += self._num_pages_lacking(sequence)
-            self.running.append(self.waiting.popleft())
+            self.waiting.remove(sequence)
+            insort(self.running, sequence, key=by_rank)
             self._fork(sequence)
             chunks.append(Chunk.next(sequence, num_tokens))
             tokens_left, tiles_left = tokens_left - num_tokens, tiles_left - self._num_tiles(chunks[-1])
@@ -200,12 +252,48 @@ class Scheduler:
     def _num_pages_lacking(self, sequence: Sequence) -> int:
         """Pages that the sequence has yet to take for the tokens it has now, and those that its forks will need at once."""
         lacking = self._num_pages(len(sequence.tokens)) - len(sequence.pages)
-        return lacking + self._writes_shared_page(sequence) + sequence.num_forks
+        # Below 0 for one that was given all its pages beforehand: what it has to spare is nobody's.
+        return (lacking if lacking > 0 else 0) + self._writes_shared_page(sequence) + sequence.num_forks
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence and its forks can run beside what runs; one with more forks than fit runs beside nothing."""
-        num_slots = sum(1 + other.num_forks for other in self.running)
-        return not self.running or num_slots + 1 + sequence.num_forks <= self.limits.max_num_seqs
+    def _num_pages_to_end(self, sequence: Sequence) -> int:
+        """Pages that the sequence and its forks have yet to take if they become as long as they can."""
+        num_pages = self._num_pages(_num_places(sequence))
+        lacking = max(0, num_pages - len(sequence.pages))
+        return lacking + self._writes_shared_page(sequence) + sequence.num_forks * num_pages
+
+    def _num_kept(self, index: int, tokens_left: int) -> int:
+        """Tokens of the step that the chunk of running[index] leaves to sequences behind it that decode.
+
+        By order of arrival none are kept. By another order a long prompt may come before what decodes already, and must not
+        stop it.
+        """
+        if self.running[index].num_uncomputed == 1 or not tokens_left:
+            return 0
+        return min(tokens_left - 1, sum(other.num_uncomputed == 1 for other in self.running[index + 1 :]))
+
+    def _is_held(self, tokens_left: int) -> bool:
+        """Whether admission waits for more sequences to come, so that their prompts share a step."""
+        if not self.limits.batch_merge_window or not self.running:
+            return False
+        if self.waiting.longest_wait() > self.limits.batch_merge_window:
+            return False
+        return sum(len(sequence.tokens) for sequence in self.waiting) < tokens_left
+
+    def _is_one_too_many(self, chunks: list[Chunk], is_partial: bool) -> bool:
+        """Whether the step would end in the middle of more prompts than it may."""
+        most = self.limits.max_num_partial_prefills
+        if not most or not is_partial:
+            return False
+        num_ended = sum(chunk.samples and not _is_decode(chunk) for chunk in chunks)
+        return sum(sequence.num_uncomputed > 1 for sequence in self.running) - num_ended >= most
+
+    def _cached_len(self, sequence: Sequence) -> int:
+        return len(self.pool.cache.match(sequence)) * self.limits.page_size if self.pool.cache is not None else 0
+
+    def _has_room(self, num_more: int) -> bool:
+        """Whether so many can run, forks included, beside what runs; more of them than fit run beside nothing."""
+        num_slots = sum(1 + sequence.num_forks for sequence in self.running)
+        return not self.running or num_slots + num_more <= self.limits.max_num_seqs
 
     def _fork(self, sequence: Sequence) -> None:
         """Fork a sequence's siblings from it once all of the prompt is computed but its last token, which is each one's own."""
@@ -222,7 +310,8 @@ class Scheduler:
             sibling.num_computed, sibling.num_recorded = sequence.num_computed, sequence.num_recorded
         at = self.running.index(sequence) + 1
         self.running[at:at] = siblings[:room]
-        self.waiting.extendleft(reversed(siblings[room:]))  # on the pages that the prefix cache has then
+        for sibling in siblings[room:]:
+            self.waiting.push(sibling)  # on the pages that the prefix cache has then
 
     def _writes_shared_page(self, sequence: Sequence) -> bool:
         """Whether the place of the sequence's next token is in a page that others own too."""
@@ -239,11 +328,16 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_computed
             self.pool.cache.num_queried_tokens += len(sequence.tokens)
             self.pool.cache.num_hit_tokens += sequence.num_computed
+        if self.waiting.tenants is not None and not sequence.num_preemptions and not sequence.index:
+            self.waiting.tenants.charge(sequence.request.tenant, PROMPT_COST * sequence.num_uncomputed)
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give the sequence pages of its own for its first `num_tokens` tokens; False, nothing taken, when too few are free."""
         is_copied = self._writes_shared_page(sequence)
-        pages = self.pool.allocate(self._num_pages(num_tokens) - len(sequence.pages) + is_copied)
+        num_lacking = self._num_pages(num_tokens) - len(sequence.pages) + is_copied
+        if num_lacking <= 0:
+            return True
+        pages = self.pool.allocate(num_lacking)
         if pages is None:
             return False
         if is_copied:
@@ -261,7 +355,17 @@ class Scheduler:
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        self.waiting.push(sequence)
+        if _is_protected(sequence):
+            self._part(sequence)
+
+    def _part(self, sequence: Sequence) -> None:
+        """Let a waiting sequence's forks wait on their own: what they might write of its pages, nobody can tell beforehand."""
+        siblings = [sequence.fork(sequence.index + 1 + i) for i in range(sequence.num_forks)]
+        sequence.num_forks = 0
+        self._by_id[sequence.request.request_id] += siblings
+        for sibling in siblings:
+            self.waiting.push(sibling)
 
     # --- commit ---
 
@@ -273,7 +377,7 @@ class Scheduler:
         for chunk in (*plan.decodes, *plan.prefills):
             if chunk.sequence.finish_reason is None:
                 chunk.sequence.num_computed = chunk.end
-        events = []
+        events, tenants = [], self.waiting.tenants
         for chunk, token_id, finite in zip(plan.sampling(), token_ids, is_finite, strict=True):
             sequence = chunk.sequence
             if sequence.finish_reason is not None:  # aborted while the step ran
@@ -283,6 +387,8 @@ class Scheduler:
                 if self.pool.cache is not None:
                     self.pool.cache.record(sequence)
                 sequence.tokens.append(token_id)
+                if tenants is not None:
+                    tenants.charge(sequence.request.tenant, OUTPUT_COST)
             reason = self._finish_reason(sequence) if finite else FinishReason.ERROR
             if reason is not None:
                 self._finish(sequence, reason)
@@ -330,6 +436,11 @@ class Scheduler:
                 raise RuntimeError(
                     f"{sequence.request.request_id}: {len(sequence.pages)} pages for {sequence.num_computed} tokens"
                 )
+            if sequence.pages and _is_protected(sequence) and self._num_pages_to_end(sequence):
+                raise RuntimeError(f"{sequence.request.request_id}: preempted {MAX_PREEMPTIONS} times, not given all its pages")
+        self.waiting.check()
+        if any(before.rank >= after.rank for before, after in itertools.pairwise(self.running)):
+            raise RuntimeError("what runs is not in the order of its ranks")
         if len(self.running) > self.limits.max_num_seqs:
             raise RuntimeError(f"{len(self.running)} sequences run, max_num_seqs is {self.limits.max_num_seqs}")
         if len(self.running) + len(self.waiting) != sum(map(len, self._by_id.values())):
@@ -338,3 +449,13 @@ class Scheduler:
 
 def _is_decode(chunk: Chunk) -> bool:
     return chunk.num_tokens == 1 and chunk.samples
+
+
+def _is_protected(sequence: Sequence) -> bool:
+    """Whether it has given way so often that it need not again."""
+    return sequence.num_preemptions >= MAX_PREEMPTIONS
+
+
+def _num_places(sequence: Sequence) -> int:
+    """Places that the sequence takes if it becomes as long as it can: its last token is sampled and never written."""
+    return sequence.request.max_len - 1

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxpaged.host.pages import PagePool
-from jaxpaged.host.policies import find_policy
+from jaxpaged.host.policies import Policy, find_policy
 from jaxpaged.host.prefix_cache import PrefixCache
 from jaxpaged.host.request import Request
 from jaxpaged.host.scheduler import Limits, Scheduler
@@ -52,9 +52,16 @@ class Replay:
     Invariant: `scheduler` is in the state in which the recorded one was after `num_steps` plans, as long as `difference` is None.
     """
 
-    def __init__(self, recording: Recording):
-        """Raises RecordingError when there is nothing in it to begin with; the message says why."""
-        self.recording = recording
+    def __init__(self, recording: Recording, *, policy: Policy | None = None):
+        """Begin where the recording begins.
+
+        Args:
+          policy: what scheduling_policy was, when it was a function of one's own: a file does not hold code.
+
+        Raises:
+          RecordingError: there is nothing to begin with; the message says why.
+        """
+        self.recording, self._policy = recording, policy
         self.difference: Difference | None = None
         self.failure: str | None = None  # what the recorded scheduler raised, and this one too
         self.now = 0.0  # the virtual clock
@@ -102,6 +109,10 @@ class Replay:
         header, where = self.recording.header, self.recording.path
         if header.get("pool") != POOL:
             raise RecordingError(f"{where}: cannot be replayed: its pages came from {header.get('pool')}, not from {POOL}")
+        if header.get("policy") is None and self._policy is None:
+            raise RecordingError(
+                f"{where}: cannot be replayed: its scheduling_policy is a function; Replay(recording, policy=...)"
+            )
         for at, segment in self.recording.segments():
             if segment.is_beginning or segment.state:
                 return at + 1, segment
@@ -114,10 +125,9 @@ class Replay:
             if segment.is_beginning:
                 limits = Limits(**header["limits"])
                 cache = PrefixCache(limits.page_size) if header["prefix_cache"] else None
-                pool, options = PagePool(header["num_pages"], cache), header["options"]
-                order = {"policy": find_policy(options["scheduling_policy"]), "ageing_steps": options["ageing_steps"]}
-                return Encoder(Scheduler(pool, limits, **order), self._put)
-            return Encoder.restored(state.load(segment.state), self._put)
+                pool, policy = PagePool(header["num_pages"], cache), self._policy or find_policy(header["policy"])
+                return Encoder(Scheduler(pool, limits, policy=policy, ageing_steps=header["ageing_steps"]), self._put)
+            return Encoder.restored(state.load(segment.state, self._policy), self._put)
         except (pickle.UnpicklingError, TypeError, ValueError, KeyError, AttributeError, EOFError, IndexError) as error:
             version = header.get("jaxpaged")
             of = f"recorded by jaxpaged {version}, this is {__version__}" if version != __version__ else "damaged"

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 from jaxpaged.config import EngineConfig, ModelConfig
 from jaxpaged.host.pages import PagePool
-from jaxpaged.host.prefix_cache import PrefixCache
 from jaxpaged.host.request import FinishReason, Request, RequestError, SamplingParams, TokenEvent
-from jaxpaged.host.scheduler import Limits, Scheduler
+from jaxpaged.host.scheduler import Limits, Scheduler, build
 from jaxpaged.simulate.arrivals import VOCAB_SIZE, Arrival
 from jaxpaged.simulate.cost import CostModel
 
@@ -25,7 +24,7 @@ _OPTION_OF = {"page_size": "block_size", "tile": "prefill_tile"}
 OPTIONS = frozenset(
     {
         *("dtype", "kv_cache_dtype", "max_model_len", "enable_prefix_caching", "decode_row_buckets", "prefill_tile_buckets"),
-        *("num_gpu_blocks_override", "kv_cache_memory_bytes", "gpu_memory_utilization"),
+        *("num_gpu_blocks_override", "kv_cache_memory_bytes", "gpu_memory_utilization", "scheduling_policy", "ageing_steps"),
         *(_OPTION_OF.get(limit.name, limit.name) for limit in dataclasses.fields(Limits)),
     }
 ) & {option.name for option in dataclasses.fields(EngineConfig)}
@@ -90,11 +89,7 @@ class Run:
 
 def build_scheduler(config: EngineConfig, model: ModelConfig, num_pages: int) -> Scheduler:
     """The scheduler and pool that an engine of these resolved options has."""
-    pool = PagePool(num_pages)
-    if config.enable_prefix_caching:
-        pool.cache = PrefixCache(config.block_size, repr(model))  # type: ignore[arg-type]
-    names = [limit.name for limit in dataclasses.fields(Limits)]
-    return Scheduler(pool, Limits(**{name: getattr(config, _OPTION_OF.get(name, name)) for name in names}))
+    return build(config, model, PagePool(num_pages))
 
 
 def simulate(
@@ -168,6 +163,7 @@ class _Desk:
                 max_pool_len=self.max_pool_len,
                 arrival_s=arrival_s,
                 cache_salt=arrival.tenant,
+                tenant=arrival.tenant or "",
             )
         except RequestError as error:
             self.run.refused.append(str(error))

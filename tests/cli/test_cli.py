@@ -170,6 +170,7 @@ USAGE = [
     (["generate", "x", "--max-num-seqs", "0"], "max_num_seqs: got 0, expected a whole number in [1, 4096]"),
     (["generate", "x", "--max-num-seqs", "-1"], "max_num_seqs: got -1"),
     (["generate", "x", "--max-num-seqs", "99999999999"], "max_num_seqs: got 99999999999"),
+    (["generate", "x", "--scheduling-policy", "fair-share"], "scheduling_policy: got 'fair-share', expected a function or"),
     (["generate", "x", "--block-size", "17"], "block_size: got 17, expected one of 8, 16"),
     (["generate", "x", "--dtype", "int8"], "dtype: got 'int8', expected one of"),
     (["generate", "x", "--gpu-memory-utilization", "1.5"], "gpu_memory_utilization: got 1.5"),

@@ -15,11 +15,13 @@ from types import SimpleNamespace
 from fake_runner import VOCAB_SIZE, FakeRunner, PaddedFakeRunner, isolated, isolated_padded, watched
 
 from jaxpaged.config import Bucket
+from jaxpaged.host.policies import find_policy
 
 MODULES = (
     "jaxpaged.host.request",
     "jaxpaged.host.prefix_cache",
     "jaxpaged.host.pages",
+    "jaxpaged.host.waiting",
     "jaxpaged.host.scheduler",
     "jaxpaged.batch",
 )
@@ -44,6 +46,8 @@ class Ask:
     abort_in_flight: bool = False  # between plan and commit
     error_at: int | None = None  # output tokens after which its logits are not finite
     cache_salt: str | None = None
+    priority: int = 0
+    tenant: str = ""
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,9 @@ def buckets_of(limits) -> list[Bucket]:
 class Simulation:
     """One scenario, lived through by `run`."""
 
-    def __init__(self, scenario: Scenario, *, order: str = "oldest", is_perturbed: bool = False):
+    def __init__(
+        self, scenario: Scenario, *, order: str = "oldest", is_perturbed: bool = False, policy="fcfs", ageing_steps: int = 5000
+    ):
         self.scenario, self.is_perturbed, self.rng = scenario, is_perturbed, random.Random(scenario.seed)
         self.house = house()
         self.limits = self.house.scheduler.Limits(**scenario.limits)
@@ -210,7 +216,12 @@ class Simulation:
         self.cache = self.house.prefix_cache.PrefixCache(self.limits.page_size) if scenario.has_cache else None
         options = {"order": order, "seed": scenario.seed, "on_free": self.runner.poison, "cache": self.cache}
         self.pool = watched(self.house.pages.PagePool, scenario.num_pages, **options)
-        self.scheduler = self.house.scheduler.Scheduler(self.pool, self.limits)
+        self.is_fcfs, self.ageing_steps = policy == "fcfs", ageing_steps
+        self.scheduler = self.house.scheduler.Scheduler(
+            self.pool, self.limits, policy=find_policy(policy), ageing_steps=ageing_steps
+        )
+        self.num_waited: Counter = Counter()  # sequence -> steps in a row that it has been in the line
+        self.aged: set = set()
         self.live: list[str] = []  # in order of arrival
         self.unended: dict[str, set[str]] = {}  # of each live request, the outputs that have not ended
         self.outcome = Outcome(outputs={output: [] for ask in self.scenario.asks for output in outputs_of(ask)})
@@ -226,6 +237,8 @@ class Simulation:
         coming = deque(self.scenario.asks)
         # The oldest sequence computes a token in every step and is never preempted, so its steps are fewer than its tokens.
         most_steps = sum(self.scenario.max_len(ask) * len(outputs_of(ask)) for ask in self.scenario.asks)
+        if not self.is_fcfs:  # any may be preempted, but none too often
+            most_steps *= 1 + self.house.scheduler.MAX_PREEMPTIONS
         num_perturbed = 0
         now = 0
         while coming or self.live:
@@ -253,6 +266,8 @@ class Simulation:
             eos_token_ids=ask.eos_token_ids,
             default_seed=ask.seed,
             cache_salt=ask.cache_salt,
+            priority=ask.priority,
+            tenant=ask.tenant,
         )
         self.scheduler.add(request)
         self.live.append(ask.request_id)
@@ -286,7 +301,8 @@ class Simulation:
 
     def perturb(self) -> None:
         """Preempt for no reason, and change the size of chunks from step to step."""
-        if self.scheduler.running and self.rng.random() < 0.2:
+        most = self.house.scheduler.MAX_PREEMPTIONS
+        if self.scheduler.running and self.rng.random() < 0.2 and self.scheduler.running[-1].num_preemptions < most:
             self.scheduler._preempt(self.scheduler.running[-1])
         if self.cache is not None and self.rng.random() < 0.05:
             self.pool.reset_cache()
@@ -302,6 +318,7 @@ class Simulation:
             return self.abort(now, in_flight=True)
         self.check()
         self.look_at(plan, waiting_before)
+        self.age()
         token_ids, is_finite = self.runner.run(plan)
         self.abort(now, in_flight=True)
         events = self.scheduler.commit(plan, token_ids, is_finite)
@@ -318,7 +335,7 @@ class Simulation:
         chunks = (*plan.decodes, *plan.prefills)
         ids = [chunk.sequence.request.request_id for chunk in chunks]
         assert 0 < plan.num_tokens == sum(chunk.num_tokens for chunk in chunks) <= limits.max_num_batched_tokens
-        assert self.live[0] in ids, "the oldest request sits a step out"
+        assert self.live[0] in ids or not self.is_fcfs, "the oldest request sits a step out"
         assert len({id(chunk.sequence) for chunk in chunks}) == len(chunks), "one sequence has two chunks in one step"
         targets = [target for _, target in plan.copies]
         assert len(set(targets)) == len(targets) and not set(targets) & {source for source, _ in plan.copies}
@@ -335,9 +352,18 @@ class Simulation:
             assert self.cache is None or not any(page in self.cache for page in written), "a known page is written"
             assert chunk.samples == (chunk.end == len(chunk.sequence.tokens))
         ranks = [self.rank[s.request.request_id] for s in (*self.scheduler.running, *self.scheduler.waiting)]
-        assert ranks == sorted(ranks), "not in order of arrival"
+        assert ranks == sorted(ranks) or not self.is_fcfs, "not in order of arrival"
         new = [s.request.request_id for s in self.scheduler.running if s.request.request_id in waiting_before]
         self.admitted += [request_id for request_id in new if request_id not in self.admitted]
+
+    def age(self) -> None:
+        """Who has waited longer than the bound is passed by nobody who came later."""
+        waiting = set(self.scheduler.waiting)
+        admitted = [self.rank[s.request.request_id] for s in self.scheduler.running if self.num_waited[s]]
+        passed = [self.rank[s.request.request_id] for s in self.aged & waiting]
+        assert not admitted or not passed or max(admitted) <= min(passed), "a later request passed one that has aged"
+        self.num_waited = Counter({s: self.num_waited[s] + 1 for s in waiting})
+        self.aged |= {s for s, count in self.num_waited.items() if count > self.ageing_steps}
 
     def take(self, event) -> None:
         """Book one event."""
@@ -360,6 +386,7 @@ class Simulation:
                 held = self.runner.places[page * size : (page + 1) * size]
                 assert list(held) == list(tokens), "the prefix cache is wrong about what a page holds"
         most = max((s.num_preemptions for s in self.scheduler.waiting), default=0)
+        assert most <= self.house.scheduler.MAX_PREEMPTIONS, "preempted too often"
         self.outcome.max_preemptions = max(self.outcome.max_preemptions, most)
 
     def judge(self) -> None:
@@ -370,7 +397,7 @@ class Simulation:
             self.outcome.num_hit_tokens, self.outcome.num_evictions = self.cache.num_hit_tokens, self.cache.num_evictions
         self.pool.check([])
         first = [self.rank[request_id] for request_id in self.admitted]
-        assert first == sorted(first), "a later request was admitted first"
+        assert first == sorted(first) or not self.is_fcfs, "a later request was admitted first"
         outputs = [(ask, index, output) for ask in self.scenario.asks for index, output in enumerate(outputs_of(ask))]
         for ask, index, request_id in outputs:
             expected, event = self.scenario.expected(ask, index), self.endings[request_id]
@@ -402,11 +429,12 @@ class Simulation:
             )
 
 
-def simulate(scenario: Scenario, *, order: str = "oldest", is_perturbed: bool = False) -> Outcome:
+def simulate(scenario: Scenario, *, order: str = "oldest", is_perturbed: bool = False, **options) -> Outcome:
     """Live through a scenario; raises when a law is broken.
 
     Args:
       order: in which the pool hands out free pages: oldest, newest or random.
       is_perturbed: preempt at random and change the chunk size from step to step, for the first hundred steps.
+      options: policy and ageing_steps of the scheduler.
     """
-    return Simulation(scenario, order=order, is_perturbed=is_perturbed).run()
+    return Simulation(scenario, order=order, is_perturbed=is_perturbed, **options).run()

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 import simulation
+from overload import overload, staircase
 
-REQUEST, PREFIX, PAGES, SCHEDULER, BATCH = simulation.MODULES
+from jaxpaged.host.policies import POLICIES
+
+REQUEST, PREFIX, PAGES, WAITING, SCHEDULER, BATCH = simulation.MODULES
 MOST_SCENARIOS = 60  # what a bug may survive
 
 
@@ -73,11 +76,14 @@ MUTANTS = [
         "sequence.num_computed = 0\n",
         "sequence.num_computed = 0; del sequence.tokens[sequence.num_prompt :]\n",
     ),
-    Mutant("preempts the oldest", SCHEDULER, "self._preempt(self.running[-1])", "self._preempt(self.running[0])"),
+    Mutant("preempts the oldest", SCHEDULER, "reversed(self.running[index:])", "self.running"),
     Mutant(
-        "preempted, goes to the end of the queue", SCHEDULER, "self.waiting.appendleft(sequence)", "self.waiting.append(sequence)"
+        "preempted, goes to the end of the queue",
+        SCHEDULER,
+        "        self.num_preemptions += 1\n",
+        "        self.num_preemptions += 1\n        sequence.number = self._num_added\n",
     ),
-    Mutant("preempts nobody, sits out", SCHEDULER, "self._preempt(self.running[-1])\n", "index += 1\n"),
+    Mutant("preempts nobody, sits out", SCHEDULER, "                self._preempt(next(", "                index += 1; id(next("),
     Mutant("frees pages twice", SCHEDULER, "self.pool.free(sequence.pages)", "self.pool.free(sequence.pages * 2)"),
     Mutant("frees all pages but the last", SCHEDULER, "self.pool.free(sequence.pages)", "self.pool.free(sequence.pages[:-1])"),
     Mutant("released, the page list is kept", SCHEDULER, "        sequence.pages = []\n", ""),
@@ -136,14 +142,14 @@ MUTANTS = [
     Mutant(
         "admits one sequence too many",
         SCHEDULER,
-        "num_slots + 1 + sequence.num_forks <= self.limits.max_num_seqs",
-        "num_slots + sequence.num_forks <= self.limits.max_num_seqs",
+        "num_slots + num_more <= self.limits.max_num_seqs",
+        "num_slots + num_more <= self.limits.max_num_seqs + 1",
     ),
     Mutant(
         "admits the youngest first",
         SCHEDULER,
-        "self.running.append(self.waiting.popleft())",
-        "self.running.insert(0, self.waiting.popleft())",
+        "sequence = self.waiting[0]",
+        "sequence = self.waiting[-1]",
     ),
     Mutant("never uses up the budget", SCHEDULER, "tokens_left, tiles_left = tokens_left - num_tokens, ", "tiles_left = "),
     Mutant(
@@ -257,8 +263,8 @@ MUTANTS = [
     Mutant(
         "reserves as if nothing were known",
         SCHEDULER,
-        "self._reserve(sequence, num_known + num_tokens)",
-        "self._reserve(sequence, num_tokens)",
+        "else num_known + num_tokens)",
+        "else num_tokens)",
     ),
     Mutant(
         "forks before the prompt is computed",
@@ -300,10 +306,45 @@ MUTANTS = [
     ),
     Mutant("does not tell the device to copy", SCHEDULER, "            copies=copies,\n", ""),
     Mutant("keeps the source of a copy", SCHEDULER, "        self.pool.free(source for source, _ in copies)\n", ""),
-    Mutant("a page for the copy is not counted", SCHEDULER, " + is_copied)", ")"),
+    Mutant("a page for the copy is not counted", SCHEDULER, "len(sequence.pages) + is_copied\n", "len(sequence.pages)\n"),
     Mutant("a fork believes that it has computed what it has not", REQUEST, ", pages=[], num_computed=0,", ", pages=[],"),
     Mutant("ends all outputs with the first", SCHEDULER, "        if not siblings:\n", "        if True:\n"),
     Mutant("bucket with too few tiles", BATCH, "-(-chunk.num_tokens // tile)", "chunk.num_tokens // tile"),
+]
+
+# Bugs that only another order than that of arrival, or a sequence that has given way often, can show.
+POLICY_MUTANTS = [
+    Mutant("who gave way often gives way again", SCHEDULER, "if not _is_protected(other)", "if True"),
+    Mutant("it is not given all its pages", SCHEDULER, "_num_places(sequence) if _is_protected(sequence) else ", ""),
+    Mutant(
+        "it is given one page too few",
+        SCHEDULER,
+        "return sequence.request.max_len - 1\n",
+        "return sequence.request.max_len - 2\n",
+    ),
+    Mutant(
+        "what the others need is not kept", SCHEDULER, ", sum(map(self._num_pages_to_end, self.running))\n", ", num_lacking\n"
+    ),
+    Mutant(
+        "its spare pages are the others'",
+        SCHEDULER,
+        "(lacking if lacking > 0 else 0)",
+        "lacking",
+    ),
+    Mutant("its forks stay with it", SCHEDULER, "            self._part(sequence)\n", "            pass\n"),
+    Mutant(
+        "runs in order of admission", SCHEDULER, "insort(self.running, sequence, key=by_rank)", "self.running.append(sequence)"
+    ),
+    Mutant("nobody ages", WAITING, "> self.ageing_steps:", "> self.ageing_steps + 10**9:"),
+    Mutant("ages too late", WAITING, "> self.ageing_steps:", "> self.ageing_steps + 2:"),
+    Mutant("the aged go last", WAITING, "sequence.rank = (0, 0, ", "sequence.rank = (2, 0, "),
+    Mutant("the aged are young again", WAITING, "sequence.rank[0] == 0", "False"),
+    Mutant(
+        "the line is not sorted",
+        WAITING,
+        "        insort(self._line, sequence, key=by_rank)\n        self",
+        "        self._line += [sequence]\n        self",
+    ),
 ]
 
 
@@ -333,6 +374,21 @@ def test_a_planted_bug_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch
             scenario = simulation.random_scenario(seed, is_padded=is_padded, shares=shares, forks=forks, with_faults=not shares)
             simulation.simulate(scenario, is_perturbed=shares)
         except Exception:  # an AssertionError of a law, or whatever the broken code ran into
+            return
+    pytest.fail(f"{mutant.name!r} survives {MOST_SCENARIOS} scenarios")
+
+
+@pytest.mark.parametrize("mutant", POLICY_MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_bug_planted_in_the_order_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation.house()
+    plant(monkeypatch, mutant)
+    for seed in range(MOST_SCENARIOS):
+        monkeypatch.setattr(simulation.house().scheduler, "MAX_PREEMPTIONS", 1 + seed % 2)
+        options = {"policy": list(POLICIES)[seed % 6], "ageing_steps": (0, 3, 30)[seed // 6 % 3]}
+        try:
+            simulation.simulate(staircase(seed), **options)
+            simulation.simulate(overload(seed, num_requests=30), **options)
+        except Exception:
             return
     pytest.fail(f"{mutant.name!r} survives {MOST_SCENARIOS} scenarios")
 

@@ -334,7 +334,7 @@ def test_commit_refuses_a_result_of_the_wrong_size() -> None:
         (lambda s: setattr(s.running[0], "num_computed", -1), "num_computed -1"),
         (lambda s: setattr(s.running[0], "num_computed", 99), "num_computed 99"),
         (lambda s: s.running[0].pages.pop(), "owners"),
-        (lambda s: s.waiting.append(s.running[0]), "neither running nor waiting"),
+        (lambda s: s.waiting.push(s.running[0]), "neither running nor waiting"),
         (lambda s: s.pool.free(s.running.pop().pages), "neither running nor waiting"),
         (lambda s: setattr(s, "limits", dataclasses.replace(s.limits, max_num_seqs=0)), "max_num_seqs is 0"),
     ],

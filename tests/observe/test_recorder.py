@@ -21,6 +21,7 @@ from jaxpaged import LLM, SamplingParams, cli
 from jaxpaged.config import SCHEDULING_POLICIES, ConfigError, EngineConfig
 from jaxpaged.engine import Engine
 from jaxpaged.host.pages import PagePool
+from jaxpaged.host.policies import POLICIES
 from jaxpaged.host.request import RequestError
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.observe import Difference, Recording, RecordingError, Replay, picture, recording, save_trace, state
@@ -111,6 +112,24 @@ def test_every_policy_replays_equal_from_the_beginning_and_from_the_middle(polic
         assert replay.run(check=True) is None
         assert (replay.first_step > 0) == (limit == 2**17) and replay.num_steps == engine.num_steps
         assert replay.scheduler.num_preemptions == engine.scheduler.num_preemptions > 10
+
+
+def longest_first(candidate, situation):
+    """A policy of one's own."""
+    return -candidate.num_tokens
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_a_policy_of_ones_own_is_passed_in_again(is_long: bool, tmp_path: Path) -> None:
+    engine = new_engine(scheduling_policy=longest_first, flight_recorder_bytes=2**17)
+    busy_day(engine, num_requests=250 if is_long else 30)
+    recording = saved(engine, tmp_path)
+    with pytest.raises(RecordingError, match="its scheduling_policy is a function"):
+        Replay(recording)
+    replay = Replay(recording, policy=longest_first)
+    assert replay.run() is None and replay.num_steps == engine.num_steps and (replay.first_step > 0) == is_long
+    if not is_long:
+        assert Replay(recording, policy=POLICIES["sjf"]).run() is not None
 
 
 def test_a_recording_in_the_middle_of_work(tmp_path: Path) -> None:
@@ -467,7 +486,7 @@ def test_what_passes_the_checksum_is_still_not_trusted(tmp_path: Path) -> None:
     assert seen == {type(None), Difference, RecordingError, tuple, type(path)}, "equal, different, refused; pictures and traces"
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", gzip.compress(b"hello"), b"\x1f\x8b"])
+@pytest.mark.parametrize("content", [b"", b"hello", gzip.compress(b"hello", mtime=0), b"\x1f\x8b"])
 def test_what_is_no_recording(content: bytes, tmp_path: Path, capsys) -> None:
     path = tmp_path / "x"
     path.write_bytes(content)
