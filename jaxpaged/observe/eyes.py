@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from jaxpaged.config import ConfigError, EngineConfig
+from jaxpaged.host.policies import POLICIES
 from jaxpaged.host.request import Request
 from jaxpaged.host.scheduler import Scheduler, StepPlan
 from jaxpaged.observe.debug_socket import DebugSocket
@@ -147,7 +148,9 @@ def describe(config: EngineConfig, scheduler: Scheduler) -> dict[str, Any]:
         "page_size": scheduler.limits.page_size,
         "pool": f"{type(pool).__module__}.{type(pool).__qualname__}",
         "prefix_cache": pool.cache is not None,
-        "options": {name: value for name, value in asdict(config).items()},
+        "policy": next((name for name, policy in POLICIES.items() if policy is scheduler.waiting.policy), None),
+        "ageing_steps": scheduler.waiting.ageing_steps,
+        "options": {field.name: getattr(config, field.name) for field in fields(config)},
     }
 
 

@@ -44,8 +44,8 @@ class Segment:
 class Recording:
     """What a file holds.
 
-    `header` has limits, num_pages, page_size, pool, prefix_cache, options, jaxpaged (the version), byteorder, num_dropped_bytes
-    and why_blind, a reason when later parts of the ring cannot be replayed.
+    `header` has limits, num_pages, page_size, pool, prefix_cache, policy (None is a function of somebody's own), ageing_steps,
+    options, jaxpaged (the version), byteorder, num_dropped_bytes and why_blind, a reason when later parts cannot be replayed.
     """
 
     path: str

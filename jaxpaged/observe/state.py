@@ -10,6 +10,7 @@ import copyreg
 import io
 import pickle
 import types
+from collections.abc import Callable
 from typing import Any
 
 _PLAIN = {
@@ -30,9 +31,15 @@ def dump(state: Any) -> bytes:
     return file.getvalue()
 
 
-def load(saved: bytes) -> Any:
-    """Inverse of `dump`. Raises pickle.UnpicklingError for what is not the host's, and whatever damaged bytes lead to."""
-    return _Unpickler(io.BytesIO(saved)).load()
+def load(saved: bytes, policy: Callable[..., Any] | None = None) -> Any:
+    """Inverse of `dump`. Raises pickle.UnpicklingError for what is not the host's, and whatever damaged bytes lead to.
+
+    Args:
+      policy: a function that may be in there beside the host's own.
+    """
+    unpickler = _Unpickler(io.BytesIO(saved))
+    unpickler.policy = policy
+    return unpickler.load()
 
 
 def _reduce_method(method: types.MethodType) -> tuple[Any, ...]:
@@ -48,9 +55,14 @@ def _method(owner: Any, name: str) -> types.MethodType:
 
 
 class _Unpickler(pickle.Unpickler):
+    policy: Callable[..., Any] | None = None
+
     def find_class(self, module: str, name: str) -> Any:
         if name in _PLAIN.get(module, ()) or (module, name) == (__name__, "_method"):
             return super().find_class(module, name)
+        policy = self.policy
+        if policy is not None and (module, name) == (policy.__module__, getattr(policy, "__qualname__", None)):
+            return policy
         # No dots: they reach into what a module has imported. Its own classes only, for the same reason.
         if module.startswith(_HOST) and "." not in name:
             found = super().find_class(module, name)
