@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxpaged.host.request import Sequence
 from jaxpaged.host.scheduler import Scheduler, StepPlan
-from jaxpaged.observe.records import Admission, Kind, words
+from jaxpaged.observe.records import Admission, Kind, packed, words
 
 Look = tuple[tuple[int, int, int, int], list[int], list[int]]
 """The state of pool and queues, and of each decode its row and the page it writes to."""
@@ -123,4 +123,4 @@ def pack_plan(
     for chunk in prefills:
         written = chunk.sequence.pages[chunk.start // page_size : -(-chunk.end // page_size)]
         numbers += (row_of[chunk.sequence], chunk.start, chunk.num_tokens, chunk.samples, len(written), *written)
-    return words(*numbers)
+    return packed(numbers)

@@ -11,7 +11,7 @@ import enum
 import json
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,11 @@ def readable(where: str) -> Iterator[None]:
 
 def words(*numbers: int) -> bytes:
     """Whole numbers of 32 bits."""
+    return packed(numbers)
+
+
+def packed(numbers: Sequence[int]) -> bytes:
+    """Likewise."""
     return array(_WORDS, numbers).tobytes()
 
 
@@ -131,9 +136,9 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def pack_commit(token_ids: Any, is_finite: Any) -> bytes:
+def pack_commit(token_ids: Sequence[int], is_finite: Sequence[bool]) -> bytes:
     """What a step sampled; a row that is not finite may hold any 32 bits."""
-    flags = bytes(map(bool, is_finite))
+    flags = bytes(is_finite)
     return words(len(flags)) + flags + array("i", token_ids).tobytes()
 
 
