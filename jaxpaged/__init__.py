@@ -31,15 +31,19 @@ if TYPE_CHECKING:
     from jaxpaged.config import ConfigError, EngineConfig, ModelConfig
     from jaxpaged.config import EngineConfig as EngineArgs
     from jaxpaged.engine import Engine
+    from jaxpaged.host.beam_params import BeamSearchParams
     from jaxpaged.host.request import RequestError, SamplingParams
     from jaxpaged.llm import LLM, load_weights
     from jaxpaged.model.cache import init_cache
     from jaxpaged.model.step import decode, prefill
-    from jaxpaged.outputs import CompletionOutput, RequestOutput
+    from jaxpaged.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, RequestOutput
     from jaxpaged.tokenizer import Tokenizer
 
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "ConfigError",
     "Engine",
@@ -60,6 +64,9 @@ __all__ = [
 # public name -> (module, name in it)
 _LAZY = {
     "LLM": ("jaxpaged.llm", "LLM"),
+    "BeamSearchOutput": ("jaxpaged.outputs", "BeamSearchOutput"),
+    "BeamSearchParams": ("jaxpaged.host.beam_params", "BeamSearchParams"),
+    "BeamSearchSequence": ("jaxpaged.outputs", "BeamSearchSequence"),
     "CompletionOutput": ("jaxpaged.outputs", "CompletionOutput"),
     "ConfigError": ("jaxpaged.config", "ConfigError"),
     "Engine": ("jaxpaged.engine", "Engine"),

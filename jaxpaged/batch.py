@@ -45,6 +45,7 @@ def pad(plan: StepPlan, bucket: Bucket, *, tile: int, page_size: int, max_blocks
         top_p=np.ones(D + C, np.float32),  # type: ignore[arg-type]
         min_p=np.zeros(D + C, np.float32),  # type: ignore[arg-type]
         seeds=np.zeros((D + C, 2), np.uint32),  # type: ignore[arg-type]
+        beam_temperature=np.zeros(D + C, np.float32),  # type: ignore[arg-type]
     )
     sampling_rows = []
 
@@ -80,6 +81,9 @@ def pad(plan: StepPlan, bucket: Bucket, *, tile: int, page_size: int, max_blocks
 def _set_sampling(sampling: SamplingInputs, row: int, chunk: Chunk) -> None:
     params, seed = chunk.sequence.request.params, chunk.sequence.seed
     arrays: dict[str, np.ndarray] = vars(sampling)  # type: ignore[assignment]
+    if params.use_beam_search:  # it draws no token, and as for sampling 0 leaves the logits as they are
+        arrays["beam_temperature"][row] = params.temperature or 1.0
+        return
     arrays["temperature"][row] = params.temperature
     arrays["top_k"][row] = params.top_k
     arrays["top_p"][row] = params.top_p

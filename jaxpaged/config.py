@@ -287,6 +287,8 @@ class EngineConfig:
         `jaxpaged.host.policies.Policy`.
       ageing_steps: a request that has waited longer than this many steps is ahead of all that came later, whatever the policy.
       enable_prefix_caching: requests that begin with the same tokens share the pages of that beginning.
+      max_logprobs: likeliest tokens of which a step can give the log-probabilities; a beam search needs its width and one for
+        each id that ends it.
       kv_cache_dtype: of the page pool; auto is dtype.
       num_gpu_blocks_override: pages of the pool, whatever the memory.
       kv_cache_memory_bytes: bytes of the pool; overrides gpu_memory_utilization.
@@ -328,6 +330,7 @@ class EngineConfig:
     scheduling_policy: str | Callable[..., Any] = "fcfs"
     ageing_steps: int = 5000
     enable_prefix_caching: bool = True
+    max_logprobs: int = 20
     kv_cache_dtype: str = "auto"
     num_gpu_blocks_override: int | None = None
     kv_cache_memory_bytes: int | None = None
@@ -383,6 +386,7 @@ class EngineConfig:
             hint = nearest(policy, SCHEDULING_POLICIES) if isinstance(policy, str) else ""
             known = ", ".join(SCHEDULING_POLICIES)
             raise ConfigError(f"scheduling_policy: got {policy!r}, expected a function or one of {known}{hint}")
+        self._check_int("max_logprobs", 1, 1024)
         self._check_int("num_gpu_blocks_override", 2, 2**30)
         self._check_int("kv_cache_memory_bytes", 1, 2**50)
         self._check_int("seed", -(2**63), 2**63 - 1)

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxpaged.config import EngineConfig, ModelConfig
 from jaxpaged.duel import Duel
 from jaxpaged.host import scheduler
+from jaxpaged.host.beam_params import check_room
 from jaxpaged.host.pages import PagePool
 from jaxpaged.host.request import Request, RequestError, SamplingParams, TokenEvent
 from jaxpaged.observe import eyes
@@ -111,7 +113,7 @@ class Engine:
         """The request that `add_request` would queue, without queuing it. Raises as `add_request`."""
         if self._is_closed:
             raise RequestError("the engine is closed")
-        return Request.checked(
+        request = Request.checked(
             request_id if request_id is not None else self._new_id(),
             prompt_token_ids,
             params if params is not None else SamplingParams(),
@@ -125,6 +127,15 @@ class Engine:
             priority=priority,
             tenant=tenant,
         )
+        check_room(
+            request,
+            vocab_size=self.model.vocab_size,
+            page_size=self.config.block_size,  # type: ignore[arg-type]
+            num_pages=self.pool.num_usable,
+            max_num_seqs=self.config.max_num_seqs,  # type: ignore[arg-type]
+            max_logprobs=self.config.max_logprobs,
+        )
+        return request
 
     def _new_id(self) -> str:
         """An id that no unfinished request has, those that callers chose included."""
@@ -143,22 +154,25 @@ class Engine:
         return self.scheduler.has_unfinished
 
     def step(self) -> list[TokenEvent]:
-        """Run one step: at most one new token per running request. Empty when there is nothing to do or only prompts advanced."""
+        """Run one step: at most one new token per output of a running request, none of a beam search before its end.
+
+        Empty when there is nothing to do, and when only prompts and beams have advanced.
+        """
         try:
             self._eyes.planning()
             plan = self.scheduler.plan()
             self._eyes.planned(plan)
             if plan is None:
                 return []
-            token_ids, is_finite = self.runner.run(plan)
-            self._eyes.ran(token_ids, is_finite)
-            events = self.scheduler.commit(plan, token_ids, is_finite)
+            result: tuple[Any, ...] = self.runner.run(plan)
+            self._eyes.ran(*result)
+            events = self.scheduler.commit(plan, *result)
             self._eyes.committed()
         except Exception as error:
             self._eyes.failed(error)
             raise
         self.num_steps += 1
-        self.num_generation_tokens += sum(event.token_id is not None for event in events)
+        self.num_generation_tokens += sum(len(event.token_ids) or event.token_id is not None for event in events)
         return events
 
     def reset_prefix_cache(self) -> None:

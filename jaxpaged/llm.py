@@ -24,9 +24,10 @@ from jaxpaged.config import EngineConfig, ModelConfig
 from jaxpaged.demo import MODEL_DIR
 from jaxpaged.duel import Duel
 from jaxpaged.engine import Engine
+from jaxpaged.host.beam_params import BeamSearchParams
 from jaxpaged.host.request import FinishReason, Request, RequestError, SamplingParams, TokenEvent
 from jaxpaged.model.weights import Weights
-from jaxpaged.outputs import CompletionOutput, Metric, RequestOutput, RequestStateStats
+from jaxpaged.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Metric, RequestOutput, RequestStateStats
 from jaxpaged.runner import attention_backend
 from jaxpaged.tokenizer import Detokenizer, Tokenizer
 
@@ -52,16 +53,18 @@ class _Output:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
+    cumulative_logprob: float | None = None
 
     def record(self, event: TokenEvent) -> None:
         self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
-        if event.token_id is not None:
-            self.token_ids.append(event.token_id)
+        self.cumulative_logprob = event.cumulative_logprob
+        token_ids = event.token_ids or (() if event.token_id is None else (event.token_id,))
+        self.token_ids += token_ids
         if self.detokenizer is None:
             return
         # The token that stops a request is no part of its text, as in vLLM.
-        if event.token_id is not None and event.finish_reason is not FinishReason.STOP:
-            self.detokenizer.add(event.token_id)
+        for token_id in token_ids[:-1] if event.finish_reason is FinishReason.STOP else token_ids:
+            self.detokenizer.add(token_id)
         if event.finish_reason is not None:
             self.detokenizer.finish()
 
@@ -70,6 +73,7 @@ class _Output:
             index=self.index,
             text=self.detokenizer.text if self.detokenizer else "",
             token_ids=list(self.token_ids),
+            cumulative_logprob=self.cumulative_logprob,
             finish_reason=self.finish_reason.value if self.finish_reason else None,
             stop_reason=self.stop_reason,
         )
@@ -98,7 +102,7 @@ class _Live:
     def record(self, event: TokenEvent, now: float) -> None:
         self.outputs[event.index].record(event)
         self.num_events += 1
-        if event.token_id is not None:
+        if event.token_id is not None or event.token_ids:
             self.first_token_s, self.last_token_s = self.first_token_s or now, now
             self.num_cached_tokens = event.num_cached_tokens
 
@@ -231,6 +235,29 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, tenant=tenant)
 
+    def beam_search(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = False,
+        priority: int | Seq[int] | None = None,
+        tenant: str | Seq[str] | None = None,
+    ) -> list[BeamSearchOutput]:
+        """Search for the likeliest completions of each prompt; results in the prompts' order, the best sequence first.
+
+        The beams of a prompt share the pages of what they have in common. `generate` with `SamplingParams(use_beam_search=True)`
+        is the same search with RequestOutputs as its result, and takes searches and other requests together; `priority` and
+        `tenant` are as there.
+
+        Raises:
+          RequestError: a prompt or the parameters cannot be served; nothing has been searched for any of them.
+        """
+        if not isinstance(params, BeamSearchParams):
+            raise RequestError(f"params: got {type(params).__name__}, expected BeamSearchParams")
+        outputs = self._run(self._checked(prompts, params.sampling_params(), priority, tenant), use_tqdm=use_tqdm)
+        return [BeamSearchOutput([self._beam(output, one, params) for one in output.outputs]) for output in outputs]
+
     def stream(
         self,
         prompts: Prompt | Seq[Prompt],
@@ -316,6 +343,13 @@ class LLM:
         if self.tokenizer is None:
             raise RequestError("prompt: a text needs the tokenizer, and skip_tokenizer_init is set: pass token ids")
         return text, self.tokenizer.encode(text)
+
+    def _beam(self, output: RequestOutput, one: CompletionOutput, params: BeamSearchParams) -> BeamSearchSequence:
+        tokens = output.prompt_token_ids + one.token_ids
+        if one.finish_reason == "stop" and not params.include_stop_str_in_output:
+            tokens.pop()
+        text = self.tokenizer.decode(tokens, skip_special_tokens=False) if self.tokenizer is not None else None
+        return BeamSearchSequence(tokens, one.cumulative_logprob, text, one.finish_reason, one.stop_reason)
 
     def _open_engine(self) -> Engine:
         if self._is_closed:

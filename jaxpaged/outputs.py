@@ -27,7 +27,7 @@ class RequestStateStats:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One generated text.
+    """One generated text. `cumulative_logprob`, the sum over `token_ids`, is there for the results of a beam search.
 
     `token_ids` hold the token that ended it, `text` does not. `stop_reason` is the entry of `stop_token_ids` that ended it, None
     for the model's own end of sequence. `finish_reason` is "stop", "length", "abort" or "error", None while it still grows.
@@ -70,6 +70,28 @@ class RequestOutput:
         )
         head = f"<tr><th>request {html.escape(self.request_id)}</th><th></th><th>tokens</th><th>finish</th></tr>"
         return f"<table><thead>{head}</thead><tbody>{cells}</tbody></table>"
+
+
+@dataclass(frozen=True)
+class BeamSearchSequence:
+    """One result of a beam search. `tokens` and `text` begin with the prompt; `cum_logprob` is that of what follows it.
+
+    `tokens` end before the token that stopped it unless `include_stop_str_in_output` is set; `cum_logprob` counts it. `text`
+    holds the special tokens, and is None without a tokenizer. `cum_logprob` is None when the search was aborted or failed.
+    """
+
+    tokens: list[int]
+    cum_logprob: float | None
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True)
+class BeamSearchOutput:
+    """What came of one prompt: as many sequences as the search had beams, best first."""
+
+    sequences: list[BeamSearchSequence]
 
 
 @dataclass(frozen=True)

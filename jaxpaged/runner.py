@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from jaxpaged import batch, duel
 from jaxpaged.config import Bucket, ConfigError, EngineConfig, ModelConfig
+from jaxpaged.host.beams import Candidates
 from jaxpaged.host.scheduler import StepPlan
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import duel as model_duel
@@ -41,14 +42,20 @@ class ResourceError(RuntimeError):
     """The machine has too little memory for what was asked. One line with both numbers."""
 
 
+Result = tuple[Seq[int], Seq[bool]] | tuple[Seq[int], Seq[bool], Seq[Candidates]]
+
+
 class Runner(Protocol):
     """What the engine needs of a device."""
 
     num_pages: int
     duel: duel.Duel | None
 
-    def run(self, plan: StepPlan) -> tuple[Seq[int], Seq[bool]]:
-        """Run one step: the token and whether its logits were finite, for each chunk of `plan.sampling()`, in its order."""
+    def run(self, plan: StepPlan) -> Result:
+        """Run one step: the token and whether its logits were finite, for each chunk of `plan.sampling()`, in its order.
+
+        With a beam among the chunks also the candidates of each, which are nothing for those that are no beams.
+        """
         ...
 
     def close(self) -> None:
@@ -71,11 +78,12 @@ class JaxRunner:
         self._pad = functools.partial(batch.pad, **sizes)  # type: ignore[arg-type]
         self.duel = None
         backend = attention_backend(config, model)
-        step = functools.partial(model_step.step, config=model, backend=backend)
+        options = {"config": model, "backend": backend, "max_logprobs": config.max_logprobs}
+        step = functools.partial(model_step.step, **options)
         if config.compare_with is not None:
             rival = attention_backend(config, model, "compare_with")
             self.duel = duel.Duel.between(backend, rival, config, model)
-            step = functools.partial(model_duel.step, config=model, backend=backend, rival=rival)
+            step = functools.partial(model_duel.step, rival=rival, **options)
         self._jitted = jax.jit(step, donate_argnums=1)
         # A step copies at most one page of each sequence; few sizes, so that a step of two copies does not move 256 null pages.
         limit: int = config.max_num_seqs  # type: ignore[assignment]
@@ -83,7 +91,7 @@ class JaxRunner:
         self._copiers: dict[int, jax.stages.Compiled] = {}
         self._jitted_copy = jax.jit(functools.partial(kv_cache.copy_pages, config=model), donate_argnums=0)
 
-    def run(self, plan: StepPlan) -> tuple[Seq[int], Seq[bool]]:
+    def run(self, plan: StepPlan) -> Result:
         """See `Runner.run`."""
         if plan.copies:
             self._copy(plan.copies)
@@ -96,7 +104,16 @@ class JaxRunner:
             outputs, evidence = outputs
             self.duel.record(plan, inputs, rows, evidence, self.cache)
         token_ids, is_finite = np.asarray(outputs.token_ids), np.asarray(outputs.is_finite)
-        return token_ids[rows].tolist(), is_finite[rows].tolist()
+        result = token_ids[rows].tolist(), is_finite[rows].tolist()
+        groups = [chunk.sequence.group for chunk in plan.sampling()]
+        if not any(groups):
+            return result
+        ids, logprobs = np.asarray(outputs.likeliest_ids), np.asarray(outputs.likeliest_logprobs)
+        counts = [group.num_candidates if group is not None else 0 for group in groups]
+        return *result, [
+            list(zip(ids[row, :count].tolist(), logprobs[row, :count].tolist(), strict=True))
+            for row, count in zip(rows, counts, strict=True)
+        ]
 
     def warm_up(self, *, use_tqdm: bool) -> None:
         """Compile every bucket, in parallel, from the persistent cache where it has them."""

@@ -84,6 +84,8 @@ def open_llm(arguments: argparse.Namespace, **defaults: Any) -> LLM:
 def with_defaults(llm: LLM, given: dict[str, Any], max_tokens: int | None) -> SamplingParams:
     """The flags over the model's own recommendation; `max_tokens` where neither says how long."""
     base = llm.get_default_sampling_params()
+    if given.get("use_beam_search"):  # the model recommends how to draw tokens, and a search draws none
+        base = SamplingParams(max_tokens=base.max_tokens)
     if "max_new_tokens" not in llm.generation_defaults:
         base = dataclasses.replace(base, max_tokens=max_tokens)
     return dataclasses.replace(base, **given)

@@ -114,7 +114,18 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(whole_number(part) for part in text.split(","))
 
 
-_KINDS = {"int": (whole_number, "N"), "float": (number, "X"), "str": (str, "TEXT"), "tuple[int, ...]": (whole_numbers, "N,N,...")}
+def switch_or_word(text: str) -> bool | str:
+    """true and false, or a word whose meaning is the dataclass's business."""
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+_KINDS = {
+    "int": (whole_number, "N"),
+    "float": (number, "X"),
+    "str": (str, "TEXT"),
+    "bool | str": (switch_or_word, "true|false|WORD"),
+    "tuple[int, ...]": (whole_numbers, "N,N,..."),
+}
 _KINDS["str | Callable[..., Any]"] = _KINDS["str"]  # a function can only be given in Python
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 from jaxpaged.config import nearest
+from jaxpaged.host.beams import BeamGroup, Candidates
 
 MAX_N = 128  # outputs of one request, as many as OpenAI's API has: one request must not be able to fill the engine
 
@@ -20,12 +21,13 @@ class RequestError(ValueError):
 
 
 class FinishReason(enum.StrEnum):
-    """Why a sequence ended; the values are those of the OpenAI and vLLM answers."""
+    """Why a sequence ended; the values are those of the OpenAI and vLLM answers, but for PRUNED, which no answer has."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    PRUNED = "pruned"  # a beam that others have left behind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,11 @@ class SamplingParams:
       ignore_eos: do not end at the model's end-of-sequence ids.
       detokenize: also return text.
       skip_special_tokens: leave special tokens out of the text.
+      use_beam_search: the n outputs are those of a beam search of width n, best first; they come when all of them have ended. The
+        temperature divides the logits, 0 does not; the other options of sampling must be left alone.
+      length_penalty: beams compete by their log-probability over length ** length_penalty; above 0 favours long ones.
+      early_stopping: True ends the search when n beams have ended; False when the best running one, at its length, is behind all
+        of these; "never" when it cannot get ahead of them.
 
     Raises:
       RequestError: a value is out of range or of the wrong type.
@@ -61,6 +68,9 @@ class SamplingParams:
     ignore_eos: bool = False
     detokenize: bool = True
     skip_special_tokens: bool = True
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
 
     def __new__(cls, *args: object, **options: object) -> SamplingParams:
         # A misspelt option must name its neighbour; the generated __init__ would only say "unexpected keyword argument".
@@ -71,26 +81,35 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        _check_int("n", self.n, 1, MAX_N)
-        _check_number("temperature", self.temperature, 0.0, 100.0)
-        _check_number("top_p", self.top_p, 0.0, 1.0, exclude_low=True)
-        _check_number("min_p", self.min_p, 0.0, 1.0)
-        _check_int("top_k", self.top_k, -1, 2**31 - 1)
+        check_int("n", self.n, 1, MAX_N)
+        check_number("temperature", self.temperature, 0.0, 100.0)
+        check_number("top_p", self.top_p, 0.0, 1.0, exclude_low=True)
+        check_number("min_p", self.min_p, 0.0, 1.0)
+        check_int("top_k", self.top_k, -1, 2**31 - 1)
         if self.seed is not None:
-            _check_int("seed", self.seed, -(2**63), 2**63 - 1)
+            check_int("seed", self.seed, -(2**63), 2**63 - 1)
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        for name in ("ignore_eos", "detokenize", "skip_special_tokens"):
+            check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "use_beam_search"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name}: got {_shown(getattr(self, name))}, expected True or False")
         if isinstance(self.stop_token_ids, (str, bytes, bytearray)) or not isinstance(self.stop_token_ids, Seq):
             raise RequestError(f"stop_token_ids: got {_shown(self.stop_token_ids)}, expected a list of token ids")
         for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids", token_id, 0, 2**31 - 1)
+            check_int("stop_token_ids", token_id, 0, 2**31 - 1)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        check_number("length_penalty", self.length_penalty, -10.0, 10.0)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise RequestError(f"early_stopping: got {_shown(self.early_stopping)}, expected True, False or 'never'")
+        sampling, search = ("top_p", "top_k", "min_p", "seed"), ("length_penalty", "early_stopping")
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in sampling if self.use_beam_search else search:
+            if getattr(self, name) != defaults[name]:
+                where = "beam search draws no tokens" if self.use_beam_search else "without use_beam_search there are no beams"
+                raise RequestError(f"{name}: got {_shown(getattr(self, name))}, expected {defaults[name]}: {where}")
 
 
-def _check_number(name: str, value: object, low: float, high: float, *, exclude_low: bool = False) -> None:
+def check_number(name: str, value: object, low: float, high: float, *, exclude_low: bool = False) -> None:
     allowed = f"a finite number in {'(' if exclude_low else '['}{low:g}, {high:g}]"
     # `not (low <= value)` rather than `value < low`: every comparison with NaN is False, and NaN must not pass.
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -98,7 +117,7 @@ def _check_number(name: str, value: object, low: float, high: float, *, exclude_
         raise RequestError(f"{name}: got {_shown(value)}, expected {allowed}")
 
 
-def _check_int(name: str, value: object, low: int, high: int) -> None:
+def check_int(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise RequestError(f"{name}: got {_shown(value)}, expected a whole number in [{low}, {high}]")
 
@@ -157,7 +176,7 @@ class Request:
             raise RequestError(f"request_id: got {_shown(request_id)}, expected a non-empty string of printable characters")
         if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
             raise RequestError(f"cache_salt: got {_shown(cache_salt)}, expected a non-empty string")
-        _check_int("priority", priority, -(2**63), 2**63 - 1)
+        check_int("priority", priority, -(2**63), 2**63 - 1)
         if not isinstance(tenant, str):
             raise RequestError(f"tenant: got {_shown(tenant)}, expected a string")
         if isinstance(prompt_token_ids, (str, bytes, bytearray)) or not isinstance(prompt_token_ids, Seq):
@@ -194,18 +213,29 @@ class Request:
             tenant=tenant,
         )
 
+    def beam_group(self) -> BeamGroup | None:
+        """A search of this request that has not begun; None when it asks for none."""
+        params = self.params
+        if not params.use_beam_search:
+            return None
+        options = {"length_penalty": params.length_penalty, "early_stopping": params.early_stopping}
+        return BeamGroup(params.n, self.max_len - len(self.prompt_token_ids), self.stop_ids, **options)
+
 
 @dataclass(eq=False)
 class Sequence:
-    """One output of a request with its tokens and pages, owned by the scheduler.
+    """One output of a request with its tokens and pages, owned by the scheduler; or one beam of it, an output to be.
 
     Invariant: 0 <= num_computed <= len(tokens); the keys and values of tokens[:num_computed] are in `pages`, in order.
-    A sequence is decoding exactly when one token is left to compute and it has output; nothing else records its phase.
+    A sequence is decoding exactly when one token is left to compute and it has output; nothing else records its phase. A beam
+    whose tokens are all computed has `candidates` and waits for the other beams of its group.
     """
 
     request: Request
     index: int = 0  # which of the request's outputs
     num_forks: int = 0  # outputs to be forked from it when all of the prompt but the last token is computed
+    group: BeamGroup | None = None  # of which it is a beam
+    candidates: Candidates = ()
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
@@ -220,7 +250,8 @@ class Sequence:
     @classmethod
     def first(cls, request: Request, number: int = 0) -> Sequence:
         """The sequence that computes a request's prompt, and that its further outputs are forked from."""
-        return cls(request, num_forks=request.params.n - 1, tokens=list(request.prompt_token_ids), number=number)
+        group, tokens = request.beam_group(), list(request.prompt_token_ids)
+        return cls(request, num_forks=0 if group else request.params.n - 1, group=group, tokens=tokens, number=number)
 
     def fork(self, index: int) -> Sequence:
         """A sequence of the same tokens that has no pages yet and so has computed nothing."""
@@ -232,19 +263,31 @@ class Sequence:
         return fork
 
     @property
+    def num_to_come(self) -> int:
+        """Sequences that will be forked from it: rows and pages are kept for them."""
+        return self.num_forks + (self.group.num_unborn if self.group is not None else 0)
+
+    @property
+    def num_own(self) -> int:
+        """Its last tokens, which those forks do not share: the prompt's last, or from where the beams part that it stands for."""
+        if not self.num_forks:
+            return 0
+        return 1 if self.group is None else len(self.group.running[0].token_ids) - self.group.num_common
+
+    @property
     def num_prompt(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.prompt_token_ids)
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens whose keys and values are not yet in a page; at least 1 until the sequence ends."""
+        """Tokens whose keys and values are not yet in a page; at least 1 until the sequence ends, but for a beam that waits."""
         return len(self.tokens) - self.num_computed
 
     @property
     def num_to_compute(self) -> int:
         """Those of them that can be computed now: the last token of a prompt with forks waits for them, to be each one's own."""
-        return self.num_uncomputed - (self.num_forks > 0)
+        return self.num_uncomputed - self.num_own
 
     @property
     def seed(self) -> int:
@@ -258,7 +301,10 @@ class Sequence:
 
 
 class TokenEvent(NamedTuple):
-    """One new token of one output of a request, or its end. `token_id` is None when it ends without a new one (abort, error)."""
+    """One new token of one output of a request, or its end. `token_id` is None when it ends without a new one (abort, error).
+
+    Of a beam search there is one event for each output, when all of them have ended: the best has index 0.
+    """
 
     request_id: str
     token_id: int | None
@@ -266,3 +312,5 @@ class TokenEvent(NamedTuple):
     stop_reason: int | None = None  # the stop id that ended it, as in vLLM; None for the model's own end-of-sequence id
     num_cached_tokens: int = 0  # tokens of the prompt that the prefix cache had
     index: int = 0  # which of the request's outputs
+    token_ids: tuple[int, ...] = ()  # of a beam, all of its tokens
+    cumulative_logprob: float | None = None  # of a beam, the sum over its tokens

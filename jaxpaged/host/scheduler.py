@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 from bisect import insort
+from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxpaged.config import EngineConfig, ModelConfig
+from jaxpaged.host.beams import BeamGroup, Candidates
 from jaxpaged.host.pages import PagePool
 from jaxpaged.host.policies import OUTPUT_COST, PROMPT_COST, Policy, fcfs, find_policy
 from jaxpaged.host.prefix_cache import PrefixCache
@@ -109,7 +111,7 @@ def build(config: EngineConfig, model: ModelConfig, pool: PagePool) -> Scheduler
 
 
 class Scheduler:
-    """Chunked prefill, shared prefixes, forks and preemption by recompute, in the order of a policy.
+    """Chunked prefill, shared prefixes, forks, beams and preemption by recompute, in the order of a policy.
 
     Invariants: `running` and `waiting` are each in order of rank, and a rank changes only while its sequence waits; only running
     sequences own pages; a page with several owners is copied before one of them writes it; a sequence that was preempted
@@ -119,6 +121,9 @@ class Scheduler:
     itself only to one behind it that lacks none. So everything ends, because a sequence is set back at most MAX_PREEMPTIONS
     times: steps <= (MAX_PREEMPTIONS + 1) * tokens. With `fcfs` ranks are the order of arrival, all that runs arrived before all
     that waits, the oldest is never set back, and steps <= tokens.
+
+    The beams of a search run together or not at all, side by side: when one has to give way all of them do, and wait as one
+    sequence, from which the others are forked again where they part. No number of preemptions protects them.
 
     Args:
       ageing_steps: how long a policy may hold a sequence back; see `WaitingLine`.
@@ -132,7 +137,7 @@ class Scheduler:
         self._num_added = 0
         self.num_preemptions = 0
         self.num_copies = 0
-        self._by_id: dict[str, list[Sequence]] = {}  # what has not ended yet of each request
+        self._by_id: dict[str, list[Sequence]] = {}  # what has not ended yet of each request; beams as in their group's `running`
         self._copies: list[tuple[int, int]] = []  # of the plan being made
 
     # --- events ---
@@ -148,8 +153,11 @@ class Scheduler:
 
     def abort(self, request_id: str) -> list[TokenEvent]:
         """End a request now and free its pages: an event for each output that had not ended, none when it is unknown or over."""
+        sequences = list(self._by_id.get(request_id, ()))
+        if sequences and sequences[0].group is not None:
+            return self._end_beams(sequences, FinishReason.ABORT)
         events = []
-        for sequence in list(self._by_id.get(request_id, ())):
+        for sequence in sequences:
             for index in range(sequence.index, sequence.index + 1 + sequence.num_forks):
                 events.append(TokenEvent(request_id, None, FinishReason.ABORT, index=index))
             self._finish(sequence, FinishReason.ABORT)
@@ -181,9 +189,13 @@ class Scheduler:
             num_tokens = self._chunk_len(sequence, sequence.num_computed, tokens_left - num_kept, tiles_left)
             if num_tokens and not self._reserve(sequence, sequence.num_computed + num_tokens):
                 # Out of pages: the last in rank gives way. It has not been planned yet, because planning goes by rank.
-                self._preempt(next(other for other in reversed(self.running[index:]) if not _is_protected(other)))
+                last = next(other for other in reversed(self.running[index:]) if not _is_protected(other))
                 has_preempted = True
-                continue
+                if last.group is None or last.group is not sequence.group:
+                    self._preempt(last)
+                    continue
+                # A search gives way as a whole or not at all, and some of its beams may be planned: this one sits the step out.
+                num_tokens = 0
             if num_tokens:
                 chunks.append(Chunk.next(sequence, num_tokens))
                 tokens_left, tiles_left = tokens_left - num_tokens, tiles_left - self._num_tiles(chunks[-1])
@@ -205,11 +217,11 @@ class Scheduler:
                 # All that it can ever need, and likewise for all that runs: nobody will lack what it holds.
                 num_needed, num_lacking = self._num_pages_to_end(sequence), sum(map(self._num_pages_to_end, self.running))
             num_needed -= sum(self.pool.num_owners(page) > 0 for page in known)
-            if not self.running:
+            if not self.running and sequence.group is None:
                 num_needed -= sequence.num_forks  # which may be more than the whole pool holds: they take turns
             if not num_tokens or num_lacking + num_needed > self.pool.num_free:
                 break
-            if not self._has_room(1 + sequence.num_forks) or self._is_one_too_many(
+            if not self._has_room(1 + sequence.num_to_come) or self._is_one_too_many(
                 chunks, num_known + num_tokens < len(sequence.tokens)
             ):
                 break
@@ -238,7 +250,8 @@ class Scheduler:
         num_tokens = len(sequence.tokens) - num_computed
         if num_tokens == 1:
             return min(1, tokens_left)  # a row, no tile; if it has forks, they are there before it is computed
-        wanted = min(num_tokens - (sequence.num_forks > 0), tokens_left)
+        num_own = sequence.num_own
+        wanted = min(num_tokens - num_own if num_tokens > num_own else num_tokens, tokens_left)
         if self.limits.long_prefill_token_threshold:
             wanted = min(wanted, self.limits.long_prefill_token_threshold)
         return min(wanted, tiles_left * self.limits.tile)
@@ -253,13 +266,19 @@ class Scheduler:
         """Pages that the sequence has yet to take for the tokens it has now, and those that its forks will need at once."""
         lacking = self._num_pages(len(sequence.tokens)) - len(sequence.pages)
         # Below 0 for one that was given all its pages beforehand: what it has to spare is nobody's.
-        return (lacking if lacking > 0 else 0) + self._writes_shared_page(sequence) + sequence.num_forks
+        lacking = (lacking if lacking > 0 else 0) + self._writes_shared_page(sequence)
+        return lacking + self._num_pages_to_come(sequence) if sequence.num_forks or sequence.group is not None else lacking
+
+    def _num_pages_to_come(self, sequence: Sequence) -> int:
+        num_tokens = len(sequence.tokens)
+        num_each = self._num_pages(num_tokens) - (num_tokens - sequence.num_own) // self.limits.page_size
+        return sequence.num_forks * num_each if sequence.num_forks else sequence.num_to_come  # a page for the first token
 
     def _num_pages_to_end(self, sequence: Sequence) -> int:
         """Pages that the sequence and its forks have yet to take if they become as long as they can."""
         num_pages = self._num_pages(_num_places(sequence))
         lacking = max(0, num_pages - len(sequence.pages))
-        return lacking + self._writes_shared_page(sequence) + sequence.num_forks * num_pages
+        return lacking + self._writes_shared_page(sequence) + sequence.num_to_come * num_pages
 
     def _num_kept(self, index: int, tokens_left: int) -> int:
         """Tokens of the step that the chunk of running[index] leaves to sequences behind it that decode.
@@ -292,31 +311,43 @@ class Scheduler:
 
     def _has_room(self, num_more: int) -> bool:
         """Whether so many can run, forks included, beside what runs; more of them than fit run beside nothing."""
-        num_slots = sum(1 + sequence.num_forks for sequence in self.running)
+        forking = (sequence for sequence in self.running if sequence.num_forks or sequence.group is not None)
+        num_slots = len(self.running) + sum(sequence.num_to_come for sequence in forking)
         return not self.running or num_slots + num_more <= self.limits.max_num_seqs
 
     def _fork(self, sequence: Sequence) -> None:
-        """Fork a sequence's siblings from it once all of the prompt is computed but its last token, which is each one's own."""
-        if not sequence.num_forks or sequence.num_to_compute:
+        """Fork a sequence's siblings from it once all that they share is computed: of a prompt all but its last token."""
+        if not sequence.num_forks or sequence.num_to_compute > 0:
             return
+        if sequence.group is not None:
+            return self._unfold(sequence)
         siblings = [sequence.fork(sequence.index + 1 + i) for i in range(sequence.num_forks)]
         sequence.num_forks = 0
         self._by_id[sequence.request.request_id] += siblings
-        shared = sequence.pages[: self._num_pages(sequence.num_computed)]
         room = self.limits.max_num_seqs - len(self.running)
         for sibling in siblings[:room]:
-            self.pool.share(shared)
-            sibling.pages = list(shared)
-            sibling.num_computed, sibling.num_recorded = sequence.num_computed, sequence.num_recorded
-        at = self.running.index(sequence) + 1
-        self.running[at:at] = siblings[:room]
+            self._run_beside(sequence, sibling)
         for sibling in siblings[room:]:
             self.waiting.push(sibling)  # on the pages that the prefix cache has then
 
+    def _run_beside(self, sequence: Sequence, fork: Sequence) -> None:
+        """Let a fork of a sequence run, on the pages of what it has computed."""
+        fork.pages = sequence.pages[: self._num_pages(sequence.num_computed)]
+        self.pool.share(fork.pages)
+        fork.num_computed, fork.num_recorded = sequence.num_computed, sequence.num_recorded
+        insort(self.running, fork, key=by_rank)
+
     def _writes_shared_page(self, sequence: Sequence) -> bool:
-        """Whether the place of the sequence's next token is in a page that others own too."""
+        """Whether the place of the sequence's next token is in a page that others own too.
+
+        Those that have copied it in the plan being made do not count: copies come before writes, so the last owner needs none.
+        """
         index = sequence.num_computed // self.limits.page_size
-        return index < len(sequence.pages) and self.pool.num_owners(sequence.pages[index]) > 1
+        if index >= len(sequence.pages):
+            return False
+        page = sequence.pages[index]
+        num_owners = self.pool.num_owners(page)
+        return num_owners > 1 and num_owners - sum(source == page for source, _ in self._copies) > 1
 
     def _begin(self, sequence: Sequence, known: list[int]) -> None:
         """Give a waiting sequence the pages of the prefix that is already computed."""
@@ -350,6 +381,8 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take all pages back; the sequence recomputes them, its output included, when it is admitted again."""
+        if sequence.group is not None:
+            sequence = self._fold(self._by_id[sequence.request.request_id])
         self.running.remove(sequence)
         self._release(sequence)
         sequence.num_computed = 0
@@ -367,18 +400,104 @@ class Scheduler:
         for sibling in siblings:
             self.waiting.push(sibling)
 
+    # --- beams ---
+
+    def _fold(self, beams: list[Sequence]) -> Sequence:
+        """Leave one sequence of a search, which stands for all beams: their tokens are in the group."""
+        first = beams[0]
+        for beam in beams[1:]:
+            self._leave(beam, FinishReason.PRUNED)
+        first.num_forks += len(beams) - 1
+        # It is to run before those that will be forked from it.
+        first.index, first.rank, first.candidates = 0, (*first.rank[:-1], 0), ()
+        del beams[1:]
+        return first
+
+    def _unfold(self, sequence: Sequence) -> None:
+        """Fork the beams that a sequence stands for from it, where they part."""
+        group: BeamGroup = sequence.group  # type: ignore[assignment]
+        beams, size = self._by_id[sequence.request.request_id], self.limits.page_size
+        sequence.num_forks = 0
+        # What the prefix cache knew of it may reach into its own tokens: then whole pages are shared, which nobody writes.
+        num_common = sequence.num_prompt + group.num_common
+        is_beyond = sequence.num_computed > num_common
+        num_shared = num_common // size * size if is_beyond else sequence.num_computed
+        for index, beam in enumerate(group.running[1:], 1):
+            fork = sequence.fork(index)
+            fork.tokens[fork.num_prompt :] = beam.token_ids
+            del fork.page_keys[num_common // size :]
+            known = self.pool.cache.match(fork) if self.pool.cache is not None else []
+            if len(known) * size > num_shared:
+                fork.num_computed, fork.pages = len(known) * size, known
+            else:
+                fork.num_computed, fork.pages = num_shared, sequence.pages[: self._num_pages(num_shared)]
+            fork.num_recorded = min(fork.num_computed // size, sequence.num_recorded)
+            self.pool.share(fork.pages)
+            insort(self.running, fork, key=by_rank)
+            beams.append(fork)
+
+    def _advance(self, group: BeamGroup, beams: list[Sequence]) -> list[TokenEvent]:
+        """Take a group whose beams all have their candidates one token further. Its events when that was the last one.
+
+        The first child of a beam goes on in its place, the others are forks; a beam without children gives its pages back.
+        """
+        children = group.advance([beam.candidates for beam in beams])
+        if group.is_over:
+            return self._end_beams(list(beams))
+        num_children = Counter(parent for parent, _ in children)
+        for parent, beam in enumerate(beams):
+            if not num_children[parent]:
+                self._leave(beam, FinishReason.PRUNED)
+        indices = iter(sorted({*range(group.width)} - {beams[parent].index for parent in num_children}))
+        families = {}
+        for parent, count in num_children.items():
+            forks = [beams[parent].fork(next(indices)) for _ in range(count - 1)]
+            for fork in forks:
+                self._run_beside(beams[parent], fork)
+            families[parent] = iter([beams[parent], *forks])
+        beams[:] = [next(families[parent]) for parent, _ in children]
+        for beam, (_, token_id) in zip(beams, children, strict=True):
+            beam.tokens.append(token_id)
+            beam.candidates = ()
+        return []
+
+    def _end_beams(self, beams: list[Sequence], reason: FinishReason | None = None) -> list[TokenEvent]:
+        """End a whole group: with its results, or for a reason that leaves it none. An event for each output."""
+        first = beams[0]
+        request, group = first.request, first.group
+        for beam in beams:
+            self._finish(beam, reason or FinishReason.STOP)
+        if reason is not None:
+            return [TokenEvent(request.request_id, None, reason, index=index) for index in range(request.params.n)]
+        events = []
+        for index, found in enumerate(group.finished):  # type: ignore[union-attr]
+            last = found.token_ids[-1]
+            ending = FinishReason.STOP if last in request.stop_ids else FinishReason.LENGTH
+            stop_reason = last if last in request.params.stop_token_ids else None
+            place = first.num_cached_tokens, index
+            events.append(
+                TokenEvent(request.request_id, None, ending, stop_reason, *place, found.token_ids, found.cumulative_logprob)
+            )
+        return events
+
     # --- commit ---
 
-    def commit(self, plan: StepPlan, token_ids: Seq[int], is_finite: Seq[bool]) -> list[TokenEvent]:
+    def commit(
+        self, plan: StepPlan, token_ids: Seq[int], is_finite: Seq[bool], candidates: Seq[Candidates] | None = None
+    ) -> list[TokenEvent]:
         """Record a step that ran. `token_ids` and `is_finite` are those of `plan.sampling()`, in its order.
 
         A row whose logits were not finite ends its own request with FinishReason.ERROR and no other.
+
+        Args:
+          candidates: likewise; needed where there is a beam among them, and read of beams alone.
         """
         for chunk in (*plan.decodes, *plan.prefills):
             if chunk.sequence.finish_reason is None:
                 chunk.sequence.num_computed = chunk.end
         events, tenants = [], self.waiting.tenants
-        for chunk, token_id, finite in zip(plan.sampling(), token_ids, is_finite, strict=True):
+        grown: dict[str, BeamGroup] = {}
+        for row, (chunk, token_id, finite) in enumerate(zip(plan.sampling(), token_ids, is_finite, strict=True)):
             sequence = chunk.sequence
             if sequence.finish_reason is not None:  # aborted while the step ran
                 continue
@@ -386,9 +505,18 @@ class Scheduler:
                 # Only here is it known that everything up to this token is sound, so that others may share it.
                 if self.pool.cache is not None:
                     self.pool.cache.record(sequence)
-                sequence.tokens.append(token_id)
                 if tenants is not None:
                     tenants.charge(sequence.request.tenant, OUTPUT_COST)
+            if sequence.group is not None:
+                request_id = sequence.request.request_id
+                if finite:
+                    sequence.candidates = candidates[row]  # type: ignore[index]
+                    grown[request_id] = sequence.group
+                else:
+                    events += self._end_beams(list(self._by_id[request_id]), FinishReason.ERROR)
+                continue
+            if finite:
+                sequence.tokens.append(token_id)
             reason = self._finish_reason(sequence) if finite else FinishReason.ERROR
             if reason is not None:
                 self._finish(sequence, reason)
@@ -396,6 +524,10 @@ class Scheduler:
             stop_reason = token_id if reason is FinishReason.STOP and token_id in params.stop_token_ids else None
             new_id, num_cached = token_id if finite else None, sequence.num_cached_tokens
             events.append(TokenEvent(sequence.request.request_id, new_id, reason, stop_reason, num_cached, sequence.index))
+        for request_id, group in grown.items():
+            beams = self._by_id.get(request_id, [])
+            if beams and all(beam.candidates for beam in beams):
+                events += self._advance(group, beams)
         return events
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
@@ -406,12 +538,15 @@ class Scheduler:
         return None
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        sequence.finish_reason = reason
-        self._release(sequence)
         siblings = self._by_id[sequence.request.request_id]
         siblings.remove(sequence)
         if not siblings:
             del self._by_id[sequence.request.request_id]
+        self._leave(sequence, reason)
+
+    def _leave(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.finish_reason = reason
+        self._release(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
         else:
@@ -441,10 +576,24 @@ class Scheduler:
         self.waiting.check()
         if any(before.rank >= after.rank for before, after in itertools.pairwise(self.running)):
             raise RuntimeError("what runs is not in the order of its ranks")
+        for request_id, beams in self._by_id.items():
+            self._check_beams(request_id, beams)
         if len(self.running) > self.limits.max_num_seqs:
             raise RuntimeError(f"{len(self.running)} sequences run, max_num_seqs is {self.limits.max_num_seqs}")
         if len(self.running) + len(self.waiting) != sum(map(len, self._by_id.values())):
             raise RuntimeError("a sequence is neither running nor waiting")
+
+    def _check_beams(self, request_id: str, beams: list[Sequence]) -> None:
+        group = beams[0].group
+        if group is None:
+            return
+        wanted = [list(one.token_ids) for one in group.running[: len(beams)]]
+        if [beam.output_token_ids for beam in beams] != wanted or len(beams) + beams[0].num_forks != len(group.running):
+            raise RuntimeError(f"{request_id}: its sequences are not the beams of its group")
+        if any(bool(beam.candidates) != (not beam.num_uncomputed) for beam in beams):
+            raise RuntimeError(f"{request_id}: a beam waits and has no candidates, or has some and does not wait")
+        if len(beams) > 1 and not all(beam in self.running for beam in beams):
+            raise RuntimeError(f"{request_id}: some of its beams run and some do not")
 
 
 def _is_decode(chunk: Chunk) -> bool:
@@ -453,7 +602,7 @@ def _is_decode(chunk: Chunk) -> bool:
 
 def _is_protected(sequence: Sequence) -> bool:
     """Whether it has given way so often that it need not again."""
-    return sequence.num_preemptions >= MAX_PREEMPTIONS
+    return sequence.num_preemptions >= MAX_PREEMPTIONS and sequence.group is None
 
 
 def _num_places(sequence: Sequence) -> int:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxpaged.config import ModelConfig
 from jaxpaged.model.attention import PagedAttention, PagedTokens
 from jaxpaged.model.cache import KVCache
-from jaxpaged.model.sampler import sample
 from jaxpaged.model.step import StepInputs, StepOutputs
 from jaxpaged.model.transformer import forward, logits
 from jaxpaged.model.weights import Weights
@@ -46,7 +45,14 @@ class _Duellists:
 
 
 def step(
-    weights: Weights, cache: KVCache, inputs: StepInputs, *, config: ModelConfig, backend: Backend, rival: Backend
+    weights: Weights,
+    cache: KVCache,
+    inputs: StepInputs,
+    *,
+    config: ModelConfig,
+    backend: Backend,
+    rival: Backend,
+    max_logprobs: int = 20,
 ) -> tuple[tuple[StepOutputs, Evidence], KVCache]:
     """`model.step.step` on `backend`, and beside it the evidence of its duel with `rival`. Donate `cache`.
 
@@ -58,8 +64,7 @@ def step(
     ids, positions = tokens.token_ids, tokens.positions
     hidden, (cache, errors, queries) = forward(weights, config, ids, positions, _Duellists(attention, opponent), (cache, (), ()))
     scores = logits(weights, config, hidden[inputs.sample_at])
-    token_ids = sample(scores, inputs.sampling, positions[inputs.sample_at] + 1)
-    outputs = StepOutputs(token_ids=token_ids, is_finite=jnp.all(jnp.isfinite(scores), axis=-1))
+    outputs = StepOutputs.of(scores, inputs, max_logprobs)
 
     def read_only(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         return opponent.read(layer, q, cache), cache

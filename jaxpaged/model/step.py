@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxpaged.config import ModelConfig
 from jaxpaged.model.attention import PagedAttention, PagedTokens
 from jaxpaged.model.cache import KVCache
-from jaxpaged.model.sampler import SamplingInputs, sample
+from jaxpaged.model.sampler import SamplingInputs, likeliest, sample
 from jaxpaged.model.transformer import forward, logits
 from jaxpaged.model.weights import Weights
 from pallas_kernels.backends import Backend
@@ -33,16 +33,30 @@ class StepOutputs:
 
     token_ids: jax.Array  # int32 [R]
     is_finite: jax.Array  # bool [R]: every logit of the row is a finite number
+    likeliest_ids: jax.Array  # int32 [R, max_logprobs or V], best first; of rows that are no beams it means nothing
+    likeliest_logprobs: jax.Array  # float32, likewise
+
+    @classmethod
+    def of(cls, scores: jax.Array, inputs: StepInputs, max_logprobs: int) -> StepOutputs:
+        """What follows from the logits [R, V] of the rows that may sample."""
+        token_ids = sample(scores, inputs.sampling, inputs.tokens.positions[inputs.sample_at] + 1)
+        best = likeliest(scores, inputs.sampling, min(max_logprobs, scores.shape[1]))
+        return cls(token_ids, jnp.all(jnp.isfinite(scores), axis=-1), *best)
 
 
 def step(
-    weights: Weights, cache: KVCache, inputs: StepInputs, *, config: ModelConfig, backend: Backend = "auto"
+    weights: Weights,
+    cache: KVCache,
+    inputs: StepInputs,
+    *,
+    config: ModelConfig,
+    backend: Backend = "auto",
+    max_logprobs: int = 20,
 ) -> tuple[StepOutputs, KVCache]:
     """Compute the step's tokens, write their keys and values, and sample. Donate `cache`: it is updated in place."""
     hidden, cache = forward_paged(weights, cache, inputs.tokens, config=config, backend=backend)
     scores = logits(weights, config, hidden[inputs.sample_at])
-    token_ids = sample(scores, inputs.sampling, inputs.tokens.positions[inputs.sample_at] + 1)
-    return StepOutputs(token_ids=token_ids, is_finite=jnp.all(jnp.isfinite(scores), axis=-1)), cache
+    return StepOutputs.of(scores, inputs, max_logprobs), cache
 
 
 def forward_paged(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpaged.config import ConfigError, EngineConfig
+from jaxpaged.host.beams import Candidates
 from jaxpaged.host.policies import POLICIES
 from jaxpaged.host.request import Request
 from jaxpaged.host.scheduler import Scheduler, StepPlan
@@ -87,13 +88,13 @@ class Eyes:
         if self._socket is not None:
             self._socket.end()
 
-    def ran(self, token_ids: Sequence[int], is_finite: Sequence[bool]) -> None:
+    def ran(self, token_ids: Sequence[int], is_finite: Sequence[bool], candidates: Sequence[Candidates] | None = None) -> None:
         """The oldest step in flight has run and is about to be committed."""
         self._stage = "commit"
         if self._socket is not None:
             self._socket.begin()
         if self._recorder is not None:
-            self._recorder.ran(token_ids, is_finite)
+            self._recorder.ran(token_ids, is_finite, candidates)
 
     def committed(self) -> None:
         """It has been committed."""

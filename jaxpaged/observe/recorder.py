@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxpaged.host.beams import Candidates
 from jaxpaged.host.request import Request
 from jaxpaged.host.scheduler import Scheduler, StepPlan
 from jaxpaged.observe import state
@@ -88,9 +89,9 @@ class Recorder:
             self._settle()
         return True
 
-    def ran(self, token_ids: Sequence[int], is_finite: Sequence[bool]) -> None:
+    def ran(self, token_ids: Sequence[int], is_finite: Sequence[bool], candidates: Sequence[Candidates] | None = None) -> None:
         """The oldest step in flight has run; it is about to be committed."""
-        self._late.append((self._clock(), None, (token_ids, is_finite)))
+        self._late.append((self._clock(), None, (token_ids, is_finite, candidates)))
 
     def committed(self) -> None:
         """It has been committed."""

@@ -136,18 +136,32 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def pack_commit(token_ids: Sequence[int], is_finite: Sequence[bool]) -> bytes:
-    """What a step sampled; a row that is not finite may hold any 32 bits."""
+def pack_commit(token_ids: Sequence[int], is_finite: Sequence[bool], candidates: Any = None) -> bytes:
+    """What a step sampled; a row that is not finite may hold any 32 bits. `candidates` of its beams, if it had any."""
     flags = bytes(is_finite)
-    return words(len(flags)) + flags + array("i", token_ids).tobytes()
+    payload = words(len(flags)) + flags + array("i", token_ids).tobytes()
+    if candidates is None:
+        return payload
+    flat = [candidate for row in candidates for candidate in row]
+    counts = words(*map(len, candidates))
+    # As wide as Python's floats: a replay has to decide between the same numbers.
+    return payload + counts + array("i", [one for one, _ in flat]).tobytes() + array("d", [one for _, one in flat]).tobytes()
 
 
-def unpack_commit(payload: bytes) -> tuple[list[int], list[bool]]:
-    """Inverse of `pack_commit`."""
+def unpack_commit(payload: bytes) -> tuple[Any, ...]:
+    """Inverse of `pack_commit`: two lists, or three."""
     count = unwords(payload[:4])[0]
-    token_ids = array("i")
-    token_ids.frombytes(payload[4 + count :])
-    return token_ids.tolist(), [bool(flag) for flag in payload[4 : 4 + count]]
+    flags, token_ids, at = payload[4 : 4 + count], array("i"), 4 + 5 * count
+    token_ids.frombytes(payload[4 + count : at])
+    result = token_ids.tolist(), [bool(flag) for flag in flags]
+    if at == len(payload):
+        return result
+    counts, at = unwords(payload[at : at + 4 * count]), at + 4 * count
+    ids, logprobs = array("i"), array("d")
+    ids.frombytes(payload[at : at + 4 * sum(counts)])
+    logprobs.frombytes(payload[at + 4 * sum(counts) :])
+    flat = zip(ids, logprobs, strict=True)
+    return *result, [[next(flat) for _ in range(length)] for length in counts]
 
 
 # --- decisions ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ chunk that starts one token late or a length that is off by one all change the o
 
 from __future__ import annotations
 
+import math
 import random
 import struct
 import zlib
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 VOCAB_SIZE = 50_021
+BEAM_VOCAB_SIZE = 16
 POISON = 2**32 - 1  # what a page holds that nobody owns; not a token id
 
 Fails = Callable[[str, int], bool]  # request id, output tokens so far -> this row's logits are not finite
@@ -36,6 +38,44 @@ def isolated(prompt: Sequence[int], max_len: int, stop_ids: frozenset[int] = fro
         crc = zlib.crc32(array("I", tokens[-1:]), crc)
 
 
+def next_logprobs(context: bytes) -> list[tuple[int, float]]:
+    """The fake model for beams: a few tokens and their log-probabilities, which any change of the context changes."""
+    rng = random.Random(zlib.crc32(context))
+    logits = [3 * rng.random() for _ in range(BEAM_VOCAB_SIZE)]
+    total = math.log(sum(map(math.exp, logits)))
+    return [(token_id, logit - total) for token_id, logit in enumerate(logits)]
+
+
+def isolated_beams(
+    prompt: Sequence[int], max_len: int, width: int, stop_ids: frozenset[int], penalty: float, stopping: bool | str
+) -> list[tuple[list[int], float]]:
+    """What a beam search on FakeRunner finds, written down over whole vocabularies without scheduler, pages or steps."""
+    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    ended: list[tuple[float, float, list[int]]] = []  # score, sum, tokens
+    most = max_len - len(prompt)
+    for length in range(1, most + 1):
+        continued = [
+            (total + logprob, [*tokens, token_id])
+            for total, tokens in beams
+            for token_id, logprob in next_logprobs(array("I", [*prompt, *tokens]))  # type: ignore[arg-type]
+        ]
+        continued.sort(key=lambda one: -one[0])
+        continued = continued[: max(2, 1 + len(stop_ids)) * width]
+        ends = [length == most or tokens[-1] in stop_ids for _, tokens in continued]
+        for (total, tokens), has_ended in list(zip(continued, ends, strict=True))[:width]:
+            if has_ended:
+                ended.append((total / length**penalty, total, tokens))
+        ended = sorted(ended, key=lambda one: -one[0])[:width]
+        beams = [one for one, has_ended in zip(continued, ends, strict=True) if not has_ended][:width]
+        if len(ended) == width and beams:
+            hopeful = most if stopping == "never" and penalty > 0 else length
+            if stopping is True or not beams[0][0] / hopeful**penalty > ended[-1][0]:
+                break
+        if not beams:
+            break
+    return [(tokens, total) for _, total, tokens in ended]
+
+
 class FakeRunner:
     """The Runner protocol over pages of token ids, written and read through the page list of each chunk's sequence."""
 
@@ -49,7 +89,7 @@ class FakeRunner:
         """Nobody owns the page any more."""
         self.places[page * self.page_size : (page + 1) * self.page_size] = array("I", [POISON] * self.page_size)
 
-    def run(self, plan) -> tuple[list[int], list[bool]]:
+    def run(self, plan) -> tuple:
         """See `jaxpaged.runner.Runner.run`: all writes of a step come before its reads."""
         size, places = self.page_size, self.places
         for source, target in plan.copies:
@@ -58,14 +98,16 @@ class FakeRunner:
             pages, tokens = chunk.sequence.pages, chunk.sequence.tokens
             for position in range(chunk.start, chunk.end):
                 places[pages[position // size] * size + position % size] = tokens[position]
-        token_ids, is_finite = [], []
+        token_ids, is_finite, candidates = [], [], []
         for chunk in plan.sampling():
-            context = array("I")
+            context, group = array("I"), chunk.sequence.group
             for page in chunk.sequence.pages:
                 context += places[page * size : (page + 1) * size]
+            ranked = sorted(next_logprobs(context[: chunk.end]), key=lambda one: -one[1]) if group else []  # type: ignore[arg-type]
+            candidates.append(ranked[: group.num_candidates] if group else ())
             token_ids.append(next_token(context[: chunk.end], chunk.sequence.index))  # type: ignore[arg-type]
             is_finite.append(not self.fails(chunk.sequence.request.request_id, chunk.end - chunk.sequence.num_prompt))
-        return token_ids, is_finite
+        return (token_ids, is_finite, candidates) if any(candidates) else (token_ids, is_finite)
 
     def close(self) -> None:
         """See `jaxpaged.runner.Runner.close`."""

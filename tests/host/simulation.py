@@ -18,7 +18,9 @@ from jaxpaged.config import Bucket
 from jaxpaged.host.policies import find_policy
 
 MODULES = (
+    "jaxpaged.host.beams",
     "jaxpaged.host.request",
+    "jaxpaged.host.beam_params",
     "jaxpaged.host.prefix_cache",
     "jaxpaged.host.pages",
     "jaxpaged.host.waiting",
@@ -235,8 +237,7 @@ class Simulation:
     def run(self) -> Outcome:
         """Live to the end of the last request; AssertionError, or whatever the code under test raises, when a law is broken."""
         coming = deque(self.scenario.asks)
-        # The oldest sequence computes a token in every step and is never preempted, so its steps are fewer than its tokens.
-        most_steps = sum(self.scenario.max_len(ask) * len(outputs_of(ask)) for ask in self.scenario.asks)
+        most_steps = self.most_steps()
         if not self.is_fcfs:  # any may be preempted, but none too often
             most_steps *= 1 + self.house.scheduler.MAX_PREEMPTIONS
         num_perturbed = 0
@@ -253,6 +254,10 @@ class Simulation:
             now += 1
         self.judge()
         return self.outcome
+
+    def most_steps(self) -> int:
+        """The oldest sequence computes a token in every step and is never preempted, so its steps are fewer than its tokens."""
+        return sum(self.scenario.max_len(ask) * len(outputs_of(ask)) for ask in self.scenario.asks)
 
     def add(self, ask: Ask) -> None:
         request_module, scenario = self.house.request, self.scenario
@@ -319,9 +324,9 @@ class Simulation:
         self.check()
         self.look_at(plan, waiting_before)
         self.age()
-        token_ids, is_finite = self.runner.run(plan)
+        result = self.runner.run(plan)
         self.abort(now, in_flight=True)
-        events = self.scheduler.commit(plan, token_ids, is_finite)
+        events = self.scheduler.commit(plan, *result)
         self.check()
         assert len({output_of(event) for event in events}) == len(events)
         for event in events:

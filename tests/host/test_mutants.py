@@ -16,7 +16,7 @@ from overload import overload, staircase
 
 from jaxpaged.host.policies import POLICIES
 
-REQUEST, PREFIX, PAGES, WAITING, SCHEDULER, BATCH = simulation.MODULES
+BEAMS, REQUEST, _, PREFIX, PAGES, WAITING, SCHEDULER, BATCH = simulation.MODULES
 MOST_SCENARIOS = 60  # what a bug may survive
 
 
@@ -83,15 +83,17 @@ MUTANTS = [
         "        self.num_preemptions += 1\n",
         "        self.num_preemptions += 1\n        sequence.number = self._num_added\n",
     ),
-    Mutant("preempts nobody, sits out", SCHEDULER, "                self._preempt(next(", "                index += 1; id(next("),
+    Mutant(
+        "preempts nobody, sits out", SCHEDULER, "                    self._preempt(last)\n", "                    index += 1\n"
+    ),
     Mutant("frees pages twice", SCHEDULER, "self.pool.free(sequence.pages)", "self.pool.free(sequence.pages * 2)"),
     Mutant("frees all pages but the last", SCHEDULER, "self.pool.free(sequence.pages)", "self.pool.free(sequence.pages[:-1])"),
     Mutant("released, the page list is kept", SCHEDULER, "        sequence.pages = []\n", ""),
     Mutant(
         "an abort frees nothing",
         SCHEDULER,
-        "        self._release(sequence)\n        siblings",
-        "        reason is FinishReason.ABORT or self._release(sequence)\n        siblings",
+        "        self._release(sequence)\n        if",
+        "        reason is FinishReason.ABORT or self._release(sequence)\n        if",
     ),
     Mutant(
         "an aborted request stays in the queue", SCHEDULER, "            self.waiting.remove(sequence)\n", "            pass\n"
@@ -272,7 +274,9 @@ MUTANTS = [
         "not sequence.num_forks or sequence.num_to_compute",
         "not sequence.num_forks",
     ),
-    Mutant("forks and counts no reference", SCHEDULER, "            self.pool.share(shared)\n", ""),
+    Mutant(
+        "forks and counts no reference", SCHEDULER, "        self.pool.share(fork.pages)\n        fork.num", "        fork.num"
+    ),
     Mutant(
         "forks all pages, the reserved ones too",
         SCHEDULER,
@@ -285,13 +289,18 @@ MUTANTS = [
         "room = self.limits.max_num_seqs - len(self.running)",
         "room = len(siblings)",
     ),
-    Mutant("forks go behind everyone", SCHEDULER, "at = self.running.index(sequence) + 1", "at = len(self.running)"),
+    Mutant(
+        "forks go behind everyone",
+        SCHEDULER,
+        "        insort(self.running, fork, key=by_rank)\n\n    def _writes",
+        "        self.running.append(fork)\n\n    def _writes",
+    ),
     Mutant(
         "a fork's tokens are its sibling's", REQUEST, "tokens, page_keys = list(self.tokens),", "tokens, page_keys = self.tokens,"
     ),
     Mutant("all forks have the results of one seed", REQUEST, "(self.request.seed + self.index)", "self.request.seed"),
-    Mutant("a shared page is written", SCHEDULER, "self.pool.num_owners(sequence.pages[index]) > 1", "False"),
-    Mutant("a page of its own is copied", SCHEDULER, "self.pool.num_owners(sequence.pages[index]) > 1", "True"),
+    Mutant("a shared page is written", SCHEDULER, "return num_owners > 1 and num_owners - sum(", "return 0 * sum("),
+    Mutant("a page of its own is copied", SCHEDULER, "return num_owners > 1 and num_owners - sum(", "return 2 + sum("),
     Mutant(
         "copies the page before",
         SCHEDULER,

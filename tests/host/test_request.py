@@ -242,6 +242,6 @@ def test_a_sequence_starts_as_its_prompt() -> None:
 
 
 def test_finish_reasons_are_the_strings_of_the_public_answers() -> None:
-    assert [f"{reason}" for reason in FinishReason] == ["stop", "length", "abort", "error"]
+    assert [f"{reason}" for reason in FinishReason] == ["stop", "length", "abort", "error", "pruned"]
     assert TokenEvent("r", 5) == TokenEvent("r", 5, None, None)
     assert re.fullmatch("[a-z]+", FinishReason.STOP)
