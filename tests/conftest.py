@@ -16,6 +16,8 @@ ALLOWED_WARNINGS = [
     "ignore::DeprecationWarning:google.*",
     "ignore::DeprecationWarning:torch.*",  # imported by transformers, not by us
     "ignore::FutureWarning:torch.*",
+    # A future of tensorstore, which orbax reads with, that comes after the event loop of a read that failed.
+    "ignore:(?s)Exception ignored in. None.*Event loop is closed:pytest.PytestUnraisableExceptionWarning",
     "ignore::DeprecationWarning:<frozen importlib._bootstrap>",  # SWIG types of a dependency's extension module
 ]
 
