@@ -45,8 +45,8 @@ def pad(plan: StepPlan, bucket: Bucket, *, tile: int, page_size: int, max_blocks
         top_p=np.ones(D + C, np.float32),  # type: ignore[arg-type]
         min_p=np.zeros(D + C, np.float32),  # type: ignore[arg-type]
         seeds=np.zeros((D + C, 2), np.uint32),  # type: ignore[arg-type]
-        beam_temperature=np.zeros(D + C, np.float32),  # type: ignore[arg-type]
     )
+    beam_temperature = np.zeros(D + C, np.float32)
     sampling_rows = []
 
     def place(row: int, at: int, chunk: Chunk, start: int, end: int) -> None:
@@ -60,7 +60,7 @@ def pad(plan: StepPlan, bucket: Bucket, *, tile: int, page_size: int, max_blocks
         lens[row] = end
         if chunk.samples and end == chunk.end:
             sample_at[row] = at + count - 1
-            _set_sampling(sampling, row, chunk)
+            _set_sampling(sampling, beam_temperature, row, chunk)
             sampling_rows.append(row)
 
     for row, chunk in enumerate(plan.decodes):
@@ -75,14 +75,15 @@ def pad(plan: StepPlan, bucket: Bucket, *, tile: int, page_size: int, max_blocks
             row, at = row + 1, at + tile
 
     tokens = PagedTokens(token_ids, positions, slots, tables[:D], lens[:D], tables[D:], lens[D:])  # type: ignore[arg-type]
-    return StepInputs(tokens=tokens, sample_at=sample_at, sampling=sampling), sampling_rows  # type: ignore[arg-type]
+    inputs = StepInputs(tokens=tokens, sample_at=sample_at, sampling=sampling, beam_temperature=beam_temperature)  # type: ignore[arg-type]
+    return inputs, sampling_rows
 
 
-def _set_sampling(sampling: SamplingInputs, row: int, chunk: Chunk) -> None:
+def _set_sampling(sampling: SamplingInputs, beam_temperature: np.ndarray, row: int, chunk: Chunk) -> None:
     params, seed = chunk.sequence.request.params, chunk.sequence.seed
     arrays: dict[str, np.ndarray] = vars(sampling)  # type: ignore[assignment]
     if params.use_beam_search:  # it draws no token, and as for sampling 0 leaves the logits as they are
-        arrays["beam_temperature"][row] = params.temperature or 1.0
+        beam_temperature[row] = params.temperature or 1.0
         return
     arrays["temperature"][row] = params.temperature
     arrays["top_k"][row] = params.top_k

@@ -23,7 +23,6 @@ class SamplingInputs:
     top_p: jax.Array  # float32 [R], 1 keeps all
     min_p: jax.Array  # float32 [R], 0 keeps all
     seeds: jax.Array  # uint32 [R, 2], high and low half of the request's seed
-    beam_temperature: jax.Array  # float32 [R], what divides a beam's logits; 0 marks a row that is no beam
 
 
 def sample(logits: jax.Array, sampling: SamplingInputs, positions: jax.Array) -> jax.Array:
@@ -50,14 +49,15 @@ def sample(logits: jax.Array, sampling: SamplingInputs, positions: jax.Array) ->
     return lax.cond(jnp.any(sampling.temperature >= _LOWEST_TEMPERATURE), draw, lambda _: greedy, None)
 
 
-def likeliest(logits: jax.Array, sampling: SamplingInputs, count: int) -> tuple[jax.Array, jax.Array]:
+def likeliest(logits: jax.Array, temperature: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Each row's `count` likeliest tokens, int32 [R, count], best first, and their log-probabilities, float32 [R, count].
 
-    Of equal ones the lower id comes first. All are 0 in a step without beams, which does no more than ask whether there are any.
+    `temperature` [R] divides a beam's logits and is 0 for a row that is no beam. Of equal tokens the lower id comes first. All
+    are 0 in a step without beams, which does no more than ask whether there are any.
     """
 
     def search(_: None) -> tuple[jax.Array, jax.Array]:
-        scaled = logits / jnp.where(sampling.beam_temperature > 0, sampling.beam_temperature, 1.0)[:, None]
+        scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
         best, token_ids = lax.top_k(scaled, count)
         return token_ids.astype(jnp.int32), best - jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
 
@@ -65,7 +65,7 @@ def likeliest(logits: jax.Array, sampling: SamplingInputs, count: int) -> tuple[
         shape = logits.shape[0], count
         return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
 
-    return lax.cond(jnp.any(sampling.beam_temperature > 0), search, nothing, None)
+    return lax.cond(jnp.any(temperature > 0), search, nothing, None)
 
 
 def _gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:

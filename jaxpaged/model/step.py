@@ -25,6 +25,7 @@ class StepInputs:
     tokens: PagedTokens
     sample_at: jax.Array  # int32 [R], index into the step's X tokens
     sampling: SamplingInputs
+    beam_temperature: jax.Array  # float32 [R], what divides a beam's logits; 0 marks a row that is no beam
 
 
 @flax.struct.dataclass
@@ -40,7 +41,7 @@ class StepOutputs:
     def of(cls, scores: jax.Array, inputs: StepInputs, max_logprobs: int) -> StepOutputs:
         """What follows from the logits [R, V] of the rows that may sample."""
         token_ids = sample(scores, inputs.sampling, inputs.tokens.positions[inputs.sample_at] + 1)
-        best = likeliest(scores, inputs.sampling, min(max_logprobs, scores.shape[1]))
+        best = likeliest(scores, inputs.beam_temperature, min(max_logprobs, scores.shape[1]))
         return cls(token_ids, jnp.all(jnp.isfinite(scores), axis=-1), *best)
 
 
