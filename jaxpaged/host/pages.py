@@ -6,7 +6,7 @@ Knows page numbers and counts. Refuses to know what a page holds, who its owners
 from __future__ import annotations
 
 import itertools
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 
 from jaxpaged.host.prefix_cache import PrefixCache
@@ -32,7 +32,7 @@ class PagePool:
         self.num_pages = num_pages
         self._free: deque[int] = deque(range(1, num_pages))
         self._refs = [0] * num_pages
-        self._cached: dict[int, None] = {}  # in the order in which they lost their last owner
+        self._cached: OrderedDict[int, None] = OrderedDict()  # as they lost their last owner; a dict scans for its first
         self.cache = cache
         self.step = 0  # of whoever plans; only the counters below read it
         self.num_released = self.owned_steps = 0  # pages that lost their last owner, and the steps for which they had one
