@@ -1,9 +1,16 @@
-"""What the operations on whole pages of a pool agree on: its checks, and where a page of a layer lies."""
+"""What the operations on whole pages of a pool agree on: its checks, where a page of a layer lies, who moves them."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels import backends
+from pallas_kernels.target import Target
 
 
 def check(operation: str, pages: jax.Array, num_layers: int, **page_numbers: jax.Array) -> None:
@@ -29,3 +36,14 @@ def by_layer(pages: jax.Array, num_layers: int) -> jax.Array:
 def rows(page_numbers: jax.Array, num_rows: int, num_layers: int) -> jax.Array:
     """[X, L], the rows of a flat pool of `num_rows` that hold the pages of these numbers."""
     return page_numbers[:, None] + jnp.arange(num_layers, dtype=jnp.int32) * (num_rows // num_layers)
+
+
+def implementation(name: str, backend: backends.Backend, pages: jax.Array) -> Callable[..., jax.Array]:
+    """The function of the backend that runs one of the operations that move pages. Raises as the operation does."""
+
+    def mosaic(target: Target) -> str | None:
+        return importlib.import_module(f"pallas_kernels.{name}.mosaic").unavailable(target, pages.shape, pages.dtype.name)
+
+    choice = backends.choose(name, backend, mosaic=mosaic)
+    move = getattr(importlib.import_module(f"pallas_kernels.{name}.{choice.name}"), name)
+    return move if choice.target is None else functools.partial(move, target=choice.target)

@@ -321,9 +321,7 @@ class Scheduler:
             return
         if sequence.group is not None:
             return self._unfold(sequence)
-        siblings = [sequence.fork(sequence.index + 1 + i) for i in range(sequence.num_forks)]
-        sequence.num_forks = 0
-        self._by_id[sequence.request.request_id] += siblings
+        siblings = self._siblings(sequence)
         room = self.limits.max_num_seqs - len(self.running)
         for sibling in siblings[:room]:
             self._run_beside(sequence, sibling)
@@ -394,11 +392,15 @@ class Scheduler:
 
     def _part(self, sequence: Sequence) -> None:
         """Let a waiting sequence's forks wait on their own: what they might write of its pages, nobody can tell beforehand."""
+        for sibling in self._siblings(sequence):
+            self.waiting.push(sibling)
+
+    def _siblings(self, sequence: Sequence) -> list[Sequence]:
+        """The outputs that a sequence stands for, from here on sequences of their own."""
         siblings = [sequence.fork(sequence.index + 1 + i) for i in range(sequence.num_forks)]
         sequence.num_forks = 0
         self._by_id[sequence.request.request_id] += siblings
-        for sibling in siblings:
-            self.waiting.push(sibling)
+        return siblings
 
     # --- beams ---
 

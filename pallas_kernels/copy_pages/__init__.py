@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-
 import jax
 
 from pallas_kernels import backends, pools
-from pallas_kernels.target import Target
 
 
 def copy_pages(
@@ -35,12 +32,7 @@ def copy_pages(
     """
     pools.check("copy_pages", pages, num_layers, sources=sources, targets=targets)
 
-    def mosaic(target: Target) -> str | None:
-        return importlib.import_module("pallas_kernels.copy_pages.mosaic").unavailable(target, pages.shape, pages.dtype.name)
-
-    choice = backends.choose("copy_pages", backend, mosaic=mosaic)
+    move = pools.implementation("copy_pages", backend, pages)
     if not sources.shape[0]:
         return pages
-    implementation = importlib.import_module(f"pallas_kernels.copy_pages.{choice.name}")
-    options = {} if choice.target is None else {"target": choice.target}
-    return implementation.copy_pages(pages, sources, targets, num_layers, **options)
+    return move(pages, sources, targets, num_layers)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import backends, pools
-from pallas_kernels.target import Target
 
 
 def gather_pages(
@@ -36,12 +33,7 @@ def gather_pages(
     """
     pools.check("gather_pages", pages, num_layers, page_numbers=page_numbers)
 
-    def mosaic(target: Target) -> str | None:
-        return importlib.import_module("pallas_kernels.gather_pages.mosaic").unavailable(target, pages.shape, pages.dtype.name)
-
-    choice = backends.choose("gather_pages", backend, mosaic=mosaic)
+    move = pools.implementation("gather_pages", backend, pages)
     if not page_numbers.shape[0]:
         return jnp.zeros((0, num_layers, *pages.shape[1:]), pages.dtype)
-    implementation = importlib.import_module(f"pallas_kernels.gather_pages.{choice.name}")
-    options = {} if choice.target is None else {"target": choice.target}
-    return implementation.gather_pages(pages, page_numbers, num_layers, **options)
+    return move(pages, page_numbers, num_layers)

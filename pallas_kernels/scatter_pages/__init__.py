@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-
 import jax
 
 from pallas_kernels import backends, pools
-from pallas_kernels.target import Target
 
 
 def scatter_pages(
@@ -46,12 +43,7 @@ def scatter_pages(
             f"pages and page_numbers have it"
         )
 
-    def mosaic(target: Target) -> str | None:
-        return importlib.import_module("pallas_kernels.scatter_pages.mosaic").unavailable(target, pages.shape, pages.dtype.name)
-
-    choice = backends.choose("scatter_pages", backend, mosaic=mosaic)
+    move = pools.implementation("scatter_pages", backend, pages)
     if not page_numbers.shape[0]:
         return pages
-    implementation = importlib.import_module(f"pallas_kernels.scatter_pages.{choice.name}")
-    options = {} if choice.target is None else {"target": choice.target}
-    return implementation.scatter_pages(pages, staged, page_numbers, num_layers, **options)
+    return move(pages, staged, page_numbers, num_layers)
