@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from jaxpaged.config import Bucket
-from jaxpaged.host.scheduler import Chunk, StepPlan
+from jaxpaged.host.plan import Chunk, StepPlan
 from jaxpaged.model.attention import PagedTokens
 from jaxpaged.model.sampler import SamplingInputs
 from jaxpaged.model.step import StepInputs

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxpaged.config import ConfigError, EngineConfig, ModelConfig
-from jaxpaged.host.scheduler import StepPlan
+from jaxpaged.host.plan import StepPlan
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.duel import Evidence
 from jaxpaged.model.step import StepInputs

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from jaxpaged import batch, duel
 from jaxpaged.config import Bucket, ConfigError, EngineConfig, ModelConfig
 from jaxpaged.host.beams import Candidates
-from jaxpaged.host.scheduler import StepPlan
+from jaxpaged.host.plan import StepPlan
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import duel as model_duel
 from jaxpaged.model import step as model_step

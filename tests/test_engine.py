@@ -23,8 +23,8 @@ from jaxpaged import batch
 from jaxpaged import runner as runner_module
 from jaxpaged.config import Bucket, ConfigError, EngineConfig, ModelConfig
 from jaxpaged.engine import Engine
+from jaxpaged.host.plan import StepPlan
 from jaxpaged.host.request import FinishReason, RequestError, SamplingParams
-from jaxpaged.host.scheduler import StepPlan
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import transformer
 from jaxpaged.model import weights as model_weights

@@ -24,7 +24,7 @@ import jax
 
 from jaxpaged.batch import pad
 from jaxpaged.config import Bucket, ModelConfig
-from jaxpaged.host.scheduler import StepPlan
+from jaxpaged.host.plan import StepPlan
 from jaxpaged.model import weights
 from jaxpaged.model.cache import KVCache, init_cache
 from jaxpaged.model.step import step

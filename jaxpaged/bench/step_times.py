@@ -18,8 +18,8 @@ from pathlib import Path
 
 from jaxpaged.config import Bucket
 from jaxpaged.engine import Engine
+from jaxpaged.host.plan import Chunk, StepPlan
 from jaxpaged.host.request import Request, SamplingParams, Sequence
-from jaxpaged.host.scheduler import Chunk, StepPlan
 from jaxpaged.llm import LLM
 
 logger = logging.getLogger("jaxpaged")

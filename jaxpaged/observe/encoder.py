@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from jaxpaged.host.plan import StepPlan
 from jaxpaged.host.request import Sequence
-from jaxpaged.host.scheduler import Scheduler, StepPlan
+from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.observe.records import Admission, Kind, packed, words
 
 Look = tuple[tuple[int, int, int, int], list[int], list[int]]

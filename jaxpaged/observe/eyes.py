@@ -14,9 +14,10 @@ from typing import Any
 
 from jaxpaged.config import ConfigError, EngineConfig
 from jaxpaged.host.beams import Candidates
+from jaxpaged.host.plan import StepPlan
 from jaxpaged.host.policies import POLICIES
 from jaxpaged.host.request import Request
-from jaxpaged.host.scheduler import Scheduler, StepPlan
+from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.observe.debug_socket import DebugSocket
 from jaxpaged.observe.recorder import Recorder
 from jaxpaged.observe.records import RecordingError

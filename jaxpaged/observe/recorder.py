@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxpaged.host.beams import Candidates
+from jaxpaged.host.plan import StepPlan
 from jaxpaged.host.request import Request
-from jaxpaged.host.scheduler import Scheduler, StepPlan
+from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.observe import state
 from jaxpaged.observe.encoder import Encoder, pack_plan
 from jaxpaged.observe.recording import write

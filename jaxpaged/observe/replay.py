@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxpaged.host.pages import PagePool
+from jaxpaged.host.plan import Limits
 from jaxpaged.host.policies import Policy, find_policy
 from jaxpaged.host.prefix_cache import PrefixCache
 from jaxpaged.host.request import Request
-from jaxpaged.host.scheduler import Limits, Scheduler
+from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.observe import state
 from jaxpaged.observe.encoder import Encoder
 from jaxpaged.observe.recording import Recording, Segment

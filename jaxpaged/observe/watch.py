@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 
-from jaxpaged.host.scheduler import Scheduler, StepPlan
+from jaxpaged.host.plan import StepPlan
+from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.observe.snapshot import num_wasted_places
 
 logger = logging.getLogger("jaxpaged")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxpaged.config import DTYPE_BYTES, Bucket, ConfigError, EngineConfig, ModelConfig
-from jaxpaged.host.scheduler import StepPlan
+from jaxpaged.host.plan import StepPlan
 from jaxpaged.simulate import shapes
 from jaxpaged.simulate.gpus import Gpu
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 from jaxpaged.config import EngineConfig, ModelConfig
 from jaxpaged.host.pages import PagePool
+from jaxpaged.host.plan import Limits
 from jaxpaged.host.request import FinishReason, Request, RequestError, SamplingParams, TokenEvent
-from jaxpaged.host.scheduler import Limits, Scheduler, build
+from jaxpaged.host.scheduler import Scheduler, build
 from jaxpaged.simulate.arrivals import VOCAB_SIZE, Arrival
 from jaxpaged.simulate.cost import CostModel
 

@@ -24,6 +24,7 @@ MODULES = (
     "jaxpaged.host.prefix_cache",
     "jaxpaged.host.pages",
     "jaxpaged.host.waiting",
+    "jaxpaged.host.plan",
     "jaxpaged.host.scheduler",
     "jaxpaged.batch",
 )
@@ -206,7 +207,7 @@ class Simulation:
     ):
         self.scenario, self.is_perturbed, self.rng = scenario, is_perturbed, random.Random(scenario.seed)
         self.house = house()
-        self.limits = self.house.scheduler.Limits(**scenario.limits)
+        self.limits = self.house.plan.Limits(**scenario.limits)
         self.asks = {ask.request_id: ask for ask in scenario.asks}
         self.rank = {ask.request_id: rank for rank, ask in enumerate(scenario.asks)}
         if scenario.is_padded:

@@ -13,10 +13,11 @@ from fake_runner import BEAM_VOCAB_SIZE, FakeRunner, isolated_beams, next_logpro
 from jaxpaged.host.beam_params import BeamSearchParams, check_room
 from jaxpaged.host.beams import BeamGroup, Hypothesis
 from jaxpaged.host.pages import PagePool
+from jaxpaged.host.plan import Limits
 from jaxpaged.host.policies import POLICIES
 from jaxpaged.host.prefix_cache import PrefixCache
 from jaxpaged.host.request import Request, RequestError, SamplingParams
-from jaxpaged.host.scheduler import Limits, Scheduler
+from jaxpaged.host.scheduler import Scheduler
 
 PENALTIES = (-1.0, 0.0, 0.5, 1.0, 2.0)
 STOPPING = (False, True, "never")

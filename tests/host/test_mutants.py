@@ -16,7 +16,7 @@ from overload import overload, staircase
 
 from jaxpaged.host.policies import POLICIES
 
-BEAMS, REQUEST, _, PREFIX, PAGES, WAITING, SCHEDULER, BATCH = simulation.MODULES
+BEAMS, REQUEST, _, PREFIX, PAGES, WAITING, PLAN, SCHEDULER, BATCH = simulation.MODULES
 MOST_SCENARIOS = 60  # what a bug may survive
 
 
@@ -118,17 +118,17 @@ MUTANTS = [
     ),
     Mutant(
         "chunk starts a token late",
-        SCHEDULER,
+        PLAN,
         "cls(sequence, sequence.num_computed, num_tokens,",
         "cls(sequence, sequence.num_computed + 1, num_tokens,",
     ),
     Mutant(
         "chunk starts a token early",
-        SCHEDULER,
+        PLAN,
         "cls(sequence, sequence.num_computed, num_tokens,",
         "cls(sequence, max(sequence.num_computed - 1, 0), num_tokens,",
     ),
-    Mutant("samples in the middle of a prompt", SCHEDULER, "num_tokens == sequence.num_uncomputed)", "True)"),
+    Mutant("samples in the middle of a prompt", PLAN, "num_tokens == sequence.num_uncomputed)", "True)"),
     Mutant(
         "commits one computed token too many",
         SCHEDULER,
@@ -171,7 +171,7 @@ MUTANTS = [
     Mutant("takes an id twice", SCHEDULER, "if request.request_id in self._by_id:", "if False:"),
     Mutant(
         "prefills before decodes in the results",
-        SCHEDULER,
+        PLAN,
         "[*self.decodes, *(chunk for chunk in self.prefills if chunk.samples)]",
         "[*(chunk for chunk in self.prefills if chunk.samples), *self.decodes]",
     ),

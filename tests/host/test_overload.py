@@ -16,9 +16,10 @@ from simulation import Simulation, random_scenario, simulate
 from jaxpaged.config import SCHEDULING_POLICIES
 from jaxpaged.host import scheduler as scheduler_module
 from jaxpaged.host.pages import PagePool
+from jaxpaged.host.plan import Limits
 from jaxpaged.host.policies import OUTPUT_COST, POLICIES, PROMPT_COST
 from jaxpaged.host.request import Request, SamplingParams, Sequence
-from jaxpaged.host.scheduler import MAX_PREEMPTIONS, Limits, Scheduler
+from jaxpaged.host.scheduler import MAX_PREEMPTIONS, Scheduler
 from jaxpaged.host.waiting import AGEING_STEPS, WaitingLine
 
 

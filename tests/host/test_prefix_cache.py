@@ -6,9 +6,10 @@ import pytest
 from fake_runner import FakeRunner
 
 from jaxpaged.host.pages import PagePool
+from jaxpaged.host.plan import Limits
 from jaxpaged.host.prefix_cache import PrefixCache
 from jaxpaged.host.request import Request, RequestError, SamplingParams, Sequence
-from jaxpaged.host.scheduler import Limits, Scheduler
+from jaxpaged.host.scheduler import Scheduler
 
 LIMITS = Limits(page_size=4, max_num_seqs=8, max_num_batched_tokens=64, tile=4, max_prefill_tiles=16)
 

@@ -13,8 +13,9 @@ from fake_runner import FakeRunner, isolated, watched
 from simulation import Ask, Scenario, output_of, random_scenario, simulate
 
 from jaxpaged.host.pages import PagePool
+from jaxpaged.host.plan import Limits
 from jaxpaged.host.request import FinishReason, Request, RequestError, SamplingParams
-from jaxpaged.host.scheduler import Limits, Scheduler
+from jaxpaged.host.scheduler import Scheduler
 
 REQUESTS_PER_SCENARIO = 20
 SCENARIOS_PER_TEST = 40

@@ -11,7 +11,7 @@ import pytest
 
 from jaxpaged import batch, runner
 from jaxpaged.config import ConfigError, EngineConfig, ModelConfig
-from jaxpaged.host.scheduler import Chunk, StepPlan
+from jaxpaged.host.plan import Chunk, StepPlan
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import weights as model_weights
 from jaxpaged.simulate import cost, shapes

@@ -12,7 +12,8 @@ import pytest
 
 from jaxpaged.config import ConfigError
 from jaxpaged.host.pages import PagePool
-from jaxpaged.host.scheduler import Limits, Scheduler
+from jaxpaged.host.plan import Limits
+from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.simulate.report import METRICS, percentiles_of, summarise, table
 from jaxpaged.simulate.run import Life, Occupancy, Run
 

@@ -12,8 +12,8 @@ import pytest
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine import Engine
+from jaxpaged.host.plan import Limits, StepPlan
 from jaxpaged.host.request import FinishReason, SamplingParams
-from jaxpaged.host.scheduler import Limits, StepPlan
 from jaxpaged.simulate import gpus, run, shapes
 from jaxpaged.simulate.arrivals import Arrival, random_traffic
 from jaxpaged.simulate.cost import Roofline

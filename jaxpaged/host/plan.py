@@ -1,0 +1,79 @@
+"""One step as the scheduler decides it: Limits, Chunk, StepPlan.
+
+Knows which tokens of which sequences. Refuses to know how that is decided, and arrays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxpaged.host.request import Sequence
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one step can hold.
+
+    Args:
+      page_size: tokens per page.
+      max_num_seqs: sequences that own pages at a time, and so decode rows of a step.
+      max_num_batched_tokens: tokens computed in one step.
+      tile: tokens of one prefill tile; a chunk fills whole tiles.
+      max_prefill_tiles: tiles of one step.
+      long_prefill_token_threshold: longest chunk of one sequence in one step; 0 for no limit of its own.
+      max_num_partial_prefills: prompts in the middle of which a step may end; 0 for no limit of its own.
+      batch_merge_window: steps that a sequence may be held back, while others run, for more to be admitted with it.
+    """
+
+    page_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    tile: int
+    max_prefill_tiles: int
+    long_prefill_token_threshold: int = 0
+    max_num_partial_prefills: int = 0
+    batch_merge_window: int = 0
+
+
+class Chunk(NamedTuple):
+    """Tokens [start, start + num_tokens) of one sequence, computed in one step. Its pages already hold room for them.
+
+    `samples`: the chunk ends with the last known token, so the step yields the next one.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        """One past the last token: the context length once the chunk is computed."""
+        return self.start + self.num_tokens
+
+    @classmethod
+    def next(cls, sequence: Sequence, num_tokens: int) -> Chunk:
+        """The next `num_tokens` uncomputed tokens of a sequence."""
+        return cls(sequence, sequence.num_computed, num_tokens, num_tokens == sequence.num_uncomputed)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step, decided. `decodes` are single tokens that sample; every other chunk is a prefill.
+
+    `copies` are (source, target) pages to copy before anything else happens; no target is a source, and none is twice in it.
+    """
+
+    decodes: tuple[Chunk, ...]
+    prefills: tuple[Chunk, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed, padding not counted."""
+        return len(self.decodes) + sum(chunk.num_tokens for chunk in self.prefills)
+
+    def sampling(self) -> list[Chunk]:
+        """The chunks that yield a token, in the order of the step's outputs."""
+        return [*self.decodes, *(chunk for chunk in self.prefills if chunk.samples)]
