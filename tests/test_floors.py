@@ -19,7 +19,7 @@ LIBRARY = ("jaxpaged", "pallas_kernels", "convert")
 FLOORS = (
     ("jaxpaged.version", "jaxpaged.config", "jaxpaged.outputs", "pallas_kernels"),
     ("jaxpaged.host", "jaxpaged.model"),
-    ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel", "jaxpaged.observe"),
+    ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel", "jaxpaged.observe", "jaxpaged.offload"),
     ("jaxpaged.runner", "jaxpaged.tokenizer", "jaxpaged.demo", "convert"),
     ("jaxpaged.engine",),
     ("jaxpaged.llm",),
@@ -179,6 +179,8 @@ BAD_IMPORTS = [
     ("jaxpaged/batch.py", "from jaxpaged.engine import Engine", "is not below jaxpaged.batch"),
     ("jaxpaged/batch.py", "from .engine import Engine", "is not below jaxpaged.batch"),
     ("jaxpaged/batch.py", "import jaxpaged", "is not below jaxpaged.batch"),
+    ("jaxpaged/offload/transfer.py", "from jaxpaged.runner import JaxRunner", "is not below jaxpaged.offload"),
+    ("jaxpaged/offload/transfer.py", "from jaxpaged import batch", "is not below jaxpaged.offload"),
     ("pallas_kernels/ops.py", "import jaxpaged.config", "is not below pallas_kernels"),
     ("pallas_kernels/ops.py", "import flax", "is not for pallas_kernels"),
     ("convert/cli.py", "from jaxpaged.llm import LLM", "is not below convert"),

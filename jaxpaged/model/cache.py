@@ -68,6 +68,18 @@ def copy_pages(cache: KVCache, sources: jax.Array, targets: jax.Array, *, config
     return cache.replace(k=copy(cache.k), v=copy(cache.v))  # type: ignore[attr-defined]
 
 
+def gather_pages(cache: KVCache, page_numbers: jax.Array, *, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Copies of pages, keys and values as the cache holds them: [X, L, K, S, H] each, all layers of a page in one piece."""
+    gather = functools.partial(pallas_kernels.gather_pages, page_numbers=page_numbers, num_layers=config.num_layers)
+    return gather(cache.k), gather(cache.v)
+
+
+def scatter_pages(cache: KVCache, k: jax.Array, v: jax.Array, page_numbers: jax.Array, *, config: ModelConfig) -> KVCache:
+    """Page `page_numbers[x]` of every layer becomes `k[x]` and `v[x]`, which must be finite where it is 0. Donate `cache`."""
+    scatter = functools.partial(pallas_kernels.scatter_pages, page_numbers=page_numbers, num_layers=config.num_layers)
+    return cache.replace(k=scatter(cache.k, k), v=scatter(cache.v, v))  # type: ignore[attr-defined]
+
+
 def page_bytes(config: ModelConfig, page_size: int, dtype: str) -> int:
     """Bytes of one page over all layers."""
     return config.page_bytes(page_size, dtype)
