@@ -24,10 +24,11 @@ from jaxpaged.cli.options import (
     whole_number,
 )
 from jaxpaged.config import DTYPE_BYTES, ConfigError, EngineConfig, ModelConfig, nearest
-from jaxpaged.simulate import cost, memory, report
+from jaxpaged.simulate import cost, memory, report, sharing
 from jaxpaged.simulate.arrivals import Arrival, random_traffic
 from jaxpaged.simulate.gpus import GPUS, Gpu, named_gpu
 from jaxpaged.simulate.lengths import DATASETS, Fixed, Lengths, LogNormal, Uniform
+from jaxpaged.simulate.random_model import KINSHIP, OPEN_SHARE, RandomModel
 from jaxpaged.simulate.run import OPTIONS, build_scheduler, simulate
 from jaxpaged.simulate.shapes import MODELS, named_model, num_parameters, plan_pages
 from jaxpaged.simulate.trace import read_trace
@@ -38,33 +39,50 @@ DESCRIPTION = """\
 Serve made-up or recorded traffic with the engine's own scheduler and page pool on a virtual clock: steps take what a GPU's
 published bandwidth and operations say they take at least, or what was measured. Nothing is computed, and jax is not needed.
 
-'jaxpaged simulate memory' compares memory set aside for the longest sequence with pages, on the same bytes."""
+'jaxpaged simulate memory' compares memory set aside for the longest sequence with pages, on the same bytes.
+'jaxpaged simulate sharing' counts the pages that outputs of one prompt share, beside what the PagedAttention paper published."""
 EPILOG = """\
 examples:
   jaxpaged simulate --gpu H100 --model llama-3-8b --dataset-name sharegpt --request-rate 20 --goodput ttft:500 tpot:50
   jaxpaged simulate --input-len 2048 --output-len lognormal:200:0.8 --burstiness 0.3 --request-rate 4 --json
   jaxpaged simulate --trace day.csv --enable-prefix-caching --block-size 16
+  jaxpaged simulate --dataset-name sharegpt --request-rate 2 --use-beam-search --n 4
+  jaxpaged simulate --request-rate 40 --scheduling-policy priority --num-priorities 3
   jaxpaged simulate memory
   jaxpaged simulate memory --model llama-2-13b --kv-cache-memory-bytes 32G --max-model-len 4096
+  jaxpaged simulate sharing
 
 lengths are N, LOW:HIGH (each as likely) or lognormal:MEAN:SIGMA. A trace is CSV with the columns arrival_s, prompt_tokens,
-output_tokens and perhaps tenant, priority, prefix_id, prefix_tokens, or JSONL of such objects; Azure's and BurstGPT's are read
-as they are. 'memory' has --kv-cache-memory-bytes 16G --block-size 16 --max-num-seqs 1024 where nothing else is given."""
+output_tokens and perhaps tenant, priority, prefix_id, prefix_tokens, n, or JSONL of such objects; Azure's and BurstGPT's are read
+as they are. 'memory' has --kv-cache-memory-bytes 16G --block-size 16 --max-num-seqs 1024 where nothing else is given,
+'sharing' the paper's machine: --gpu A100-40GB --kv-cache-memory-bytes 12G --block-size 16 --max-model-len 2048 and, for OPT-13B,
+--model llama-2-13b, whose keys and values take as many bytes."""
 
 _OTHERS = tuple(field.name for field in dataclasses.fields(EngineConfig) if field.name not in OPTIONS)
 # What has no meaning beside a trace, beside `memory`, beside a named dataset, beside measured steps.
 _LENGTHS = ("input_len", "output_len")
 _RANDOM = (*_LENGTHS, "dataset_name", "request_rate", "burstiness", "prefix_len", "num_prefixes")
-_TRAFFIC = (*_RANDOM, "trace", "max_concurrency", "goodput", "metric_percentiles", "enable_prefix_caching")
+_OUTPUTS = ("n", "use_beam_search", "num_priorities")
+_MODEL = ("beam_open_share", "beam_kinship")
+_REPORT = ("goodput", "metric_percentiles")
+_NOT_WITH = {
+    "memory": (*_RANDOM, *_OUTPUTS, *_MODEL, *_REPORT, "trace", "max_concurrency", "enable_prefix_caching"),
+    "sharing": (*_RANDOM, *_OUTPUTS, *_REPORT, "trace"),
+}
 _ROOFLINE = ("bandwidth_efficiency", "flops_efficiency", "step_overhead_ms")
-# The memory experiment's own: small pages, more sequences than fit, so that memory alone is the limit.
-_MEMORY_OPTIONS = {"block_size": 16, "max_num_seqs": 1024, "kv_cache_memory_bytes": 2**34}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    # Small pages, more sequences than fit, so that memory alone is the limit.
+    "memory": {"block_size": 16, "max_num_seqs": 1024, "kv_cache_memory_bytes": 2**34},
+    # Table 1 of the paper: 15.7K tokens of OPT-13B, 12 GiB.
+    "sharing": {"block_size": 16, "max_model_len": 2048, "kv_cache_memory_bytes": 12 * 2**30},
+}
+_MACHINES = {"sharing": ("A100-40GB", "llama-2-13b")}
 
 
 def add_arguments(parser: Parser) -> None:
     """The flags of this command."""
-    parser.usage = "jaxpaged simulate [memory] [FLAGS]"
-    parser.add_argument("what", nargs="*", metavar="memory", help="compare contiguous and paged memory instead")
+    parser.usage = "jaxpaged simulate [memory|sharing] [FLAGS]"
+    parser.add_argument("what", nargs="*", metavar="memory|sharing", help="one of the two experiments instead")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     add_verbose(parser)
 
@@ -90,6 +108,14 @@ def add_arguments(parser: Parser) -> None:
     add(group, "--output-len", "LENGTHS", "of answers in tokens (default: 128)", _lengths)
     add(group, "--prefix-len", "N", "tokens in front of each prompt that it shares with others (default: 0)", whole_number)
     add(group, "--num-prefixes", "N", "different beginnings of that kind (default: 1)", whole_number)
+    add(group, "--n", "N", "outputs of each prompt (default: 1)", whole_number)
+    text = "the n outputs are those of a beam search of width n"
+    group.add_argument("--use-beam-search", action="store_true", default=argparse.SUPPRESS, help=text)
+    add(group, "--num-priorities", "N", "each request has one of so many, 0 first (default: 1)", whole_number)
+    text = "of the steps of a beam, those with several likely tokens (default: {:g}, see simulate/random_model.py)"
+    add(group, "--beam-open-share", "X", text.format(OPEN_SHARE), number)
+    text = "of the steps, those where beams see the same whatever they have written (default: {:g}, likewise)"
+    add(group, "--beam-kinship", "X", text.format(KINSHIP), number)
     add(group, "--trace", "FILE", "recorded traffic, CSV or JSONL")
     add(group, "--seed", "N", "of the traffic (default: 0)", whole_number)
 
@@ -120,26 +146,33 @@ class _Machine:
 def run(arguments: argparse.Namespace) -> int:
     """Simulate and print; the exit code."""
     given = {name: value for name, value in vars(arguments).items() if name not in ("what", "json", "verbose")}
-    if arguments.what not in ([], ["memory"]):
-        raise UsageError(f"got {' '.join(arguments.what)!r}, expected nothing or 'memory' (see 'jaxpaged simulate --help')")
-    is_memory = bool(arguments.what)
-    for flag, others in (("trace", (*_RANDOM, "seed")), ("dataset_name", _LENGTHS), ("step_times", _ROOFLINE)):
+    if arguments.what not in ([], ["memory"], ["sharing"]):
+        what = " ".join(arguments.what)
+        raise UsageError(f"got {what!r}, expected nothing, 'memory' or 'sharing' (see 'jaxpaged simulate --help')")
+    experiment = arguments.what[0] if arguments.what else ""
+    for flag, others in (
+        ("trace", (*_RANDOM, *_OUTPUTS, *_MODEL, "seed")),
+        ("dataset_name", _LENGTHS),
+        ("step_times", _ROOFLINE),
+    ):
         _refuse(given, others if flag in given else (), f"not with {_flag(flag)}")
-    _refuse(given, _TRAFFIC if is_memory else (), "not with memory, which has loads of its own")
+    _refuse(given, _NOT_WITH.get(experiment, ()), f"not with {experiment}, which has loads of its own")
     for name in ("num_prompts", "max_concurrency"):
         if given.get(name, 1) < 1:
             raise ConfigError(f"{name}: got {given[name]}, expected a whole number of at least 1")
     set_up_logging(arguments)
-    machine = _machine(given, _MEMORY_OPTIONS if is_memory else {})
-    return (_run_memory if is_memory else _run_traffic)(machine, given, as_json=arguments.json)
+    runs = {"": _run_traffic, "memory": _run_memory, "sharing": _run_sharing}
+    return runs[experiment](_machine(given, experiment), given, as_json=arguments.json)
 
 
-def _machine(given: dict[str, Any], defaults: dict[str, Any]) -> _Machine:
+def _machine(given: dict[str, Any], experiment: str) -> _Machine:
+    defaults = _DEFAULTS.get(experiment, {})
+    gpu_name, model_name = _MACHINES.get(experiment, ("H100", "llama-3-8b"))
     options = {name: value for name, value in given.items() if name in OPTIONS}
     if "gpu_memory_utilization" in options:  # the pool is then what that leaves
         defaults = {name: value for name, value in defaults.items() if name != "kv_cache_memory_bytes"}
     config = EngineConfig.from_options(**{**defaults, **options})
-    gpu, name = named_gpu(given.get("gpu", "H100")), given.get("model", "llama-3-8b")
+    gpu, name = named_gpu(given.get("gpu", gpu_name)), given.get("model", model_name)
     model = _model(name)
     config = config.resolved(model, "gpu")
     costs, assumed = _costs(given, gpu, model, config)
@@ -165,6 +198,40 @@ def _run_memory(machine: _Machine, given: dict[str, Any], *, as_json: bool) -> i
     return 0
 
 
+def _run_sharing(machine: _Machine, given: dict[str, Any], *, as_json: bool) -> int:
+    config, assumed = machine.config, _random_model(given)
+    options = {
+        "num_prompts": given.get("num_prompts", 200),
+        "max_concurrency": given.get("max_concurrency", 3),
+        "seed": given.get("seed", 0),
+    }
+    where, room = (config, machine.model, machine.costs), {"num_pages": machine.num_pages, **options}
+    found = sharing.compare(*where, **room, random_model=assumed)
+    others = sharing.sensitivity(sharing.other_models(assumed), *where, **room)
+    if as_json:
+        words = {**options, "beam_open_share": assumed.open_share, "beam_kinship": assumed.kinship}
+        savings = [_saving(saving) for saving in found]
+        several = [
+            {"beam_open_share": model.open_share, "beam_kinship": model.kinship, "savings": [_saving(saving) for saving in each]}
+            for model, each in others
+        ]
+        print(json.dumps({"setting": machine.setting(**words), "savings": savings, "sensitivity": several}))
+    else:
+        what = f"assumed of beams: open share {assumed.open_share:g}, kinship {assumed.kinship:g} (simulate/random_model.py)"
+        print(f"{_heading(machine)}\n{what}\n\n{sharing.table(found)}\n\n{sharing.sensitivity_table(assumed, others, found)}")
+    return 0
+
+
+def _saving(found: sharing.Saving) -> dict[str, Any]:
+    low, high = sharing.PUBLISHED[found.dataset, found.kind]
+    return {**dataclasses.asdict(found), "saved": found.saved, "published_low": low, "published_high": high}
+
+
+def _random_model(given: dict[str, Any]) -> RandomModel:
+    options = {name: given[f"beam_{name}"] for name in ("open_share", "kinship") if f"beam_{name}" in given}
+    return RandomModel(**options, seed=given.get("seed", 0))
+
+
 def _run_traffic(machine: _Machine, given: dict[str, Any], *, as_json: bool) -> int:
     goals = _goals(given.get("goodput", ()))
     report.check_goodput(goals)
@@ -174,8 +241,14 @@ def _run_traffic(machine: _Machine, given: dict[str, Any], *, as_json: bool) -> 
     traffic, source = _traffic(given, max_model_len)
     scheduler = build_scheduler(machine.config, machine.model, machine.num_pages)
     started = time.process_time()
-    concurrency = given.get("max_concurrency")
-    seen = simulate(scheduler, traffic, machine.costs, max_model_len=max_model_len, max_concurrency=concurrency)
+    concurrency, searches = given.get("max_concurrency"), given.get("use_beam_search", False)
+    seen = simulate(
+        *(scheduler, traffic, machine.costs),
+        max_model_len=max_model_len,
+        max_concurrency=concurrency,
+        max_logprobs=machine.config.max_logprobs,
+        random_model=_random_model(given) if searches else None,
+    )
     seconds = time.process_time() - started
 
     numbers = report.summarise(seen, percentiles=percentiles, goodput=goals)
@@ -231,9 +304,11 @@ def _traffic(given: dict[str, Any], max_model_len: int) -> tuple[Iterable[Arriva
         raise ConfigError(f"dataset_name: got {name!r}{nearest(name, tuple(DATASETS))} (of: {', '.join(DATASETS)})")
     input_len, output_len = DATASETS[name] if name else (Fixed(1024), Fixed(128))
     input_len, output_len = given.get("input_len", input_len), given.get("output_len", output_len)
-    rest = ("request_rate", "burstiness", "prefix_len", "num_prefixes", "seed")
+    rest = ("request_rate", "burstiness", "prefix_len", "num_prefixes", "seed", *_OUTPUTS)
     options = {"num_prompts": 1000, **{name: given[name] for name in ("num_prompts", *rest) if name in given}}
     words = {"input_len": str(input_len), "output_len": str(output_len), **options}
+    if options.get("use_beam_search"):
+        words |= {f"beam_{name}": getattr(_random_model(given), name) for name in ("open_share", "kinship")}
     if words.get("request_rate") == math.inf:
         words["request_rate"] = "inf"  # JSON has no word for it; this is vLLM's
     return random_traffic(input_len=input_len, output_len=output_len, max_model_len=max_model_len, **options), words

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxpaged.config import ConfigError
+from jaxpaged.host.request import MAX_N, SamplingParams
 from jaxpaged.simulate.lengths import Lengths
 
 # Token ids of prefixes start here; those below are of one request alone. No model's vocabulary is in the way of a simulation.
@@ -21,9 +22,11 @@ class Arrival:
 
     Args:
       num_prompt: in tokens, those of its prefix counted.
-      num_output: tokens at which it ends by itself.
+      num_output: tokens at which it ends by itself, each of its outputs.
       tenant: requests share prefixes only within one tenant.
       prefix_id: requests of one prefix_id begin with the same `prefix_len` tokens, and share nothing after them.
+      n: outputs.
+      use_beam_search: they are those of a beam search of width n.
     """
 
     arrival_s: float
@@ -33,6 +36,16 @@ class Arrival:
     priority: int = 0
     prefix_id: int = 0
     prefix_len: int = 0
+    n: int = 1
+    use_beam_search: bool = False
+
+    def sampling_params(self) -> SamplingParams:
+        """What is asked of the engine.
+
+        Raises:
+          RequestError: n is out of range.
+        """
+        return SamplingParams(max_tokens=self.num_output, ignore_eos=True, n=self.n, use_beam_search=self.use_beam_search)
 
     def prompt_token_ids(self, number: int) -> tuple[int, ...]:
         """Tokens that no other request has, `number` being its own, behind those of its prefix."""
@@ -49,6 +62,9 @@ def random_traffic(
     burstiness: float = 1.0,
     prefix_len: int = 0,
     num_prefixes: int = 1,
+    num_priorities: int = 1,
+    n: int = 1,
+    use_beam_search: bool = False,
     max_model_len: int = 2**30,
     seed: int = 0,
 ) -> Iterator[Arrival]:
@@ -60,6 +76,8 @@ def random_traffic(
       request_rate: requests per second on average; inf is all of them at once.
       burstiness: the shape of the gaps' distribution: 1 is a Poisson process, below 1 they come in bursts, above 1 evenly.
       prefix_len: tokens in front of each prompt, besides `input_len`, one of `num_prefixes` drawn for each.
+      num_priorities: each request has one of so many, each as likely.
+      n: outputs of each; with `use_beam_search` those of a search of this width.
       max_model_len: prompts are cut so that one new token fits.
 
     Raises:
@@ -70,12 +88,17 @@ def random_traffic(
     _check("burstiness", burstiness, 0 < burstiness < math.inf, "a finite number above 0")
     _check("prefix_len", prefix_len, prefix_len >= 0, "a whole number of at least 0")
     _check("num_prefixes", num_prefixes, num_prefixes >= 1, "a whole number of at least 1")
-    lengths, gaps = random.Random(f"lengths {seed}"), random.Random(f"gaps {seed}")
+    _check("num_priorities", num_priorities, num_priorities >= 1, "a whole number of at least 1")
+    _check("n", n, 1 <= n <= MAX_N, f"a whole number in [1, {MAX_N}]")
+    lengths, gaps, priorities = (random.Random(f"{what} {seed}") for what in ("lengths", "gaps", "priorities"))
     return (
         Arrival(
             arrival_s,
             min(prefix_len + input_len.draw(lengths), max_model_len - 1),
             output_len.draw(lengths),
+            priority=priorities.randrange(num_priorities),
+            n=n,
+            use_beam_search=use_beam_search,
             prefix_id=lengths.randrange(num_prefixes),
             prefix_len=prefix_len,
         )

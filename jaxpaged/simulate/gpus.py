@@ -33,6 +33,7 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu("A100", 80, 2.039e12, 312e12, "NVIDIA A100 data sheet, SXM 80GB"),
+        Gpu("A100-40GB", 40, 1.555e12, 312e12, "NVIDIA A100 data sheet, SXM 40GB"),
         Gpu("H100", 80, 3.35e12, 989.4e12, "NVIDIA H100 data sheet, SXM: 1,979 sparse"),
         Gpu("H200", 141, 4.8e12, 989.4e12, "NVIDIA H200 data sheet, SXM: 1,979 sparse"),
         Gpu("B200", 180, 8.0e12, 2250e12, "NVIDIA DGX B200 data sheet, an eighth of it: 4,500 sparse"),

@@ -37,7 +37,8 @@ def summarise(
     """All numbers. Where nothing was measured they are 0, as in vLLM; where requests name tenants, `tenants` has those of each.
 
     `kv_cache_usage_perc` is the share of pages with an owner, `kv_waste` the share of the token places in such pages that hold no
-    token, `device_busy` the share of the time with a step running; means are over the time of steps.
+    token, `kv_saved_by_sharing` the share of the pages without sharing that there are not with it, `device_busy` the share of the
+    time with a step running; means are over the time of steps.
 
     Args:
       goodput: milliseconds that a request may take at most to count as good: ttft, tpot, e2el.
@@ -75,7 +76,7 @@ def _requests(lives: Sequence[Life], seconds: float, percentiles: Sequence[float
         "total_token_throughput": (num_input + num_output) / seconds,
     }
     for name in _GOALS:
-        several = lives if name != "tpot" else [life for life in lives if life.num_output > 1]
+        several = lives if name != "tpot" else [life for life in lives if life.num_output > life.n]
         numbers |= _spread(name, [(_milliseconds(life, name), 1) for life in several], percentiles)
     return numbers
 
@@ -90,6 +91,7 @@ def _pool(run: Run) -> dict[str, Any]:
         "kv_cache_usage_perc": occupancy.page_seconds / busy / num_pages,
         "max_kv_cache_usage_perc": occupancy.peak_pages / num_pages,
         "kv_waste": waste(occupancy.held_seconds, occupancy.allocated_seconds),
+        "kv_saved_by_sharing": waste(occupancy.page_seconds, occupancy.lone_page_seconds),
         "num_preemptions": scheduler.num_preemptions,
         "prefix_cache_queries": queried,
         "prefix_cache_hits": cache.num_hit_tokens if cache is not None else 0,
@@ -111,7 +113,8 @@ def _milliseconds(life: Life, metric: str) -> float:
         return (life.first_token_s - life.arrival_s) * 1e3
     if metric == "e2el":
         return (life.last_token_s - life.arrival_s) * 1e3
-    return (life.last_token_s - life.first_token_s) / (life.num_output - 1) * 1e3 if life.num_output > 1 else 0.0
+    num_gaps = life.num_output / life.n - 1  # its outputs have as many tokens each
+    return (life.last_token_s - life.first_token_s) / num_gaps * 1e3 if num_gaps else 0.0
 
 
 def _is_good(life: Life, goals: Mapping[str, float]) -> bool:
@@ -173,6 +176,8 @@ def table(numbers: Mapping[str, Any], goodput: Mapping[str, float] | None = None
         ("waste of allocated places", f"{numbers['kv_waste']:.2%}"),
         ("preemptions", f"{numbers['num_preemptions']:,}"),
     ]
+    if numbers["kv_saved_by_sharing"] > 0:
+        lines.append(("pages saved by sharing", share(numbers["kv_saved_by_sharing"])))
     if numbers["prefix_cache_hits"]:
         lines.append(("prefix cache hits", share(numbers["prefix_cache_hits"] / numbers["prefix_cache_queries"])))
     if goodput:

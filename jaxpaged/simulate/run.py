@@ -11,12 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jaxpaged.config import EngineConfig, ModelConfig
+from jaxpaged.host.beam_params import check_room
 from jaxpaged.host.pages import PagePool
-from jaxpaged.host.plan import Limits
-from jaxpaged.host.request import FinishReason, Request, RequestError, SamplingParams, TokenEvent
+from jaxpaged.host.plan import Limits, StepPlan
+from jaxpaged.host.request import FinishReason, Request, RequestError, TokenEvent
 from jaxpaged.host.scheduler import Scheduler, build
 from jaxpaged.simulate.arrivals import VOCAB_SIZE, Arrival
 from jaxpaged.simulate.cost import CostModel
+from jaxpaged.simulate.random_model import NUM_TOKENS, RandomModel
 
 _DUMMY_TOKEN = 0
 # limit of the scheduler -> the option it comes from, where that has another name.
@@ -26,6 +28,7 @@ OPTIONS = frozenset(
     {
         *("dtype", "kv_cache_dtype", "max_model_len", "enable_prefix_caching", "decode_row_buckets", "prefill_tile_buckets"),
         *("num_gpu_blocks_override", "kv_cache_memory_bytes", "gpu_memory_utilization", "scheduling_policy", "ageing_steps"),
+        "max_logprobs",
         *(_OPTION_OF.get(limit.name, limit.name) for limit in dataclasses.fields(Limits)),
     }
 ) & {option.name for option in dataclasses.fields(EngineConfig)}
@@ -33,7 +36,10 @@ OPTIONS = frozenset(
 
 @dataclass(slots=True)
 class Life:
-    """What became of one request. Times are on the virtual clock; `num_output` counts the tokens it has got."""
+    """What became of one request. Times are on the virtual clock; `num_output` counts the tokens of all its outputs so far.
+
+    The tokens of a beam search come all at once, at its end.
+    """
 
     arrival_s: float
     num_prompt: int
@@ -43,13 +49,17 @@ class Life:
     num_cached: int = 0
     tenant: str | None = None
     finish_reason: FinishReason | None = None
+    n: int = 1  # outputs
+    num_ended: int = 0  # of them
+    last_tokens_s: dict[int, float] = field(default_factory=dict)  # of each output, where there are several
 
 
 @dataclass
 class Occupancy:
     """The pool over time, as integrals over the seconds of steps. A place is room for one token.
 
-    `held` are places with a token that the step's end leaves there, `allocated` those of pages with an owner.
+    `held` are places with a token that the step's end leaves there, `allocated` those of pages with an owner. `lone_page_seconds`
+    count the pages that there would be if each output of each request had all of its own, as far as it has come.
     """
 
     seconds: float = 0.0
@@ -57,6 +67,7 @@ class Occupancy:
     held_seconds: float = 0.0
     allocated_seconds: float = 0.0
     row_seconds: float = 0.0
+    lone_page_seconds: float = 0.0
     peak_pages: int = 0
     peak_rows: int = 0
 
@@ -100,6 +111,8 @@ def simulate(
     *,
     max_model_len: int,
     max_concurrency: int | None = None,
+    max_logprobs: int = EngineConfig.max_logprobs,
+    random_model: RandomModel | None = None,
 ) -> Run:
     """Serve all arrivals, which come in order of time, and say how it went.
 
@@ -107,9 +120,11 @@ def simulate(
 
     Args:
       max_concurrency: at most so many requests are in the engine; the next one is sent when another ends, and counts from then.
+      max_logprobs: as many beams can a search have at most.
+      random_model: what beams choose among; one of seed 0 by default.
     """
     run = Run(scheduler)
-    desk = _Desk(run, max_model_len, max_concurrency)
+    desk = _Desk(run, max_model_len, max_concurrency, max_logprobs)
     pending = iter(arrivals)
     arrival = next(pending, None)
     now = 0.0
@@ -126,22 +141,31 @@ def simulate(
             now = max(now, arrival.arrival_s)
             continue
         seconds = cost.step_s(plan)
-        num_sampled = len(plan.sampling())
-        _observe(run, plan.num_tokens, seconds)
+        sampling = plan.sampling()
+        token_ids, candidates = [_DUMMY_TOKEN] * len(sampling), None
+        if desk.num_several:
+            # Outputs of one prompt are not alike, or the prefix cache would take one for another.
+            token_ids = [chunk.sequence.index for chunk in sampling]
+        if desk.num_searches:
+            random_model = random_model or RandomModel()
+            candidates = random_model.candidates(sampling)
+        _observe(run, plan, seconds, has_forks=bool(desk.num_several))
         now += seconds
-        desk.hand_out(scheduler.commit(plan, [_DUMMY_TOKEN] * num_sampled, [True] * num_sampled), now)
+        desk.hand_out(scheduler.commit(plan, token_ids, [True] * len(sampling), candidates), now)
 
 
 class _Desk:
     """Takes requests in and hands tokens out, writing down when."""
 
-    def __init__(self, run: Run, max_model_len: int, max_concurrency: int | None):
+    def __init__(self, run: Run, max_model_len: int, max_concurrency: int | None, max_logprobs: int):
         self.run, self.max_model_len = run, max_model_len
-        self.max_concurrency = max_concurrency
+        self.max_concurrency, self.max_logprobs = max_concurrency, max_logprobs
         self.max_pool_len = run.scheduler.pool.num_usable * run.scheduler.limits.page_size
         self.live: dict[str, Life] = {}
         self.was_full = False  # during the step before
         self.num_taken = 0
+        self.num_several = 0  # unfinished requests of several outputs, and those of them that are beam searches
+        self.num_searches = 0
 
     @property
     def has_room(self) -> bool:
@@ -158,46 +182,74 @@ class _Desk:
             request = Request.checked(
                 request_id,
                 arrival.prompt_token_ids(self.num_taken),
-                SamplingParams(max_tokens=arrival.num_output, ignore_eos=True),
+                arrival.sampling_params(),
                 vocab_size=VOCAB_SIZE,
                 max_model_len=self.max_model_len,
                 max_pool_len=self.max_pool_len,
+                default_seed=self.num_taken,
                 arrival_s=arrival_s,
                 cache_salt=arrival.tenant,
+                priority=arrival.priority,
                 tenant=arrival.tenant or "",
             )
+            self._check_room(request)
         except RequestError as error:
             self.run.refused.append(str(error))
             return
         self.run.scheduler.add(request)
-        life = Life(arrival_s, arrival.num_prompt, tenant=arrival.tenant)
+        life = Life(arrival_s, arrival.num_prompt, tenant=arrival.tenant, n=arrival.n)
         self.live[request_id] = life
+        self.num_several += arrival.n > 1
+        self.num_searches += arrival.use_beam_search
         self.run.lives.append(life)
         self.run.peak_requests = max(self.run.peak_requests, len(self.live))
 
+    def _check_room(self, request: Request) -> None:
+        limits, num_pages = self.run.scheduler.limits, self.run.scheduler.pool.num_usable
+        sizes = {"page_size": limits.page_size, "num_pages": num_pages, "max_num_seqs": limits.max_num_seqs}
+        check_room(request, vocab_size=NUM_TOKENS, max_logprobs=self.max_logprobs, **sizes)
+
     def hand_out(self, events: list[TokenEvent], now: float) -> None:
         """What a step that ended now has brought."""
-        gaps = self.run.gaps
+        num_new = 0
         self.was_full = not self.has_room
         for event in events:
             life = self.live[event.request_id]
-            if life.num_output:
-                gaps[now - life.last_token_s] += 1
-            else:
+            if not life.num_output:
                 life.first_token_s = now
                 life.num_cached = event.num_cached_tokens
-            life.num_output += 1
+            num_more = len(event.token_ids) or 1
+            self._note_gap(life, event.index, now)
+            num_new += num_more
+            life.num_output += num_more
             life.last_token_s = now
             if event.finish_reason is not None:
-                life.finish_reason = event.finish_reason
-                del self.live[event.request_id]
-        self.run.tokens_in_second[int(now)] += len(events)
+                life.num_ended += 1
+                if life.num_ended == life.n:
+                    self._end(event, life)
+        self.run.tokens_in_second[int(now)] += num_new
         self.run.duration_s = now
 
+    def _note_gap(self, life: Life, index: int, now: float) -> None:
+        """The seconds since the last token of this output, if it has had one."""
+        if life.n > 1:
+            if index in life.last_tokens_s:
+                self.run.gaps[now - life.last_tokens_s[index]] += 1
+            life.last_tokens_s[index] = now
+        elif life.num_output:
+            self.run.gaps[now - life.last_token_s] += 1
 
-def _observe(run: Run, num_tokens: int, seconds: float) -> None:
+    def _end(self, event: TokenEvent, life: Life) -> None:
+        life.finish_reason = event.finish_reason
+        life.last_tokens_s.clear()
+        self.num_several -= life.n > 1
+        self.num_searches -= bool(event.token_ids)  # only those of a search come together
+        del self.live[event.request_id]
+
+
+def _observe(run: Run, plan: StepPlan, seconds: float, *, has_forks: bool) -> None:
     """The pool during a step, which is planned and not yet committed."""
-    scheduler = run.scheduler
+    scheduler, num_tokens = run.scheduler, plan.num_tokens
     run.num_steps += 1
     run.num_scheduled_tokens += num_tokens
     pool, page_size = scheduler.pool, scheduler.limits.page_size
@@ -205,10 +257,28 @@ def _observe(run: Run, num_tokens: int, seconds: float) -> None:
     for sequence in scheduler.running:
         num_owned += len(sequence.pages)
         num_computed += sequence.num_computed
-    # A shared page is full, so all empty places are in pages with one owner: counted per owner, none is counted twice.
+    # A shared page is full, but for those of forks that sit this step out: all other empty places are in pages with one owner,
+    # and counted per owner none is counted twice.
     num_empty = num_owned * page_size - num_computed - num_tokens
+    num_lone = num_owned
+    if has_forks:
+        num_empty -= _num_empty_shared(scheduler)
+        num_lone += sum(len(sequence.pages) * sequence.num_to_come for sequence in scheduler.running)
     num_allocated = pool.num_used * page_size
     state = (seconds, pool.num_used, num_allocated - num_empty, num_allocated, len(scheduler.running))
     run.occupancy.add(*state)
+    run.occupancy.lone_page_seconds += seconds * num_lone
     if scheduler.waiting:
         run.crowded.add(*state)
+
+
+def _num_empty_shared(scheduler: Scheduler) -> int:
+    """Empty places of pages with several owners, for each owner but the first."""
+    num_empty, seen, page_size = 0, set(), scheduler.limits.page_size
+    for sequence in scheduler.running:
+        index, num_filled = divmod(sequence.num_computed, page_size)
+        page = sequence.pages[index] if num_filled and index < len(sequence.pages) else None
+        if page is not None and scheduler.pool.num_owners(page) > 1:
+            num_empty += (page_size - num_filled) * (page in seen)
+            seen.add(page)
+    return num_empty

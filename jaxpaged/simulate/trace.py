@@ -26,6 +26,7 @@ _COLUMNS = {
     "priority": (),
     "prefix_id": (),
     "prefix_tokens": (),
+    "n": (),
 }
 _NEEDED = ("arrival_s", "prompt_tokens", "output_tokens")
 _NAMES = {spelling: name for name, others in _COLUMNS.items() for spelling in (name, *others)}
@@ -35,8 +36,8 @@ def read_trace(path: str) -> list[Arrival]:
     """The requests of a file in order of arrival, the first at 0 s.
 
     A file whose name ends in .jsonl has an object on each line, any other a header and comma-separated values. Columns are
-    arrival_s (seconds, or a date and time), prompt_tokens, output_tokens, and if they are there tenant, priority, prefix_id and
-    prefix_tokens; other columns are left alone. Requests without prompt or answer, failures in public traces, are left out.
+    arrival_s (seconds, or a date and time), prompt_tokens, output_tokens, and if they are there tenant, priority, prefix_id,
+    prefix_tokens and n; other columns are left alone. Requests without prompt or answer, failures in public traces, are left out.
 
     Raises:
       ConfigError: with the line, the column, what it got and what is allowed.
@@ -63,6 +64,7 @@ def read_trace(path: str) -> list[Arrival]:
                 priority=_whole(row.get("priority") or 0, f"{where}: priority", low=-(2**31)),
                 prefix_id=prefixes.setdefault(prefix, len(prefixes)),
                 prefix_len=_whole(row.get("prefix_tokens") or 0, f"{where}: prefix_tokens") if prefix else 0,
+                n=_whole(row.get("n") or 1, f"{where}: n", low=1),
             )
         )
     if num_empty:
@@ -78,7 +80,7 @@ def _at(arrival: Arrival, arrival_s: float) -> Arrival:
     # dataclasses.replace would run a million times over, at three times the price.
     return Arrival(
         *(arrival_s, arrival.num_prompt, arrival.num_output),
-        *(arrival.tenant, arrival.priority, arrival.prefix_id, arrival.prefix_len),
+        *(arrival.tenant, arrival.priority, arrival.prefix_id, arrival.prefix_len, arrival.n),
     )
 
 

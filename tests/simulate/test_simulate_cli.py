@@ -112,6 +112,37 @@ def test_the_memory_experiment(run):
     assert len(found["loads"]) == 8 and all(0 < load["utilisation"] <= 1 for load in found["loads"])
 
 
+def test_the_sharing_experiment(run):
+    argv = ("sharing", "--num-prompts", "2")
+    code, out, _ = run(*argv, "--json")
+    found = json.loads(out)
+    assert code == 0 and (found["setting"]["gpu"], found["setting"]["model"]) == ("A100-40GB", "llama-2-13b")
+    assert [(saving["dataset"], saving["n"]) for saving in found["savings"][:6]] == [
+        (dataset, n) for dataset in ("alpaca", "sharegpt") for n in (2, 4, 6)
+    ]
+    assert len(found["savings"]) == 12 and len(found["sensitivity"]) == 4
+    assert found["savings"][-1]["published_high"] == 0.663
+    _, shown, _ = run(*argv)
+    for saving in found["savings"]:
+        alone, owned, saved = saving["num_alone"], saving["num_owned"], saving["saved"]
+        assert saved == pytest.approx((alone - owned) / alone) and f"({alone:,.1f} - {owned:,.1f}) / {alone:,.1f}" in shown
+        assert f"{saved:.1%}" in shown
+    assert "983 pages of 16 tokens" in shown and "37.6%-55.2%" in shown
+
+
+def test_outputs_beams_and_priorities_reach_the_scheduler(run):
+    plain, several, beams = (
+        json.loads(run("--num-prompts", "5", "--input-len", "40", "--output-len", "30", "--json", *argv)[1])
+        for argv in ((), ("--n", "3"), ("--n", "3", "--use-beam-search"))
+    )
+    assert (plain["total_output_tokens"], several["total_output_tokens"], beams["total_output_tokens"]) == (150, 450, 450)
+    assert plain["kv_saved_by_sharing"] == 0 < several["kv_saved_by_sharing"] < beams["kv_saved_by_sharing"]
+    assert beams["setting"]["n"] == 3 and beams["setting"]["beam_kinship"] > 0 and "beam_kinship" not in plain["setting"]
+    crowd = ("--num-prompts", "100", "--output-len", "10:90", "--num-priorities", "2", "--max-num-seqs", "8", "--json")
+    by_rank, by_time = (run(*crowd, "--scheduling-policy", policy)[1] for policy in ("priority", "fcfs"))
+    assert json.loads(by_rank)["std_ttft_ms"] != json.loads(by_time)["std_ttft_ms"]
+
+
 def test_a_directory_is_a_model(run, tmp_path: Path):
     values = {"model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     values |= {"num_attention_heads": 4, "max_position_embeddings": 256, "dtype": "float32"}
@@ -127,7 +158,7 @@ def test_a_directory_is_a_model(run, tmp_path: Path):
         (["--gpu", "H10"], "gpu: got 'H10', did you mean 'H100'"),
         (["--model", "llama-3-8"], "model: got 'llama-3-8', did you mean 'llama-3-8b'"),
         (["--gup", "H100"], "unknown flag '--gup', did you mean '--gpu'"),
-        (["memry"], "got 'memry', expected nothing or 'memory'"),
+        (["memry"], "got 'memry', expected nothing, 'memory' or 'sharing'"),
         (["memory", "memory"], "got 'memory memory'"),
         (["--num-prompts", "0"], "num_prompts: got 0"),
         (["--max-concurrency", "0"], "max_concurrency: got 0"),
@@ -140,6 +171,12 @@ def test_a_directory_is_a_model(run, tmp_path: Path):
         (["--trace", "/none"], "/none: cannot be read"),
         (["--step-times", "x", "--flops-efficiency", "1"], "--flops-efficiency: not with --step-times"),
         (["memory", "--goodput", "ttft:3"], "--goodput: not with memory"),
+        (["memory", "--n", "3"], "--n: not with memory"),
+        (["sharing", "--n", "3"], "--n: not with sharing"),
+        (["sharing", "--beam-kinship", "2"], "kinship: got 2, expected a number in [0, 1]"),
+        (["sharing", "--num-prompts", "3", "--num-gpu-blocks-override", "6"], "sharegpt, parallel sampling: "),
+        (["--trace", "x", "--use-beam-search"], "--use-beam-search: not with --trace"),
+        (["--n", "0"], "n: got 0, expected a whole number in [1, 128]"),
         (["--goodput", "ttft"], "--goodput: got 'ttft', expected NAME:MS"),
         (["--goodput", "ttft:soon"], "--goodput: ttft: got 'soon', expected a number"),
         (["--goodput", "tft:3"], "goodput: got 'tft', did you mean 'ttft'"),
@@ -157,7 +194,14 @@ def test_bad_usage_is_one_line(argv: list[str], problem: str, run):
     assert err.startswith("jaxpaged: error: ") and err.count("\n") == 1 and problem in err
 
 
-@pytest.mark.parametrize(("argv", "shown"), [(SMALL, "Time to first token"), (MEMORY, "1.00 GiB / 2,097,152 bytes = 512 pages")])
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        (SMALL, "Time to first token"),
+        (MEMORY, "1.00 GiB / 2,097,152 bytes = 512 pages"),
+        (("--num-prompts", "3", "--n", "2", "--use-beam-search"), "pages saved by sharing"),
+    ],
+)
 def test_jax_stays_out(argv: tuple[str, ...], shown: str):
     code = "import sys; from jaxpaged.cli import main; print(main(['simulate', *sys.argv[1:]]), *sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=60, check=True)
