@@ -5,15 +5,26 @@ The only place that knows both what a plan means and how a compiled step wants i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from jaxpaged.config import Bucket
 from jaxpaged.host.plan import Chunk, StepPlan
+from jaxpaged.host.request import Sequence
 from jaxpaged.model.attention import PagedTokens
 from jaxpaged.model.sampler import SamplingInputs
 from jaxpaged.model.step import StepInputs
+
+
+class Feed(NamedTuple):
+    """The tokens that the step before has sampled, which nobody on the host need know yet."""
+
+    token_ids: np.ndarray | jax.Array  # int32 [R of the largest bucket]
+    rows: Mapping[Sequence, int]  # of each sequence that it sampled
 
 
 def fit(plan: StepPlan, buckets: Seq[Bucket], tile: int) -> Bucket:
@@ -31,7 +42,9 @@ def fit(plan: StepPlan, buckets: Seq[Bucket], tile: int) -> Bucket:
     )
 
 
-def pad(plan: StepPlan, bucket: Bucket, *, tile: int, page_size: int, max_blocks_per_seq: int) -> tuple[StepInputs, list[int]]:
+def pad(
+    plan: StepPlan, bucket: Bucket, feed: Feed, *, tile: int, page_size: int, max_blocks_per_seq: int
+) -> tuple[StepInputs, list[int]]:
     """The step's inputs in the bucket's shapes, and the row of the outputs of each chunk in `plan.sampling()`.
 
     Padding is zeros: token 0 at position 0, slot 0 of the null page, a length of 0, and greedy sampling.
@@ -46,7 +59,7 @@ def pad(plan: StepPlan, bucket: Bucket, *, tile: int, page_size: int, max_blocks
         min_p=np.zeros(D + C, np.float32),  # type: ignore[arg-type]
         seeds=np.zeros((D + C, 2), np.uint32),  # type: ignore[arg-type]
     )
-    beam_temperature = np.zeros(D + C, np.float32)
+    beam_temperature, fed = np.zeros(D + C, np.float32), np.zeros(D, np.int32)
     sampling_rows = []
 
     def place(row: int, at: int, chunk: Chunk, start: int, end: int) -> None:
@@ -54,7 +67,8 @@ def pad(plan: StepPlan, bucket: Bucket, *, tile: int, page_size: int, max_blocks
         pages = np.asarray(chunk.sequence.pages, np.int32)
         count = end - start
         places = np.arange(start, end)
-        token_ids[at : at + count] = chunk.sequence.tokens[start:end]
+        known = chunk.sequence.tokens[start:end]
+        token_ids[at : at + len(known)] = known
         slots[at : at + count] = pages[places // page_size] * page_size + places % page_size
         tables[row, : len(pages)] = pages
         lens[row] = end
@@ -66,6 +80,8 @@ def pad(plan: StepPlan, bucket: Bucket, *, tile: int, page_size: int, max_blocks
     for row, chunk in enumerate(plan.decodes):
         place(row, row, chunk, chunk.start, chunk.end)
         positions[row] = chunk.start
+        if chunk.start == len(chunk.sequence.tokens):  # its token is the pending one
+            fed[row] = 1 + feed.rows[chunk.sequence]
     row, at = D, D
     for chunk in plan.prefills:
         for start in range(chunk.start, chunk.end, tile):
@@ -75,7 +91,7 @@ def pad(plan: StepPlan, bucket: Bucket, *, tile: int, page_size: int, max_blocks
             row, at = row + 1, at + tile
 
     tokens = PagedTokens(token_ids, positions, slots, tables[:D], lens[:D], tables[D:], lens[D:])  # type: ignore[arg-type]
-    inputs = StepInputs(tokens=tokens, sample_at=sample_at, sampling=sampling, beam_temperature=beam_temperature)  # type: ignore[arg-type]
+    inputs = StepInputs(tokens, fed, feed.token_ids, sample_at, sampling, beam_temperature)  # type: ignore[arg-type]
     return inputs, sampling_rows
 
 

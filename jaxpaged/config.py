@@ -281,6 +281,8 @@ class EngineConfig:
       max_num_batched_tokens: tokens of one step, so also the longest chunk of a prompt; auto is 512 on a CPU, 2048 on a GPU.
       long_prefill_token_threshold: longest chunk of one prompt in one step; 0 for no limit of its own.
       max_num_partial_prefills: prompts in the middle of which a step may end; 0 for no limit of its own.
+      async_scheduling: plan a step while the one before it runs, whose tokens reach it on the device; the outputs are the same.
+        Not done where compare_with is set.
       batch_merge_window: steps that a request may be held back, while others run, for more to be admitted with it; 0 for none.
       scheduling_policy: who is admitted first, and gives way last when pages run out: fcfs, lifo, priority, fair_share (between
         tenants), sjf (shortest job first) or prefix (longest cached prefix first); in Python also a function, see
@@ -326,6 +328,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     long_prefill_token_threshold: int = 0
     max_num_partial_prefills: int = 0
+    async_scheduling: bool = True
     batch_merge_window: int = 0
     scheduling_policy: str | Callable[..., Any] = "fcfs"
     ageing_steps: int = 5000
@@ -401,7 +404,7 @@ class EngineConfig:
             value = self.compare_tolerance
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ConfigError(f"compare_tolerance: got {value!r}, expected a number above 0")
-        for name in ("enable_prefix_caching", "enforce_eager", "skip_tokenizer_init", "allow_nonfinite"):
+        for name in ("enable_prefix_caching", "async_scheduling", "enforce_eager", "skip_tokenizer_init", "allow_nonfinite"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected True or False")
         for name, low in (("decode_row_buckets", 1), ("prefill_tile_buckets", 0)):
@@ -448,6 +451,7 @@ class EngineConfig:
             block_size=self.block_size or (16 if on_cpu else 64),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_tokens,
+            async_scheduling=self.async_scheduling and self.compare_with is None,  # a duel looks at the pages between two steps
             prefill_tile=tile,
             decode_row_buckets=self.decode_row_buckets or _default_rows(max_num_seqs, dtype, on_cpu),
             prefill_tile_buckets=self.prefill_tile_buckets or tuple(sorted({1, min(8, max_tiles), max_tiles})),

@@ -5,10 +5,12 @@ Owns a scheduler and a runner. Refuses to know text, checkpoints' formats and th
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -21,9 +23,10 @@ from jaxpaged.duel import Duel
 from jaxpaged.host import scheduler
 from jaxpaged.host.beam_params import check_room
 from jaxpaged.host.pages import PagePool
+from jaxpaged.host.plan import StepPlan
 from jaxpaged.host.request import Request, RequestError, SamplingParams, TokenEvent
 from jaxpaged.observe import eyes
-from jaxpaged.runner import JaxRunner, Runner, plan_memory, use_compilation_cache
+from jaxpaged.runner import JaxRunner, Result, Runner, plan_memory, use_compilation_cache
 
 
 class Engine:
@@ -49,6 +52,7 @@ class Engine:
         self.num_steps = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
+        self._in_flight: deque[tuple[StepPlan, Callable[[], Result]]] = deque()  # steps that run, the oldest first
         self._seeds = random.Random(config.seed)
         self._ids = itertools.count()
         self._is_closed = False
@@ -154,25 +158,39 @@ class Engine:
         return self.scheduler.has_unfinished
 
     def step(self) -> list[TokenEvent]:
-        """Run one step: at most one new token per output of a running request, none of a beam search before its end.
+        """Start the next step and finish the oldest: at most one new token per output of a running request, none of a beam search
+        before its end.
 
-        Empty when there is nothing to do, and when only prompts and beams have advanced.
+        With async_scheduling the oldest is the step before, and the first call finishes none. Empty also when there is nothing to
+        do, and when only prompts and beams have advanced.
         """
         try:
             self._eyes.planning()
             plan = self.scheduler.plan()
             self._eyes.planned(plan)
-            if plan is None:
-                return []
-            result: tuple[Any, ...] = self.runner.run(plan)
-            self._eyes.ran(*result)
-            events = self.scheduler.commit(plan, *result)
-            self._eyes.committed()
-        except Exception as error:
+            if plan is not None:
+                self._in_flight.append((plan, self.runner.submit(plan)))
+            is_ahead = plan is not None and self.config.async_scheduling and len(self._in_flight) == 1
+            events = [] if is_ahead or not self._in_flight else self._finish_step()
+            # What runs for nobody is not waited for: all that it was for has ended.
+            while self._in_flight and not any(chunk.sequence.finish_reason is None for chunk in self._in_flight[0][0].chunks()):
+                self._finish_step(is_awaited=False)
+        except BaseException as error:
+            self._in_flight.clear()
             self._eyes.failed(error)
+            with contextlib.suppress(Exception):  # of a scheduler that is broken itself; what raised first is what to tell
+                self.scheduler.rewind()
             raise
-        self.num_steps += 1
         self.num_generation_tokens += sum(len(event.token_ids) or event.token_id is not None for event in events)
+        return events
+
+    def _finish_step(self, *, is_awaited: bool = True) -> list[TokenEvent]:
+        plan, wait = self._in_flight.popleft()
+        result: tuple[Any, ...] = wait() if is_awaited else ([0] * len(plan.sampling()), [True] * len(plan.sampling()))
+        self._eyes.ran(*result)
+        events = self.scheduler.commit(plan, *result)
+        self._eyes.committed()
+        self.num_steps += 1
         return events
 
     def reset_prefix_cache(self) -> None:

@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,12 +24,13 @@ from tqdm import tqdm
 
 from jaxpaged import batch, duel
 from jaxpaged.config import Bucket, ConfigError, EngineConfig, ModelConfig
-from jaxpaged.host.beams import Candidates
+from jaxpaged.host.beams import BeamGroup, Candidates
 from jaxpaged.host.plan import StepPlan
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import duel as model_duel
 from jaxpaged.model import step as model_step
 from jaxpaged.model import weights as model_weights
+from jaxpaged.model.step import StepOutputs
 from jaxpaged.model.weights import Weights
 from pallas_kernels import backends
 from pallas_kernels.paged_decode_attention import dispatch
@@ -51,10 +53,12 @@ class Runner(Protocol):
     num_pages: int
     duel: duel.Duel | None
 
-    def run(self, plan: StepPlan) -> Result:
-        """Run one step: the token and whether its logits were finite, for each chunk of `plan.sampling()`, in its order.
+    def submit(self, plan: StepPlan) -> Callable[[], Result]:
+        """Start one step, behind those before it; the call that comes back waits for it.
 
-        With a beam among the chunks also the candidates of each, which are nothing for those that are no beams.
+        It yields the token and whether its logits were finite, for each chunk of `plan.sampling()`, in its order. With a beam
+        among the chunks also the candidates of each, which are nothing for those that are no beams. A chunk whose token is
+        pending takes it from the step before.
         """
         ...
 
@@ -76,6 +80,8 @@ class JaxRunner:
         self.compiled: dict[Bucket, jax.stages.Compiled] = {}
         sizes = {"tile": config.prefill_tile, "page_size": config.block_size, "max_blocks_per_seq": config.max_blocks_per_seq}
         self._pad = functools.partial(batch.pad, **sizes)  # type: ignore[arg-type]
+        num_rows = self.buckets[-1].decode_rows + self.buckets[-1].prefill_tiles
+        self._feed = batch.Feed(np.zeros(num_rows, np.int32), {})
         self.duel = None
         backend = attention_backend(config, model)
         options = {"config": model, "backend": backend, "max_logprobs": config.max_logprobs}
@@ -91,21 +97,28 @@ class JaxRunner:
         self._copiers: dict[int, jax.stages.Compiled] = {}
         self._jitted_copy = jax.jit(functools.partial(kv_cache.copy_pages, config=model), donate_argnums=0)
 
-    def run(self, plan: StepPlan) -> Result:
-        """See `Runner.run`."""
+    def submit(self, plan: StepPlan) -> Callable[[], Result]:
+        """See `Runner.submit`."""
         if plan.copies:
             self._copy(plan.copies)
         bucket = batch.fit(plan, self.buckets, self.config.prefill_tile)  # type: ignore[arg-type]
-        inputs, rows = self._pad(plan, bucket)
+        inputs, rows = self._pad(plan, bucket, self._feed)
         if bucket not in self.compiled:  # enforce_eager
             self.compiled[bucket] = self._compile(bucket)
         outputs, self.cache = self.compiled[bucket](self.weights, self.cache, inputs)
         if self.duel is not None:
             outputs, evidence = outputs
             self.duel.record(plan, inputs, rows, evidence, self.cache)
+        sampling = plan.sampling()
+        self._feed = batch.Feed(outputs.token_ids, dict(zip((chunk.sequence for chunk in sampling), rows, strict=True)))
+        outputs.token_ids.copy_to_host_async()
+        outputs.is_finite.copy_to_host_async()
+        return functools.partial(self._result, outputs, rows, [chunk.sequence.group for chunk in sampling])
+
+    @staticmethod
+    def _result(outputs: StepOutputs, rows: list[int], groups: list[BeamGroup | None]) -> Result:
         token_ids, is_finite = np.asarray(outputs.token_ids), np.asarray(outputs.is_finite)
         result = token_ids[rows].tolist(), is_finite[rows].tolist()
-        groups = [chunk.sequence.group for chunk in plan.sampling()]
         if not any(groups):
             return result
         ids, logprobs = np.asarray(outputs.likeliest_ids), np.asarray(outputs.likeliest_logprobs)
@@ -130,7 +143,7 @@ class JaxRunner:
         logger.info("Compiled %d steps in %.1f s.", len(self.buckets), time.perf_counter() - started)
 
     def _compile(self, bucket: Bucket) -> jax.stages.Compiled:
-        inputs, _ = self._pad(StepPlan((), ()), bucket)
+        inputs, _ = self._pad(StepPlan((), ()), bucket, self._feed)
         return self._jitted.lower(self.weights, self.cache, inputs).compile()
 
     def _copy(self, copies: Seq[tuple[int, int]]) -> None:

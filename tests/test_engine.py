@@ -169,12 +169,12 @@ class WatchedRunner(JaxRunner):
         self.logits: list[bytes] = []
         self.scheduler = None
 
-    def run(self, plan: StepPlan):
+    def submit(self, plan: StepPlan):
         if self.plants_nan:
             self.cache = _plant(self.cache, self._unused())
-        inputs, rows = self._pad(plan, batch.fit(plan, self.buckets, self.config.prefill_tile))
+        inputs, rows = self._pad(plan, batch.fit(plan, self.buckets, self.config.prefill_tile), self._feed)
         self.logits.append(np.asarray(_logits(self.weights, self.cache, inputs))[rows].tobytes())
-        return super().run(plan)
+        return super().submit(plan)
 
     def _unused(self) -> np.ndarray:
         unused = np.ones((MODEL.num_layers, self.num_pages, PAGE), bool)
@@ -192,7 +192,7 @@ def _plant(cache: KVCache, unused: jax.Array) -> KVCache:
 
 @jax.jit
 def _logits(weights: Weights, cache: KVCache, inputs: StepInputs) -> jax.Array:
-    hidden, _ = forward_paged(weights, cache, inputs.tokens, config=MODEL)
+    hidden, _ = forward_paged(weights, cache, inputs.fed_tokens(), config=MODEL)
     return transformer.logits(weights, MODEL, hidden[inputs.sample_at])
 
 
@@ -410,7 +410,7 @@ def test_what_cannot_be_served_is_refused_before_it_takes_a_page(engine: Engine)
         assert one.pool.num_used == 0
         one.scheduler.check()
     assert one.stats()["num_requests_waiting"] == 1
-    assert [event.request_id for event in one.step()] == ["twice"]
+    assert [event.request_id for event in (*one.step(), *one.step())] == ["twice"]
     assert not one.has_unfinished
 
 

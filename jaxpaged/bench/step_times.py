@@ -67,7 +67,7 @@ def measure(engine: Engine, contexts: Seq[int], rounds: int) -> list[dict[str, f
             if plan is None:
                 continue
             started = time.perf_counter()
-            engine.runner.run(plan)
+            engine.runner.submit(plan)()
             taken = time.perf_counter() - started
             chunks = (*plan.decodes, *plan.prefills)
             give_back(engine, chunks)

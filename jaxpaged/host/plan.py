@@ -74,6 +74,10 @@ class StepPlan:
         """Tokens computed, padding not counted."""
         return len(self.decodes) + sum(chunk.num_tokens for chunk in self.prefills)
 
+    def chunks(self) -> tuple[Chunk, ...]:
+        """All of them."""
+        return (*self.decodes, *self.prefills)
+
     def sampling(self) -> list[Chunk]:
         """The chunks that yield a token, in the order of the step's outputs."""
         return [*self.decodes, *(chunk for chunk in self.prefills if chunk.samples)]

@@ -226,7 +226,8 @@ class Request:
 class Sequence:
     """One output of a request with its tokens and pages, owned by the scheduler; or one beam of it, an output to be.
 
-    Invariant: 0 <= num_computed <= len(tokens); the keys and values of tokens[:num_computed] are in `pages`, in order.
+    Invariant: 0 <= num_computed <= num_tokens; the keys and values of tokens[:num_computed] are in `pages`, in order, once the
+    steps in flight have run.
     A sequence is decoding exactly when one token is left to compute and it has output; nothing else records its phase. A beam
     whose tokens are all computed has `candidates` and waits for the other beams of its group.
     """
@@ -239,6 +240,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_pending: int = 0  # 1 while its next token is sampled by a step in flight: the device has it, `tokens` does not
     num_recorded: int = 0  # its first pages that the prefix cache has been told of
     num_cached_tokens: int = 0  # tokens that the prefix cache had when the sequence was first admitted
     page_keys: list[bytes] = field(default_factory=list)  # of its first full pages; see host/prefix_cache.py
@@ -280,9 +282,14 @@ class Sequence:
         return len(self.request.prompt_token_ids)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and output, the pending one among them."""
+        return len(self.tokens) + self.num_pending
+
+    @property
     def num_uncomputed(self) -> int:
         """Tokens whose keys and values are not yet in a page; at least 1 until the sequence ends, but for a beam that waits."""
-        return len(self.tokens) - self.num_computed
+        return len(self.tokens) + self.num_pending - self.num_computed
 
     @property
     def num_to_compute(self) -> int:

@@ -1,14 +1,14 @@
 """The scheduler: which sequences run in the next step, which of their tokens, on which pages.
 
-A state machine: `add` and `abort` are its events, `plan` decides one step, `commit` records what came of it. Knows tokens, pages
-and limits. Refuses to know arrays, text, time and the device.
+A state machine: `add` and `abort` are its events, `plan` decides one step, `commit` records what came of it. The next step may be
+planned before the last one is committed. Knows tokens, pages and limits. Refuses to know arrays, text, time and the device.
 """
 
 from __future__ import annotations
 
 import itertools
 from bisect import insort
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence as Seq
 
 from jaxpaged.config import EngineConfig, ModelConfig
@@ -56,6 +56,11 @@ class Scheduler:
     The beams of a search run together or not at all, side by side: when one has to give way all of them do, and wait as one
     sequence, from which the others are forked again where they part. No number of preemptions protects them.
 
+    One step may be in flight while the next is planned. What it computes then counts as computed, since the device runs steps in
+    order, and a sequence that it samples has a pending token: the next step may compute that one without anybody here knowing
+    which it is. When it ends the sequence, what the next step made of it is thrown away; when the sequence has to give way
+    meanwhile, its token still counts. A beam waits for its candidates.
+
     Args:
       ageing_steps: how long a policy may hold a sequence back; see `WaitingLine`.
     """
@@ -70,6 +75,8 @@ class Scheduler:
         self.num_copies = 0
         self._by_id: dict[str, list[Sequence]] = {}  # what has not ended yet of each request; beams as in their group's `running`
         self._copies: list[tuple[int, int]] = []  # of the plan being made
+        self._in_flight: deque[StepPlan] = deque()  # planned and not committed, the oldest first
+        self._is_advanced = False  # whether the sequences of the last of them are where it leaves them
 
     # --- events ---
 
@@ -106,7 +113,13 @@ class Scheduler:
     # --- plan ---
 
     def plan(self) -> StepPlan | None:
-        """Decide the next step and take the pages it writes to; None when nothing is waiting or running."""
+        """Decide the next step and take the pages it writes to; None when there is nothing to compute.
+
+        At most one step may be in flight. None, too, when all depends on what it yields.
+        """
+        if len(self._in_flight) > 1:
+            raise RuntimeError(f"{len(self._in_flight)} steps are in flight: commit the oldest before the next is planned")
+        self._advance_in_flight(is_pending=True)
         tokens_left, tiles_left = self.limits.max_num_batched_tokens, self.limits.max_prefill_tiles
         chunks: list[Chunk] = []
         has_preempted, is_by_arrival = False, self.waiting.policy is fcfs
@@ -139,6 +152,8 @@ class Scheduler:
         while self.waiting and is_open and self._has_room(1):
             self.waiting.refresh()
             sequence = self.waiting[0]
+            if sequence.num_pending:
+                break  # a token that only the device knows can be a decode's, not the end of a chunk
             known = self.pool.cache.match(sequence) if self.pool.cache is not None else []
             num_known = len(known) * self.limits.page_size
             num_tokens = self._chunk_len(sequence, num_known, tokens_left, tiles_left)
@@ -153,7 +168,7 @@ class Scheduler:
             if not num_tokens or num_lacking + num_needed > self.pool.num_free:
                 break
             if not self._has_room(1 + sequence.num_to_come) or self._is_one_too_many(
-                chunks, num_known + num_tokens < len(sequence.tokens)
+                chunks, num_known + num_tokens < sequence.num_tokens
             ):
                 break
             self._begin(sequence, known)
@@ -170,15 +185,31 @@ class Scheduler:
         self.num_copies += len(copies)
         if not chunks:
             return None
-        return StepPlan(
+        plan = StepPlan(
             decodes=tuple(chunk for chunk in chunks if _is_decode(chunk)),
             prefills=tuple(chunk for chunk in chunks if not _is_decode(chunk)),
             copies=copies,
         )
+        self._in_flight.append(plan)
+        self._is_advanced = False
+        return plan
+
+    def _advance_in_flight(self, *, is_pending: bool) -> None:
+        """Count what the last step in flight computes as computed; `is_pending` when nobody knows yet what it samples."""
+        if self._is_advanced or not self._in_flight:
+            return
+        self._is_advanced = True
+        for chunk in self._in_flight[-1].chunks():
+            sequence = chunk.sequence
+            if sequence.finish_reason is None:
+                sequence.num_computed = chunk.end
+                sequence.num_pending = int(is_pending and chunk.samples and sequence.group is None)
 
     def _chunk_len(self, sequence: Sequence, num_computed: int, tokens_left: int, tiles_left: int) -> int:
         """How many of a sequence's next tokens the rest of the step can hold; 0 when it has to sit the step out."""
-        num_tokens = len(sequence.tokens) - num_computed
+        num_tokens = sequence.num_tokens - num_computed
+        if sequence.num_pending and sequence.num_tokens >= sequence.request.max_len:
+            return 0  # the pending token is its last
         if num_tokens == 1:
             return min(1, tokens_left)  # a row, no tile; if it has forks, they are there before it is computed
         num_own = sequence.num_own
@@ -195,13 +226,13 @@ class Scheduler:
 
     def _num_pages_lacking(self, sequence: Sequence) -> int:
         """Pages that the sequence has yet to take for the tokens it has now, and those that its forks will need at once."""
-        lacking = self._num_pages(len(sequence.tokens)) - len(sequence.pages)
+        lacking = self._num_pages(sequence.num_tokens) - len(sequence.pages)
         # Below 0 for one that was given all its pages beforehand: what it has to spare is nobody's.
         lacking = (lacking if lacking > 0 else 0) + self._writes_shared_page(sequence)
         return lacking + self._num_pages_to_come(sequence) if sequence.num_forks or sequence.group is not None else lacking
 
     def _num_pages_to_come(self, sequence: Sequence) -> int:
-        num_tokens = len(sequence.tokens)
+        num_tokens = sequence.num_tokens
         num_each = self._num_pages(num_tokens) - (num_tokens - sequence.num_own) // self.limits.page_size
         return sequence.num_forks * num_each if sequence.num_forks else sequence.num_to_come  # a page for the first token
 
@@ -227,7 +258,7 @@ class Scheduler:
             return False
         if self.waiting.longest_wait() > self.limits.batch_merge_window:
             return False
-        return sum(len(sequence.tokens) for sequence in self.waiting) < tokens_left
+        return sum(sequence.num_tokens for sequence in self.waiting) < tokens_left
 
     def _is_one_too_many(self, chunks: list[Chunk], is_partial: bool) -> bool:
         """Whether the step would end in the middle of more prompts than it may."""
@@ -308,15 +339,15 @@ class Scheduler:
         sequence.pages += pages
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence, *, is_counted: bool = True) -> None:
         """Take all pages back; the sequence recomputes them, its output included, when it is admitted again."""
         if sequence.group is not None:
             sequence = self._fold(self._by_id[sequence.request.request_id])
         self.running.remove(sequence)
         self._release(sequence)
         sequence.num_computed = 0
-        sequence.num_preemptions += 1
-        self.num_preemptions += 1
+        sequence.num_preemptions += is_counted
+        self.num_preemptions += is_counted
         self.waiting.push(sequence)
         if _is_protected(sequence):
             self._part(sequence)
@@ -418,22 +449,25 @@ class Scheduler:
     def commit(
         self, plan: StepPlan, token_ids: Seq[int], is_finite: Seq[bool], candidates: Seq[Candidates] | None = None
     ) -> list[TokenEvent]:
-        """Record a step that ran. `token_ids` and `is_finite` are those of `plan.sampling()`, in its order.
+        """Record the oldest step in flight, which ran. `token_ids` and `is_finite` are those of `plan.sampling()`, in its order.
 
         A row whose logits were not finite ends its own request with FinishReason.ERROR and no other.
 
         Args:
           candidates: likewise; needed where there is a beam among them, and read of beams alone.
         """
-        for chunk in (*plan.decodes, *plan.prefills):
-            if chunk.sequence.finish_reason is None:
-                chunk.sequence.num_computed = chunk.end
+        if not self._in_flight or plan is not self._in_flight[0]:
+            raise RuntimeError("a step is committed that is not the oldest in flight")
+        if len(self._in_flight) == 1:
+            self._advance_in_flight(is_pending=False)
+        self._in_flight.popleft()
         events, tenants = [], self.waiting.tenants
         grown: dict[str, BeamGroup] = {}
         for row, (chunk, token_id, finite) in enumerate(zip(plan.sampling(), token_ids, is_finite, strict=True)):
             sequence = chunk.sequence
-            if sequence.finish_reason is not None:  # aborted while the step ran
+            if sequence.finish_reason is not None:  # aborted while the step ran, or ended by the token before
                 continue
+            sequence.num_pending = 0
             if finite:
                 # Only here is it known that everything up to this token is sound, so that others may share it.
                 if self.pool.cache is not None:
@@ -442,6 +476,8 @@ class Scheduler:
                     tenants.charge(sequence.request.tenant, OUTPUT_COST)
             if sequence.group is not None:
                 request_id = sequence.request.request_id
+                if sequence.num_computed < chunk.end:  # the search gave way while the step ran: it computes this anew
+                    continue
                 if finite:
                     sequence.candidates = candidates[row]  # type: ignore[index]
                     grown[request_id] = sequence.group
@@ -462,6 +498,18 @@ class Scheduler:
             if beams and all(beam.candidates for beam in beams):
                 events += self._advance(group, beams)
         return events
+
+    def rewind(self) -> None:
+        """Forget the steps in flight: their results will not come. All that runs begins again with what was committed.
+
+        Not where it was, because nobody can tell which pages were written, and which copied before somebody else wrote them.
+        """
+        self._in_flight.clear()
+        self._copies.clear()
+        for sequence in (*self.running, *self.waiting):
+            sequence.num_pending = 0
+        while self.running:
+            self._preempt(self.running[-1], is_counted=False)
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         if sequence.tokens[-1] in sequence.request.stop_ids:
@@ -496,10 +544,12 @@ class Scheduler:
         """Raise unless every invariant of the scheduler and its pool holds."""
         self.pool.check(sequence.pages for sequence in self.running)
         for sequence in (*self.running, *self.waiting):
-            if not 0 <= sequence.num_computed <= len(sequence.tokens):
+            if not 0 <= sequence.num_computed <= sequence.num_tokens:
                 raise RuntimeError(
-                    f"{sequence.request.request_id}: num_computed {sequence.num_computed} of {len(sequence.tokens)} tokens"
+                    f"{sequence.request.request_id}: num_computed {sequence.num_computed} of {sequence.num_tokens} tokens"
                 )
+            if sequence.num_pending and not self._in_flight:
+                raise RuntimeError(f"{sequence.request.request_id}: a token is pending and no step is in flight")
             if self._num_pages(sequence.num_computed) > len(sequence.pages):
                 raise RuntimeError(
                     f"{sequence.request.request_id}: {len(sequence.pages)} pages for {sequence.num_computed} tokens"
@@ -523,7 +573,8 @@ class Scheduler:
         wanted = [list(one.token_ids) for one in group.running[: len(beams)]]
         if [beam.output_token_ids for beam in beams] != wanted or len(beams) + beams[0].num_forks != len(group.running):
             raise RuntimeError(f"{request_id}: its sequences are not the beams of its group")
-        if any(bool(beam.candidates) != (not beam.num_uncomputed) for beam in beams):
+        in_flight = {chunk.sequence for plan in self._in_flight for chunk in plan.chunks()}
+        if any(bool(beam.candidates) != (not beam.num_uncomputed) for beam in beams if beam not in in_flight):
             raise RuntimeError(f"{request_id}: a beam waits and has no candidates, or has some and does not wait")
         if len(beams) > 1 and not all(beam in self.running for beam in beams):
             raise RuntimeError(f"{request_id}: some of its beams run and some do not")

@@ -59,7 +59,7 @@ def step(
     Every layer asks both the same: the backend's own queries. The likeliest tokens are compared between two whole forward passes
     over the pages that the backend's pass has written.
     """
-    tokens = inputs.tokens
+    tokens = inputs.fed_tokens()
     attention, opponent = PagedAttention(tokens, config, backend), PagedAttention(tokens, config, rival)
     ids, positions = tokens.token_ids, tokens.positions
     hidden, (cache, errors, queries) = forward(weights, config, ids, positions, _Duellists(attention, opponent), (cache, (), ()))

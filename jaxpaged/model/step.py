@@ -23,16 +23,24 @@ class StepInputs:
     """Everything the device needs for one step, padded to a bucket. R = D + C rows may sample: a decode row each, a tile each."""
 
     tokens: PagedTokens
+    fed: jax.Array  # int32 [D], 1 + the place in `previous` of a decode row's token; 0 where `tokens` has it
+    previous: jax.Array  # int32 [R of the largest bucket], token_ids of the step before
     sample_at: jax.Array  # int32 [R], index into the step's X tokens
     sampling: SamplingInputs
     beam_temperature: jax.Array  # float32 [R], what divides a beam's logits; 0 marks a row that is no beam
+
+    def fed_tokens(self) -> PagedTokens:
+        """`tokens` with those of the step before in their places."""
+        ids = self.tokens.token_ids
+        taken = self.previous[jnp.maximum(self.fed - 1, 0)]
+        return self.tokens.replace(token_ids=ids.at[: len(self.fed)].set(jnp.where(self.fed > 0, taken, ids[: len(self.fed)])))  # type: ignore[attr-defined]
 
 
 @flax.struct.dataclass
 class StepOutputs:
     """What a step yields, one entry per row that may sample; rows that the plan does not sample mean nothing."""
 
-    token_ids: jax.Array  # int32 [R]
+    token_ids: jax.Array  # int32 [R of the largest bucket], so that any step can take it as its `previous`
     is_finite: jax.Array  # bool [R]: every logit of the row is a finite number
     likeliest_ids: jax.Array  # int32 [R, max_logprobs or V], best first; of rows that are no beams it means nothing
     likeliest_logprobs: jax.Array  # float32, likewise
@@ -42,6 +50,7 @@ class StepOutputs:
         """What follows from the logits [R, V] of the rows that may sample."""
         token_ids = sample(scores, inputs.sampling, inputs.tokens.positions[inputs.sample_at] + 1)
         best = likeliest(scores, inputs.beam_temperature, min(max_logprobs, scores.shape[1]))
+        token_ids = jnp.pad(token_ids, (0, len(inputs.previous) - len(token_ids)))
         return cls(token_ids, jnp.all(jnp.isfinite(scores), axis=-1), *best)
 
 
@@ -55,7 +64,7 @@ def step(
     max_logprobs: int = 20,
 ) -> tuple[StepOutputs, KVCache]:
     """Compute the step's tokens, write their keys and values, and sample. Donate `cache`: it is updated in place."""
-    hidden, cache = forward_paged(weights, cache, inputs.tokens, config=config, backend=backend)
+    hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), config=config, backend=backend)
     scores = logits(weights, config, hidden[inputs.sample_at])
     return StepOutputs.of(scores, inputs, max_logprobs), cache
 

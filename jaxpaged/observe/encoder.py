@@ -75,8 +75,10 @@ class Encoder:
             self.find_finished()
 
     def failed(self) -> None:
-        """A step in flight raised: none of those will be committed."""
+        """A step raised: none of those in flight will be committed, and all that runs is set back."""
         self.in_flight.clear()
+        self.rows.clear()
+        self._stays.clear()
 
     def find_finished(self) -> None:
         """Take out the rows whose sequences have ended."""

@@ -105,8 +105,10 @@ class Eyes:
         if self._socket is not None:
             self._socket.end()
 
-    def failed(self, error: Exception) -> None:
-        """A step raised. Says what the pool's own check finds, and writes the recording where recording_dir says."""
+    def failed(self, error: BaseException) -> None:
+        """A step raised, and what runs will be set back. Says what the pool's own check finds, and writes the recording where
+        recording_dir says, unless somebody has just interrupted the program.
+        """
         try:
             self._scheduler.check()
         except Exception as problem:
@@ -114,7 +116,7 @@ class Eyes:
         if self._recorder is None:
             return self._end()
         self._recorder.failed(self._stage, error)
-        if self._config.recording_dir is not None:
+        if self._config.recording_dir is not None and isinstance(error, Exception):
             folder = Path(self._config.recording_dir)
             path = folder / f"step-{self._recorder.num_steps}-{os.getpid()}.recording"
             try:

@@ -40,6 +40,9 @@ class PoolTimeline:
                 self._take(admitted.row, admitted.pages)
             elif frame.kind in (Kind.PREEMPT, Kind.FINISH):
                 self.owners.subtract(self.rows.pop(unwords(frame.payload[:4])[0], ()))
+            elif frame.kind is Kind.FAIL:
+                self.rows.clear()
+                self.owners.clear()
             elif frame.kind is Kind.PLAN:
                 plan = Decision.unpack(frame.payload)
                 for work in (*plan.decodes, *plan.prefills):

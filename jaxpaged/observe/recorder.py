@@ -102,8 +102,7 @@ class Recorder:
         """A step raised: in `plan`, `run` or `commit`."""
         text = f"{type(error).__name__}: {error}"[:MAX_ERROR]
         self._put(Kind.FAIL, json.dumps({"stage": stage, "error": text}).encode())
-        if stage != "plan":
-            self._encoder.failed()
+        self._encoder.failed()
 
     # --- the ring ---
 

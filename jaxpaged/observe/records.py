@@ -253,6 +253,8 @@ def note_names(frame: Frame, names: dict[int, str]) -> None:
         names[admitted.row] = admitted.name
     elif frame.kind in (Kind.PREEMPT, Kind.FINISH):
         names.pop(unwords(frame.payload[:4])[0], None)
+    elif frame.kind is Kind.FAIL:
+        names.clear()
 
 
 def describe(frame: Frame, names: dict[int, str]) -> list[str]:

@@ -162,6 +162,7 @@ class Replay:
             if stage != "run":  # what fails there is the device
                 return self._differ([frame], list(self._decided))
             self._encoder.failed()
+            scheduler.rewind()
         return kind
 
     def _request(self, frame: Frame) -> Request:

@@ -71,7 +71,7 @@ def _sequence(sequence: request.Sequence) -> dict[str, Any]:
     return {
         "request": _name(sequence),
         "prompt": sequence.num_prompt,
-        "tokens": len(sequence.tokens),
+        "tokens": sequence.num_tokens,
         "computed": sequence.num_computed,
         "max_len": sequence.request.max_len,
         "pages": len(sequence.pages),

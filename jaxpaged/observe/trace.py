@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpaged.observe.recording import Recording, Segment
-from jaxpaged.observe.records import Admission, Decision, Kind, RecordingError, Work, readable, unpack_request, unwords
+from jaxpaged.observe.records import Admission, Decision, Kind, RecordingError, Work, readable, unpack_request, unwords, words
 
 _ENGINE, _REQUESTS = 1, 2  # the trace's two processes
 
@@ -77,7 +77,9 @@ class _Tracer:
                     yield self._instant("prefix cache reset", now)
                 case Kind.FAIL:
                     failure = json.loads(frame.payload)
-                    self.in_flight = [] if failure["stage"] != "plan" else self.in_flight
+                    self.in_flight = []
+                    for row in list(self.rows):
+                        yield from self._leave(words(row), "set back", now)
                     yield self._instant(f"failed: {failure['error']}", now)
 
     def _at(self, time_s: float) -> float:
@@ -134,11 +136,13 @@ class _Tracer:
         track = self.rows.get(work.row, f"row {work.row}")
         span = f"[{work.start}, {work.start + work.num_tokens})"
         yield from self._slice(name, track, start, end, tokens=span, pages=list(work.pages))
+        if track in self.waits:  # it gave way while this ran
+            self.waits[track] = max(self.waits[track], end)
 
     def _leave(self, payload: bytes, reason: str, now: float) -> Iterator[dict[str, Any]]:
         row = unwords(payload[:4])[0]
         name = self.rows.get(row, f"row {row}")
-        if reason == "preempted":
+        if reason in ("preempted", "set back"):
             self.waits[name] = now
         if name in self.tracks:
             yield {"ph": "i", "s": "t", "name": reason, "pid": _REQUESTS, "tid": self.tracks[name], "ts": now}

@@ -84,20 +84,29 @@ class FakeRunner:
     def __init__(self, num_pages: int, page_size: int, fails: Fails = lambda request_id, num_output: False):
         self.num_pages, self.page_size, self.fails = num_pages, page_size, fails
         self.places = array("I", [POISON] * (num_pages * page_size))
+        self.sampled: dict = {}  # sequence -> the token that the step before sampled
 
     def poison(self, page: int) -> None:
         """Nobody owns the page any more."""
         self.places[page * self.page_size : (page + 1) * self.page_size] = array("I", [POISON] * self.page_size)
 
+    def submit(self, plan):
+        """See `jaxpaged.runner.Runner.submit`: it runs at once, and tells later."""
+        result = self.run(plan)
+        self.sampled = dict(zip((chunk.sequence for chunk in plan.sampling()), result[0], strict=True))
+        return lambda: result
+
     def run(self, plan) -> tuple:
-        """See `jaxpaged.runner.Runner.run`: all writes of a step come before its reads."""
+        """One step: all writes come before its reads."""
         size, places = self.page_size, self.places
         for source, target in plan.copies:
             places[target * size : (target + 1) * size] = places[source * size : (source + 1) * size]
         for chunk in (*plan.decodes, *plan.prefills):
             pages, tokens = chunk.sequence.pages, chunk.sequence.tokens
             for position in range(chunk.start, chunk.end):
-                places[pages[position // size] * size + position % size] = tokens[position]
+                is_known = position < len(tokens)
+                token_id = tokens[position] if is_known else self.sampled[chunk.sequence]
+                places[pages[position // size] * size + position % size] = token_id
         token_ids, is_finite, candidates = [], [], []
         for chunk in plan.sampling():
             context, group = array("I"), chunk.sequence.group
@@ -144,23 +153,27 @@ class PaddedFakeRunner:
         self.max_blocks_per_seq = max_blocks_per_seq
         self.first = np.full((num_pages * page_size, 2), POISON, np.uint32)
         self.second = np.full(num_pages * page_size, POISON, np.uint32)
+        self.feed = batch.Feed(np.zeros(buckets[-1].decode_rows + buckets[-1].prefill_tiles, np.int32), {})
 
     def poison(self, page: int) -> None:
         """Nobody owns the page any more."""
         self.first[page * self.page_size : (page + 1) * self.page_size] = POISON
         self.second[page * self.page_size : (page + 1) * self.page_size] = POISON
 
-    def run(self, plan) -> tuple[list[int], list[bool]]:
-        """See `jaxpaged.runner.Runner.run`."""
+    def submit(self, plan):
+        """See `jaxpaged.runner.Runner.submit`."""
         for source, target in plan.copies:
             for layer in (self.first, self.second):
                 size = self.page_size
                 layer[target * size : (target + 1) * size] = layer[source * size : (source + 1) * size]
         bucket = self.batch.fit(plan, self.buckets, self.tile)
         options = {"tile": self.tile, "page_size": self.page_size, "max_blocks_per_seq": self.max_blocks_per_seq}
-        inputs, rows = self.batch.pad(plan, bucket, **options)
+        inputs, rows = self.batch.pad(plan, bucket, self.feed, **options)
         token_ids = self._step(inputs, bucket)
-        return [token_ids[row] for row in rows], [True] * len(rows)
+        result = [token_ids[row] for row in rows], [True] * len(rows)
+        self.feed.token_ids[:] = np.resize(token_ids, len(self.feed.token_ids))
+        self.feed = self.feed._replace(rows=dict(zip((chunk.sequence for chunk in plan.sampling()), rows, strict=True)))
+        return lambda: result
 
     def _step(self, inputs, bucket) -> list[int]:
         """The compiled step's part: a token for each row of the bucket, sampled or not."""
@@ -168,6 +181,9 @@ class PaddedFakeRunner:
         M = self.max_blocks_per_seq
         assert tokens.token_ids.shape == tokens.positions.shape == tokens.slots.shape == (D + C * tile,)
         assert tokens.row_tables.shape == (D, M) and tokens.tile_tables.shape == (C, M) and inputs.sample_at.shape == (D + C,)
+        assert inputs.fed.shape == (D,) and inputs.previous.shape == self.feed.token_ids.shape
+        for row in np.flatnonzero(inputs.fed):
+            tokens.token_ids[row] = inputs.previous[inputs.fed[row] - 1]
         written = tokens.slots[tokens.slots >= size]
         assert len(set(written.tolist())) == len(written), "two rows write one slot"
 

@@ -203,9 +203,19 @@ class Simulation:
     """One scenario, lived through by `run`."""
 
     def __init__(
-        self, scenario: Scenario, *, order: str = "oldest", is_perturbed: bool = False, policy="fcfs", ageing_steps: int = 5000
+        self,
+        scenario: Scenario,
+        *,
+        order: str = "oldest",
+        is_perturbed: bool = False,
+        is_async: bool | None = None,
+        policy="fcfs",
+        ageing_steps: int = 5000,
     ):
-        self.scenario, self.is_perturbed, self.rng = scenario, is_perturbed, random.Random(scenario.seed)
+        self.scenario, self.is_perturbed = scenario, is_perturbed
+        self.is_async = bool(scenario.seed % 2) if is_async is None else is_async  # steps are now and then planned ahead
+        self.rng = random.Random(scenario.seed)
+        self.in_flight: deque = deque()  # (plan, what waits for its result), the oldest first
         self.house = house()
         self.limits = self.house.plan.Limits(**scenario.limits)
         self.asks = {ask.request_id: ask for ask in scenario.asks}
@@ -248,8 +258,7 @@ class Simulation:
                 self.add(coming.popleft())
             self.abort(now, in_flight=False)
             if self.is_perturbed and now < 100:
-                self.perturb()
-                num_perturbed += 1
+                num_perturbed += 1 + self.perturb()
             self.step(now)
             assert self.outcome.num_steps <= most_steps + num_perturbed, "livelock: more steps than the requests have tokens"
             now += 1
@@ -257,8 +266,11 @@ class Simulation:
         return self.outcome
 
     def most_steps(self) -> int:
-        """The oldest sequence computes a token in every step and is never preempted, so its steps are fewer than its tokens."""
-        return sum(self.scenario.max_len(ask) * len(outputs_of(ask)) for ask in self.scenario.asks)
+        """The oldest sequence computes a token in every step and is never preempted, so its steps are fewer than its tokens.
+
+        With a step in flight it may compute one token more, after what turns out to be its last.
+        """
+        return sum((self.scenario.max_len(ask) + self.is_async) * len(outputs_of(ask)) for ask in self.scenario.asks)
 
     def add(self, ask: Ask) -> None:
         request_module, scenario = self.house.request, self.scenario
@@ -305,35 +317,48 @@ class Simulation:
             assert not self.scheduler.abort(ask.request_id)
             self.check()
 
-    def perturb(self) -> None:
-        """Preempt for no reason, and change the size of chunks from step to step."""
+    def perturb(self) -> int:
+        """Preempt for no reason, lose steps in flight, and change the size of chunks from step to step: tokens thrown away."""
+        num_lost = 0
         most = self.house.scheduler.MAX_PREEMPTIONS
+        self.scheduler._advance_in_flight(is_pending=True)  # as `plan` does, which alone preempts
         if self.scheduler.running and self.rng.random() < 0.2 and self.scheduler.running[-1].num_preemptions < most:
             self.scheduler._preempt(self.scheduler.running[-1])
         if self.cache is not None and self.rng.random() < 0.05:
             self.pool.reset_cache()
         threshold = self.rng.choice((0, 1, 2, 3, 7, 16))
         self.scheduler.limits = dataclasses.replace(self.limits, long_prefill_token_threshold=threshold)
+        if self.rng.random() < 0.03:
+            num_lost = sum(sequence.num_computed for sequence in self.scheduler.running)
+            self.in_flight.clear()
+            self.scheduler.rewind()
+            self.check()
+        return num_lost
 
     def step(self, now: int) -> None:
         assert self.scheduler.has_unfinished == bool(self.live)
         waiting_before = {s.request.request_id for s in self.scheduler.waiting}
         plan = self.scheduler.plan()
-        assert (plan is not None) == bool(self.live)
-        if plan is None:
-            return self.abort(now, in_flight=True)
+        assert (plan is not None) == bool(self.live) or self.in_flight
         self.check()
-        self.look_at(plan, waiting_before)
-        self.age()
-        result = self.runner.run(plan)
+        if plan is not None:
+            self.look_at(plan, waiting_before)
+            self.age()
+            self.in_flight.append((plan, self.runner.submit(plan)))
+            self.outcome.num_steps += 1
+            self.outcome.num_tokens += plan.num_tokens
         self.abort(now, in_flight=True)
-        events = self.scheduler.commit(plan, *result)
+        # The next step is planned before this one is committed, or not: as it happens.
+        if self.in_flight and (plan is None or len(self.in_flight) > 1 or not (self.is_async and self.rng.random() < 0.8)):
+            self.commit()
+
+    def commit(self) -> None:
+        plan, result = self.in_flight.popleft()
+        events = self.scheduler.commit(plan, *result())
         self.check()
         assert len({output_of(event) for event in events}) == len(events)
         for event in events:
             self.take(event)
-        self.outcome.num_steps += 1
-        self.outcome.num_tokens += plan.num_tokens
 
     def look_at(self, plan, waiting_before: set[str]) -> None:
         """Is this plan within the limits, fair, and does it get on with the work?"""
@@ -341,7 +366,10 @@ class Simulation:
         chunks = (*plan.decodes, *plan.prefills)
         ids = [chunk.sequence.request.request_id for chunk in chunks]
         assert 0 < plan.num_tokens == sum(chunk.num_tokens for chunk in chunks) <= limits.max_num_batched_tokens
-        assert self.live[0] in ids or not self.is_fcfs, "the oldest request sits a step out"
+        # But for a beam that waits for candidates, and for an output of which the step in flight samples the last token.
+        mine = [s for s in self.scheduler.running if s.request.request_id == self.live[0]]
+        waits = [s.num_tokens >= s.request.max_len or bool(s.group and not s.num_uncomputed) for s in mine]
+        assert self.live[0] in ids or not self.is_fcfs or all(waits), "the oldest request sits a step out"
         assert len({id(chunk.sequence) for chunk in chunks}) == len(chunks), "one sequence has two chunks in one step"
         targets = [target for _, target in plan.copies]
         assert len(set(targets)) == len(targets) and not set(targets) & {source for source, _ in plan.copies}
@@ -356,7 +384,7 @@ class Simulation:
             written = chunk.sequence.pages[chunk.start // size : -(-chunk.end // size)]
             assert all(self.pool.num_owners(page) == 1 for page in written), "a shared page is written"
             assert self.cache is None or not any(page in self.cache for page in written), "a known page is written"
-            assert chunk.samples == (chunk.end == len(chunk.sequence.tokens))
+            assert chunk.samples == (chunk.end == chunk.sequence.num_tokens)
         ranks = [self.rank[s.request.request_id] for s in (*self.scheduler.running, *self.scheduler.waiting)]
         assert ranks == sorted(ranks) or not self.is_fcfs, "not in order of arrival"
         new = [s.request.request_id for s in self.scheduler.running if s.request.request_id in waiting_before]
@@ -430,9 +458,9 @@ class Simulation:
         ):
             # Each prompt but for its last token once, then a token for each token of each output.
             num_prompt = sum(len(ask.prompt) - 1 for ask in self.scenario.asks)
-            assert self.outcome.num_tokens == num_prompt + sum(map(len, self.outcome.outputs.values())), (
-                "something is computed twice"
-            )
+            num_more = self.outcome.num_tokens - num_prompt - sum(map(len, self.outcome.outputs.values()))
+            # A step ahead computes, of an output that a token has ended, one token more.
+            assert 0 <= num_more <= self.is_async * self.outcome.reasons["stop"], "something is computed twice"
 
 
 def simulate(scenario: Scenario, *, order: str = "oldest", is_perturbed: bool = False, **options) -> Outcome:

@@ -86,10 +86,10 @@ def test_an_engine_that_is_long_in_a_step_answers(path: str) -> None:
     is_running, may_end = threading.Event(), threading.Event()
 
     class Slow(FakeRunner):
-        def run(self, plan):
+        def submit(self, plan):
             is_running.set()
             assert may_end.wait(30)
-            return super().run(plan)
+            return super().submit(plan)
 
     with new_engine(debug_socket=path, runner=Slow(41, PAGE)) as engine:
         engine.add_request([1] * 50, SamplingParams(max_tokens=1), request_id="stuck")
@@ -134,14 +134,15 @@ def test_a_view_of_a_state_that_moved_is_thrown_away(path: str, monkeypatch: pyt
 
 def test_an_error_in_a_step_does_not_stop_the_answers(path: str) -> None:
     class Broken(FakeRunner):
-        def run(self, plan):
+        def submit(self, plan):
             raise OSError("gone")
 
     with new_engine(debug_socket=path, runner=Broken(41, PAGE)) as engine:
         engine.add_request([1] * 50)
         with pytest.raises(OSError, match="gone"):
             engine.step()
-        assert ask(path, "scheduler")["num_running"] == 1
+        found = ask(path, "scheduler")
+        assert (found["num_running"], found["num_waiting"]) == (0, 1)  # it begins again
 
 
 def test_clients_that_say_nothing_or_nonsense(path: str, monkeypatch: pytest.MonkeyPatch) -> None:

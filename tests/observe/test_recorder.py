@@ -356,11 +356,11 @@ class Flaky(FakeRunner):
         super().__init__(*args)
         self.at, self.count = at, 0
 
-    def run(self, plan):
+    def submit(self, plan):
         self.count += 1
         if self.count in self.at:
             raise OSError("the device is gone")
-        return super().run(plan)
+        return super().submit(plan)
 
 
 def test_a_failed_step_leaves_its_recording(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

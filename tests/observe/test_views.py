@@ -149,9 +149,9 @@ def test_a_picture_without_matplotlib_or_steps(day: Recording, monkeypatch: pyte
 # --- views -------------------------------------------------------------------------------------------------------------
 
 
-def working(num_steps: int = 30) -> Engine:
+def working(num_steps: int = 30, **options) -> Engine:
     """In the middle of a busy day."""
-    engine, steps = new_engine(), 0
+    engine, steps = new_engine(**options), 0
     step = engine.step
 
     class Enough(Exception):
@@ -207,12 +207,12 @@ def test_long_lists_are_cut() -> None:
 
 @pytest.mark.parametrize("command", [["inspect", "--active-blocks"], ["debug", "--scheduler"], ["debug", "--prefix-cache"]])
 def test_a_recording_is_inspected_at_any_step(command: list[str], tmp_path: Path, capsys) -> None:
-    engine = working(30)
+    engine = working(30, async_scheduling=False)
     path = str(engine.save_recording(tmp_path / "a.recording"))
     expected = snapshot(engine.scheduler, command[1].removeprefix("--"))
     assert cli.main([*command, "--recording", path, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == expected
-    engine = working(12)
+    engine = working(12, async_scheduling=False)
     expected = snapshot(engine.scheduler, command[1].removeprefix("--"))
     assert cli.main([*command, "--recording", path, "--step", str(engine.num_steps), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -251,7 +251,7 @@ def test_page_numbers_as_runs() -> None:
 
 
 def test_tail_waste_by_hand() -> None:
-    engine = new_engine(max_num_batched_tokens=256)
+    engine = new_engine(max_num_batched_tokens=256, async_scheduling=False)
     for number, num_prompt in enumerate((16, 17, 40)):
         engine.add_request([number + 1] * num_prompt, SamplingParams(max_tokens=5, ignore_eos=True))
     engine.step()

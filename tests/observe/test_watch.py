@@ -92,7 +92,7 @@ def test_fragmentation_is_said_when_it_matters(caplog: pytest.LogCaptureFixture)
     few = [(4, 60)] * 12
     serve(new_engine(100, block_size=64, runner=FakeRunner(100, 64)), few)
     assert not lines(caplog, "[Allocator]"), "an empty pool has room for waste"
-    serve(new_engine(21, block_size=64, runner=FakeRunner(21, 64)), few)
+    serve(new_engine(21, block_size=64, runner=FakeRunner(21, 64), async_scheduling=False), few)
     (line,) = lines(caplog, "[Allocator] Fragmentation")
     # At the 32nd step a sequence has 4 + 31 tokens in its page, and those that came in with the second step one less.
     wasted = 8 * 29 + 4 * 30
@@ -141,7 +141,7 @@ def test_pages_that_leak_are_said_once(caplog: pytest.LogCaptureFixture) -> None
 
 def test_a_wrong_count_is_said_when_a_step_fails(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(FakeRunner):
-        def run(self, plan):
+        def submit(self, plan):
             raise OSError("gone")
 
     engine = new_engine(runner=Broken(41, PAGE))

@@ -233,9 +233,9 @@ class RecordingRunner:
     def __init__(self, num_pages: int):
         self.num_pages, self.price = num_pages, Price()
 
-    def run(self, plan: StepPlan) -> tuple[list[int], list[bool]]:
+    def submit(self, plan: StepPlan):
         self.price.step_s(plan)
-        return [0] * len(plan.sampling()), [True] * len(plan.sampling())
+        return lambda: ([0] * len(plan.sampling()), [True] * len(plan.sampling()))
 
     def close(self) -> None:
         pass
@@ -245,7 +245,7 @@ class RecordingRunner:
 def test_plans_are_those_of_the_engine(num_pages: int):
     """Equal plans, step by step, for requests that come at the same steps, with sharing and preemption."""
     options = {"block_size": 16, "max_num_seqs": 16, "max_num_batched_tokens": 128, "long_prefill_token_threshold": 100}
-    config = EngineConfig(**options, max_model_len=512).resolved(LLAMA, "gpu")
+    config = EngineConfig(**options, max_model_len=512, async_scheduling=False).resolved(LLAMA, "gpu")
     lengths = {"prefix_len": 48, "num_prefixes": 4, "request_rate": 0.5, "seed": 4}
     arrivals = list(random_traffic(60, Uniform(1, 200), Uniform(1, 60), **lengths))
     price = Price(1.0)
