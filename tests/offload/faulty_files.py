@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import threading
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ class FaultyFiles(Files):
         self.fault, self.fail_at, self.for_good = fault, fail_at, for_good
         self.calls: list[tuple[str, str]] = []
         self.num_failed = 0
+        self.fail_at_random: random.Random | None = None  # one call in twenty
         self.hook: Callable[[str, str], None] | None = None
         self._lock = threading.Lock()
 
@@ -67,5 +69,6 @@ class FaultyFiles(Files):
             number = len(self.calls)
             self.calls.append((operation, name))
             is_struck = number == self.fail_at or (self.for_good and number > self.fail_at >= 0)
+            is_struck |= self.fail_at_random is not None and self.fail_at_random.random() < 0.05
             self.num_failed += is_struck
             return is_struck
