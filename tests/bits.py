@@ -1,0 +1,156 @@
+"""Engines that keep the bits of every row of logits, on a pool where all that nobody owns is NaN.
+
+Their executable is the engine's own step that also returns its logits. By default there is one alone, so that a request alone and
+the same one in a crowd meet the same program. Behind the pool lies one page more, the guard, which nobody is ever given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+from collections.abc import Iterable
+from typing import NamedTuple
+from unittest import mock
+
+import families
+import jax
+import jax.numpy as jnp
+import numpy as np
+from driving import Ask, ShuffledPool
+
+from jaxpaged import config as config_module
+from jaxpaged.config import EngineConfig, ModelConfig
+from jaxpaged.engine import Engine
+from jaxpaged.host.plan import StepPlan
+from jaxpaged.model import transformer
+from jaxpaged.model import weights as model_weights
+from jaxpaged.model.cache import KVCache
+from jaxpaged.model.step import StepOutputs, forward_paged
+from jaxpaged.runner import JaxRunner, attention_backend
+
+
+class Row(NamedTuple):
+    """The logits of one place of a text, and what computed them."""
+
+    bits: bytes
+    kind: str  # row, a decode row, or tile
+    executable: tuple[int, int]  # decode rows and tokens of the step
+
+    def logits(self) -> np.ndarray:
+        return np.frombuffer(self.bits, np.float32)
+
+
+Bits = dict[tuple[str, int, int], Row]
+"""By request, output and the number of tokens before."""
+
+
+def step_with_logits(weights, cache, inputs, *, config, backend, max_logprobs):
+    """`jaxpaged.model.step.step`, which also returns the logits."""
+    hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), config=config, backend=backend)
+    scores = transformer.logits(weights, config, hidden[inputs.sample_at])
+    return (StepOutputs.of(scores, inputs, max_logprobs), scores), cache
+
+
+class Keeper:
+    """Where a runner puts what its steps return beside their outputs: the place of a duel."""
+
+    def __init__(self) -> None:
+        self.bits: Bits = {}
+
+    def record(self, plan: StepPlan, inputs, rows: list[int], scores: jax.Array, cache: KVCache) -> None:
+        """One step."""
+        found = np.asarray(scores)
+        for chunk, row in zip(plan.sampling(), rows, strict=True):
+            sequence = chunk.sequence
+            assert np.isfinite(found[row]).all(), f"{sequence.request.request_id}: a logit that is not finite"
+            key = sequence.request.request_id, sequence.index, chunk.end
+            executable = len(inputs.fed), len(inputs.tokens.token_ids)
+            self.bits[key] = Row(found[row].tobytes(), "row" if chunk in plan.decodes else "tile", executable)
+
+
+class KeepingRunner(JaxRunner):
+    """Its steps keep logits. Before each, all that no running sequence and not the prefix cache holds becomes NaN."""
+
+    scheduler = None
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, weights, *, num_pages: int):
+        super().__init__(config, model, weights, num_pages=num_pages)
+        options = {"config": model, "backend": attention_backend(config, model), "max_logprobs": config.max_logprobs}
+        self._jitted = jax.jit(functools.partial(step_with_logits, **options), donate_argnums=1)
+        self.duel = Keeper()  # type: ignore[assignment]
+
+    def submit(self, plan: StepPlan):
+        """See JaxRunner.submit."""
+        if self.scheduler is not None:
+            self.cache = _plant(self.cache, self._unused())
+        return super().submit(plan)
+
+    def _unused(self) -> np.ndarray:
+        size: int = self.config.block_size  # type: ignore[assignment]
+        unused = np.ones((self.model.num_layers, self.num_pages, size), bool)
+        pool = self.scheduler.pool  # type: ignore[attr-defined]
+        for sequence in self.scheduler.running:  # type: ignore[attr-defined]
+            places = np.arange(sequence.num_computed)
+            unused[:, np.array(sequence.pages, int)[places // size], places % size] = False
+        if pool.cache is not None:
+            unused[:, [page for page in range(self.num_pages) if page in pool.cache]] = False
+        return unused.reshape(-1, size)
+
+    def guard_is_untouched(self) -> bool:
+        """Whether the last page of each layer is NaN all over, as it was."""
+        pages = np.asarray(self.cache.k_pages), np.asarray(self.cache.v_pages)
+        at = np.arange(self.model.num_layers) * self.num_pages + self.num_pages - 1
+        return all(np.isnan(one[at]).all() for one in pages)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _plant(cache: KVCache, unused: jax.Array) -> KVCache:
+    return jax.tree.map(lambda pages: jnp.where(unused[:, None, :, None], jnp.nan, pages), cache)
+
+
+def new_runner(
+    family: str, page_size: int, *, tile: int, num_pages: int, tiles: int, rows: int = 8, has_buckets: bool = False
+) -> KeepingRunner:
+    """A runner of one executable: `rows` decode rows and `tiles` tiles; with `has_buckets`, of smaller ones too.
+
+    Page sizes below the engine's smallest are for tests.
+    """
+    (found,) = [one for one in families.FAMILIES if one.name == family]
+    model, tensors = found.config, found.tensors()
+    weights = model_weights.build(model, lambda p: jnp.asarray(p.pack([tensors[name] for name, _ in p.parts])))
+    options = {"max_num_seqs": rows, "max_num_batched_tokens": max(rows, tile * tiles), "prefill_tile": tile}
+    buckets = {"decode_row_buckets": (1, rows), "prefill_tile_buckets": (1, tiles)}
+    with mock.patch.object(config_module, "BLOCK_SIZES", (page_size,)):
+        given = EngineConfig(dtype="float32", block_size=page_size, num_gpu_blocks_override=num_pages, **options, **buckets)
+        runner = KeepingRunner(given.resolved(model, "cpu"), model, weights, num_pages=num_pages)
+    if not has_buckets:
+        runner.buckets = runner.buckets[-1:]
+    runner.warm_up(use_tqdm=False)
+    return runner
+
+
+def new_engine(runner: KeepingRunner, *, num_pages: int | None = None, plants_nan: bool = False, **options) -> Engine:
+    """An engine around this runner, whose bits it takes over. The last page of the runner is the guard."""
+    with mock.patch.object(config_module, "BLOCK_SIZES", (runner.config.block_size,)):
+        config = dataclasses.replace(runner.config, **options)
+    pool = ShuffledPool(num_pages or runner.num_pages - 1)
+    engine = Engine(config, runner.model, runner, pool=pool)
+    runner.scheduler, runner.duel = engine.scheduler if plants_nan else None, Keeper()  # type: ignore[assignment]
+    return engine
+
+
+def serve(engine: Engine, asks: Iterable[Ask], *, per_step: float = 1.0, first: int = 0) -> Bits:
+    """Serve requests to their end, `per_step` of them coming in a step, each named by its number: the bits of all logits."""
+    asks = list(asks)
+    rng, number = random.Random(len(asks)), 0
+    while number < len(asks) or engine.has_unfinished:
+        while number < len(asks) and (rng.random() < per_step or not engine.has_unfinished):
+            engine.add_request(asks[number].prompt, asks[number].params, request_id=str(first + number))
+            number += 1
+            if per_step < 1:
+                break
+        for event in engine.step():
+            assert event.finish_reason in (None, "stop", "length")
+    assert engine.pool.num_used == 0
+    return engine.runner.duel.bits  # type: ignore[attr-defined, union-attr]
