@@ -41,8 +41,9 @@ class PrefixCache:
         """The pages of the longest known prefix of a sequence that leaves at least its last token to compute."""
         pages = []
         for index in range((len(sequence.tokens) - 1) // self.page_size):
-            page = self._pages.get(self._key(sequence, index))
-            if page is None or self._held[page][1] != self._tokens(sequence.tokens, index):
+            key, tokens = self._entry(sequence, index)
+            page = self._pages.get(key)
+            if page is None or self._held[page][1] != tokens:
                 break
             pages.append(page)
         return pages
@@ -50,11 +51,11 @@ class PrefixCache:
     def record(self, sequence: Sequence) -> None:
         """Take in the full pages that a sequence has computed since the last call, unless another page holds the same."""
         for index in range(sequence.num_recorded, sequence.num_computed // self.page_size):
-            key = self._key(sequence, index)
-            page = sequence.pages[index]
+            key, tokens = self._entry(sequence, index)
             if key not in self._pages:
+                page = sequence.pages[index]
                 self._pages[key] = page
-                self._held[page] = key, self._tokens(sequence.tokens, index)
+                self._held[page] = key, tokens
         sequence.num_recorded = sequence.num_computed // self.page_size
 
     def forget(self, page: int) -> None:
@@ -70,12 +71,16 @@ class PrefixCache:
 
     def _key(self, sequence: Sequence, index: int) -> bytes:
         """Key of a sequence's page; what was computed once stays with the sequence, whose tokens only grow."""
-        keys = sequence.page_keys
+        return self._entry(sequence, index)[0]
+
+    def _entry(self, sequence: Sequence, index: int) -> tuple[bytes, array]:
+        """The same with the page's tokens, of which a new key was just made."""
+        keys, tokens = sequence.page_keys, None
         while len(keys) <= index:
             parent = keys[-1] if keys else self._root(sequence.request.cache_salt)
             tokens = self._tokens(sequence.tokens, len(keys))
             keys.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest())
-        return keys[index]
+        return keys[index], tokens if tokens is not None else self._tokens(sequence.tokens, index)
 
     def _root(self, salt: str | None) -> bytes:
         """The key before the first page: requests of different salts share nothing."""
