@@ -32,9 +32,9 @@ class _Fetch(NamedTuple):
 class DiskPages:
     """One file a page, in a folder of its own inside `offload_dir`.
 
-    Every fetch is answered once, by `finished`: whether the bytes are those of the newest spill of its key. A spill that was lost
-    is answered there too, with False, when no fetch of its key waits for an answer; a spill that was not lost is not answered.
-    After False nobody asks for the key until it was spilled again.
+    Every fetch is answered once, by `finished`: whether the bytes are those of the newest spill of its key. A spill has no
+    answer, but `lost` names those that failed. Nobody asks for a key that is lost, or was answered with False, before it was
+    spilled again.
     """
 
     def __init__(
@@ -126,10 +126,15 @@ class DiskPages:
             while wait and not self._answers and self._num_asked.total():
                 self._changed.wait()
             answers, self._answers = self._answers, []
-            lost = [key for key in self._lost if not self._num_asked[key]]
+            return answers
+
+    def lost(self) -> list[bytes]:
+        """The keys of spills that were lost since the last call, but for those of which a fetch has been told or will be."""
+        with self._changed:
+            lost = [key for key in self._lost if key not in self._num_asked]
             for key in lost:
                 del self._lost[key]
-            return [*answers, *((key, False) for key in lost)]
+            return lost
 
     def flush(self) -> None:
         """Wait until every spill is written or lost."""

@@ -20,11 +20,13 @@ from jaxpaged.config import ConfigError, ModelConfig
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model.cache import KVCache
 
-# The largest call: its pages lie on the device once more while they travel. On a CPU (2 cores, jax 0.10.2) calls of 16 and of 64
-# pages move the same bytes a second, for pages of 32 KiB as for pages of 512 KiB, November 2026.
-MAX_PAGES = 64
-MAX_CALL_BYTES = 64 << 20
-MAX_IN_FLIGHT = 4  # saves that have not been written into their slots
+# The largest call. A CPU loads 5 GB/s in calls of 2 MiB and 1 in calls of 32, whose new arrays are paid for page by page and do
+# not stay in its cache; saves go at 3 to 4 GB/s in both (2 cores under load, jax 0.10.2, pages of 512 KiB, November 2026).
+MAX_CALL_BYTES = 4 << 20
+MAX_CALL_PAGES = 64
+# Saves that have not been written into their slots: so many bytes, but always a few calls.
+MAX_IN_FLIGHT_BYTES = 128 << 20
+MIN_IN_FLIGHT = 4
 
 
 class _Saved(NamedTuple):
@@ -80,8 +82,9 @@ class HostPages:
             size = num_slots * self.page_bytes / 2**30
             raise ConfigError(f"swap_space: {size:.1f} GiB of host memory cannot be had for {num_slots:,} pages") from None
         self._staging = None if memory_kind is None else cache.k.sharding.with_memory_kind(memory_kind)
-        limit = max(1, min(MAX_PAGES, MAX_CALL_BYTES // self.page_bytes, num_slots))
+        limit = max(1, min(MAX_CALL_PAGES, MAX_CALL_BYTES // self.page_bytes, num_slots))
         self.sizes = [*itertools.takewhile(lambda size: size < limit, (4**i for i in itertools.count())), limit]
+        self.max_in_flight = max(MIN_IN_FLIGHT, MAX_IN_FLIGHT_BYTES // (limit * self.page_bytes))
         self._gather = jax.jit(functools.partial(kv_cache.gather_pages, config=model))
         self._scatter = jax.jit(functools.partial(kv_cache.scatter_pages, config=model), donate_argnums=0)
         self._gatherers: dict[int, jax.stages.Compiled] = {}
@@ -94,7 +97,7 @@ class HostPages:
     @property
     def staging_bytes(self) -> int:
         """Bytes of the device, beside the pool, that all saves on their way and one call's load take."""
-        return (MAX_IN_FLIGHT + 1) * self.sizes[-1] * self.page_bytes
+        return (self.max_in_flight + 1) * self.sizes[-1] * self.page_bytes
 
     def warm_up(self) -> None:
         """Compile every size."""
@@ -105,7 +108,7 @@ class HostPages:
         """Start copying pages into slots; steps that are given the cache from now on may overwrite them."""
         self.poll()
         for part in _parts(pages_and_slots, self.sizes[-1]):
-            while len(self._in_flight) >= MAX_IN_FLIGHT:
+            while len(self._in_flight) >= self.max_in_flight:
                 self._land()
             size = self._size(len(part))
             numbers = np.zeros(size, np.int32)
@@ -126,8 +129,9 @@ class HostPages:
         for part in _parts(slots_and_pages, self.sizes[-1]):
             size = self._size(len(part))
             self._settle([slot for slot, _ in part])
-            # New arrays each time: jax may read them after this returns. Zeros: padding goes to the null page, which is finite.
-            k, v = (np.zeros((size, *self._page_shape), self._slots.dtype) for _ in range(2))
+            # New arrays each time: jax may read them after this returns.
+            k, v = (np.empty((size, *self._page_shape), self._slots.dtype) for _ in range(2))
+            k[len(part) :] = v[len(part) :] = 0  # padding goes to the null page, which is finite
             numbers = np.zeros(size, np.int32)
             for index, (slot, page) in enumerate(part):
                 k[index], v[index] = self._slots[slot]
@@ -176,14 +180,15 @@ class HostPages:
     def _land(self) -> None:
         """Write the oldest save into those of its slots that nothing newer is for."""
         saved = self._in_flight.popleft()
+        newest = {slot: index for index, slot in enumerate(saved.slots) if self._source.get(slot) is saved}
+        for slot in newest:  # before anything is waited for: a save whose device has failed must not be waited for again
+            del self._source[slot]
         started = None if saved.is_ready() else self._clock()
         k, v = np.asarray(saved.k), np.asarray(saved.v)
         if started is not None:
             self.waited_s += self._clock() - started
-        newest = {slot: index for index, slot in enumerate(saved.slots) if self._source.get(slot) is saved}
         for slot, index in newest.items():
             self._slots[slot, 0], self._slots[slot, 1] = k[index], v[index]
-            del self._source[slot]
 
     def _size(self, count: int) -> int:
         """The smallest size that holds so many pages, compiled."""

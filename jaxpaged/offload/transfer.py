@@ -116,7 +116,7 @@ class Offload:
         return cache
 
     def fetched(self, wait: bool = False) -> list[tuple[bytes, bool]]:
-        """Keys and whether they have arrived, see `DiskPages.finished`; with `wait` at least one if one is to come."""
+        """One answer for each fetch: its key and whether it has arrived. With `wait` at least one, if one is to come."""
         self.host.poll()
         if self.disk is None:
             return []
@@ -127,6 +127,10 @@ class Offload:
             self._stalled_s += waited_s
             self._look_at_stall(waited_s)
         return answers
+
+    def lost(self) -> list[bytes]:
+        """Keys that a plan has spilled and that are not on disk; to ask for one is only a miss."""
+        return self.disk.lost() if self.disk is not None else []
 
     def stats(self) -> Stats:
         """See `Stats`."""

@@ -42,10 +42,8 @@ def fetch(disk: DiskPages, number: int) -> bytes | None:
     """What comes of one fetch that nothing else is in flight beside."""
     into = bytearray(SIZE)
     disk.fetch(key(number), memoryview(into))
-    answers = []
-    while not any(answered == key(number) for answered, _ in answers):
-        answers += disk.finished(wait=True)
-    (is_there,) = [ok for answered, ok in answers if answered == key(number)]
+    ((answered, is_there),) = disk.finished(wait=True)
+    assert answered == key(number)
     return bytes(into) if is_there else None
 
 
@@ -88,20 +86,21 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 def life(files: FaultyFiles, path: Path) -> tuple[list[int], int]:
     """A disk tier from its start to its end: pages that were not there when they were asked for, and calls before the close.
 
-    A page that is there has all of its bytes; every fetch is answered; what is answered without having been asked for was lost.
+    A page that is there has all of its bytes; every fetch is answered; what was lost is not asked for.
     """
     disk = DiskPages(str(path), num_threads=1, files=files)
-    missing, told = [], set()
+    missing: list[int] = []
+    told: set[bytes] = set()
     try:
         for number in range(14):
             spill(disk, number)
         disk.flush()
-        told |= {answered for answered, ok in disk.finished() if not ok}
+        told |= set(disk.lost())
         for number in range(14):
             if number % 4 == 3:
                 spill(disk, number, version=1)
                 disk.flush()
-                told |= {answered for answered, ok in disk.finished() if not ok}
+                told |= set(disk.lost())
             content = None if key(number) in told else fetch(disk, number)
             if content is None:
                 missing.append(number)
@@ -111,7 +110,7 @@ def life(files: FaultyFiles, path: Path) -> tuple[list[int], int]:
             assert fetch(disk, 100 + number) is None, "a page that was never written is there"
             spill(disk, 100 + number)
             disk.flush()
-            told |= {answered for answered, ok in disk.finished() if not ok}
+            told |= set(disk.lost())
             if key(100 + number) not in told and fetch(disk, 100 + number) != payload(100 + number):
                 missing.append(100 + number)
         assert disk.num_waiting == 0
@@ -185,7 +184,7 @@ def test_a_healthy_disk_says_nothing(disk: DiskPages, caplog: pytest.LogCaptureF
         spill(disk, number)
     disk.flush()
     assert [fetch(disk, number) for number in range(50)] == [payload(number) for number in range(50)]
-    assert disk.finished() == [] and warnings_of(caplog) == []
+    assert disk.finished() == [] and disk.lost() == [] and warnings_of(caplog) == []
     assert (disk.num_spilled, disk.num_fetched, disk.num_lost, disk.num_missed) == (50, 50, 0, 0)
     assert disk.num_spilled_bytes == disk.num_fetched_bytes == 50 * SIZE
     assert disk.latency_s() > 0
@@ -328,8 +327,9 @@ def test_a_spill_too_many_is_lost_and_told(held: tuple[DiskPages, Gate], caplog:
     disk, gate = held
     for number in range(5):
         spill(disk, number)
-    assert disk.finished() == [(key(3), False), (key(4), False)]
     assert disk.finished() == []
+    assert disk.lost() == [key(3), key(4)]
+    assert disk.lost() == []
     (line,) = warnings_of(caplog)
     assert line.startswith(f"[Offload] The disk is too slow: a page was dropped with {3 * SIZE} bytes waiting for ")
     gate.is_open.set()
@@ -351,8 +351,9 @@ def test_a_lost_spill_is_told_once_also_when_its_page_is_asked_for_before(held: 
     spill(disk, 3, version=1)  # lost; what an older spill has left is not what its key means now
     into = memoryview(bytearray(SIZE))
     disk.fetch(key(3), into)
+    assert disk.lost() == [], "its fetch will be told, and must find out"
     assert disk.finished(wait=True) == [(key(3), False)]
-    assert disk.finished() == []
+    assert disk.finished() == [] and disk.lost() == []
 
 
 def test_a_spill_that_is_lost_after_it_was_fetched_is_told_after_it(tmp_path: Path) -> None:
@@ -365,9 +366,9 @@ def test_a_spill_that_is_lost_after_it_was_fetched_is_told_after_it(tmp_path: Pa
     files.fault, files.fail_at, files.for_good = "ENOSPC", len(files.calls), True
     gate.is_open.set()
     disk.flush()
-    told = disk.finished()
-    assert told in ([], [(key(1), False)])  # the rename may have been counted before it was to fail
-    assert bool(told) == bool(disk.num_lost)
+    lost = disk.lost()
+    assert lost in ([], [key(1)])  # the rename may have been counted before it was to fail
+    assert len(lost) == disk.num_lost
     files.fault = ""
     disk.close()
 
@@ -420,13 +421,14 @@ class Directory:
     def hear(self, *, wait: bool) -> None:
         for answered, ok in self.disk.finished(wait):
             number = int.from_bytes(answered, "little")
-            into, version = self.asked.pop(number, (b"", 0))
+            into, version = self.asked.pop(number)
             if ok:
                 newer = range(version, self.versions[number] + 1)
-                assert any(into == payload(number, version) for version in newer), "other bytes, or an answer to nothing"
+                assert any(into == payload(number, version) for version in newer), "other bytes"
                 self.num_found += 1
             else:
                 self.known.discard(number)
+        self.known -= {int.from_bytes(lost, "little") for lost in self.disk.lost()}
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])

@@ -128,7 +128,7 @@ def run(model: Model, num_operations: int, *, late: float) -> None:
 
 @pytest.fixture(autouse=True)
 def few_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_pages, "MAX_PAGES", MOST)
+    monkeypatch.setattr(host_pages, "MAX_CALL_PAGES", MOST)
 
 
 @pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
@@ -163,13 +163,14 @@ def test_of_two_saves_to_one_slot_the_later_stays() -> None:
 
 
 def test_saves_on_their_way_are_few_and_nobody_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_pages, "MAX_IN_FLIGHT_BYTES", 1)
     model = Model(0, 4, "float32")
     monkeypatch.setattr(host_pages._Saved, "is_ready", lambda saved: False)
     for number in range(10):
         model.host.save(model.cache, [(1, number % NUM_SLOTS)])
-        assert len(model.host._in_flight) == min(number + 1, host_pages.MAX_IN_FLIGHT)
+        assert len(model.host._in_flight) == min(number + 1, host_pages.MIN_IN_FLIGHT)
     model.host.read(10 % NUM_SLOTS)  # whose save has arrived long ago
-    assert len(model.host._in_flight) == host_pages.MAX_IN_FLIGHT
+    assert len(model.host._in_flight) == host_pages.MIN_IN_FLIGHT
     model.host.read(9 % NUM_SLOTS)
     assert not model.host._in_flight
 
@@ -185,6 +186,26 @@ def test_waiting_is_counted_only_where_a_save_had_not_arrived(monkeypatch: pytes
     model.host.save(model.cache, [(1, 0)])
     model.host.read(0)
     assert model.host.waited_s == 1
+
+
+class Failed:
+    """An array of a device that has failed."""
+
+    def is_ready(self) -> bool:
+        return True
+
+    def __array__(self, *args: object, **options: object) -> np.ndarray:
+        raise RuntimeError("the device has failed")
+
+
+def test_a_save_that_fails_is_an_error_once() -> None:
+    model = Model(0, 4, "float32")
+    saved = host_pages._Saved(Failed(), Failed(), (0, 1))  # type: ignore[arg-type]
+    model.host._in_flight.append(saved)
+    model.host._source.update({0: saved, 1: saved})
+    with pytest.raises(RuntimeError, match="the device has failed"):
+        model.host.read(1)
+    model.check()
 
 
 @contextmanager
@@ -224,7 +245,7 @@ def test_without_warm_up_a_size_is_compiled_at_its_first_use() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_load_works_in_place_and_a_save_leaves_the_pool_alone(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_pages, "MAX_PAGES", 16)
+    monkeypatch.setattr(host_pages, "MAX_CALL_PAGES", 16)
     cache = kv_cache.init_cache(MODEL, 4096, 16, dtype)
     pool_bytes = cache.k.nbytes + cache.v.nbytes
     host = HostPages(cache, MODEL, num_slots=16)
@@ -254,14 +275,15 @@ def test_padding_leaves_the_null_page_finite() -> None:
 
 
 def test_large_pages_make_small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_pages, "MAX_PAGES", 64)
+    monkeypatch.setattr(host_pages, "MAX_CALL_PAGES", 64)
     cache = kv_cache.init_cache(MODEL, NUM_PAGES, 4)
     page_bytes = kv_cache.page_bytes(MODEL, 4, "float32")
     monkeypatch.setattr(host_pages, "MAX_CALL_BYTES", 20 * page_bytes)
     host = HostPages(cache, MODEL, num_slots=100)
     assert host.page_bytes == page_bytes
     assert host.sizes == [1, 4, 16, 20]
-    assert host.staging_bytes == 5 * 20 * page_bytes
+    monkeypatch.setattr(host_pages, "MAX_IN_FLIGHT_BYTES", 200 * page_bytes + 1)
+    assert HostPages(cache, MODEL, num_slots=100).staging_bytes == 11 * 20 * page_bytes
     monkeypatch.setattr(host_pages, "MAX_CALL_BYTES", 1)
     assert HostPages(cache, MODEL, num_slots=100).sizes == [1]
 

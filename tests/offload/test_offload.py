@@ -102,13 +102,14 @@ class Scheduler:
 
     def hear(self, *, wait: bool) -> None:
         for key, ok in self.offload.fetched(wait):
-            slot = self.fetching.pop(key, None)
+            slot = self.fetching.pop(key)
             if ok:
-                assert slot is not None, "an answer to nothing"
                 self.slots[slot] = self.on_disk[key]
                 self.num_fetched += 1
             else:
                 self.on_disk.pop(key, None)
+        for key in self.offload.lost():
+            self.on_disk.pop(key, None)
 
     def check(self) -> None:
         assert held(self.cache) == self.pages
@@ -126,7 +127,7 @@ def write(cache: KVCache, page: jax.Array, number: jax.Array) -> KVCache:
 def test_random_plans_end_as_in_the_model(late: float, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, rng = host_pages._Saved.is_ready, random.Random(0)
     monkeypatch.setattr(host_pages._Saved, "is_ready", lambda saved: rng.random() >= late and real(saved))
-    monkeypatch.setattr(host_pages, "MAX_PAGES", 3)
+    monkeypatch.setattr(host_pages, "MAX_CALL_PAGES", 3)
     for seed in range(2):
         files = FaultyFiles(fault)
         offload = Offload(filled_cache(), MODEL, num_slots=NUM_SLOTS, offload_dir=str(tmp_path), num_threads=2, files=files)
@@ -206,7 +207,7 @@ def test_without_a_disk_nothing_is_fetched() -> None:
     cache = offload.transfer(filled_cache(), transfers(saves=[(4, 0)]))
     cache = offload.transfer(cache, transfers(loads=[(0, 9)]))
     assert held(cache)[9] == 4
-    assert offload.fetched() == offload.fetched(wait=True) == []
+    assert offload.fetched() == offload.fetched(wait=True) == offload.lost() == []
     assert offload.stats().num_spilled_pages == 0
     offload.close()
 

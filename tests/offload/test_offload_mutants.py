@@ -83,8 +83,8 @@ BUGS = (
     Bug(
         "padding is no number",
         "host_pages",
-        "np.zeros((size, *self._page_shape), self._slots.dtype)",
-        "np.full((size, *self._page_shape), 65535, self._slots.dtype)",
+        "k[len(part) :] = v[len(part) :] = 0",
+        "k[len(part) :] = v[len(part) :] = 65535",
         HOST,
         "test_padding_leaves_the_null_page_finite",
     ),
@@ -101,8 +101,8 @@ BUGS = (
     Bug(
         "one more on its way",
         "host_pages",
-        ">= MAX_IN_FLIGHT",
-        "> MAX_IN_FLIGHT",
+        ">= self.max_in_flight",
+        "> self.max_in_flight",
         HOST,
         "test_saves_on_their_way_are_few_and_nobody_waits_for_the_others",
     ),
@@ -357,7 +357,7 @@ def test_a_planted_bug_is_seen(bug: Bug, request: pytest.FixtureRequest, monkeyp
     check = getattr(bug.tests, bug.check)
     with planted(bug):
         if bug.tests is HOST:
-            monkeypatch.setattr(HOST.host_pages, "MAX_PAGES", HOST.MOST)
+            monkeypatch.setattr(HOST.host_pages, "MAX_CALL_PAGES", HOST.MOST)
         names = [name for name in inspect.signature(check).parameters if name not in bug.arguments]
         arguments = bug.arguments | {name: request.getfixturevalue(name) for name in names}
         try:
