@@ -242,6 +242,7 @@ class Engine:
         live = (*self.scheduler.running, *self.scheduler.waiting)
         for request_id in dict.fromkeys(sequence.request.request_id for sequence in live):
             self.abort(request_id)
+        self._in_flight.clear()
         self._eyes.close()
         self.runner.close()
         self._is_closed = True

@@ -182,6 +182,7 @@ class JaxRunner:
         for array in jax.tree.leaves((self.weights, self.cache)):
             if not array.is_deleted():
                 array.delete()
+        self._feed = self._feed._replace(token_ids=np.zeros(0, np.int32), rows={})
         self.compiled.clear()
         self._copiers.clear()
 
