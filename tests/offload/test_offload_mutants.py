@@ -19,10 +19,11 @@ import pytest
 import test_disk_pages
 import test_host_pages
 import test_offload
+import test_offload_folder
 from faulty_files import FaultyFiles
 from test_disk_pages import disk, held, quick_path  # noqa: F401  fixtures
 
-DISK, HOST, BOTH = test_disk_pages, test_host_pages, test_offload
+DISK, FOLDER, HOST, BOTH = test_disk_pages, test_offload_folder, test_host_pages, test_offload
 
 
 class Bug(NamedTuple):
@@ -259,7 +260,7 @@ BUGS = (
         "files",
         "            return False\n        return True",
         "            return True\n        return True",
-        DISK,
+        FOLDER,
         ONLY,
     ),
     Bug(
@@ -267,22 +268,22 @@ BUGS = (
         "folder",
         "files.is_at(lock, _LOCK, folder):\n                    undo",
         "True:\n                    undo",
-        DISK,
+        FOLDER,
         "test_a_folder_that_was_taken_for_a_left_over_is_not_used",
     ),
-    Bug("links are followed", "files", "os.O_RDONLY | os.O_NOFOLLOW", "os.O_RDONLY", DISK, ONLY),
-    Bug("any name will do", "folder", "filter(_OURS.fullmatch, self", "filter(None, self", DISK, ONLY),
-    Bug("any file is removed", "folder", "filter(page_file.is_file_name, files", "filter('lock'.__ne__, files", DISK, ONLY),
-    Bug("the lock goes first", "folder", "if files.names(folder) == [_LOCK]", "if files.names(folder)", DISK, ONLY),
+    Bug("links are followed", "files", "os.O_RDONLY | os.O_NOFOLLOW", "os.O_RDONLY", FOLDER, ONLY),
+    Bug("any name will do", "folder", "filter(_OURS.fullmatch, self", "filter(None, self", FOLDER, ONLY),
+    Bug("any file is removed", "folder", "filter(page_file.is_file_name, files", "filter('lock'.__ne__, files", FOLDER, ONLY),
+    Bug("the lock goes first", "folder", "if files.names(folder) == [_LOCK]", "if files.names(folder)", FOLDER, ONLY),
     Bug(
         "another user's folder is removed",
         "folder",
         "st_uid != os.geteuid()",
         "st_uid < 0",
-        DISK,
+        FOLDER,
         "test_another_users_left_over_is_left",
     ),
-    Bug("left-overs stay", "folder", "                self._remove_left_overs()\n", "", DISK, ONLY),
+    Bug("left-overs stay", "folder", "                self._remove_left_overs()\n", "", FOLDER, ONLY),
     Bug(
         "everybody may look", "files", "os.mkdir(name, 0o700", "os.mkdir(name, 0o755", DISK, "test_the_files_are_for_nobody_else"
     ),
@@ -336,7 +337,7 @@ def planted(bug: Bug) -> Iterator[None]:
     sick = {id(healthy): module}
     sick |= {id(x): vars(module)[key] for key, x in vars(healthy).items() if getattr(x, "__module__", None) == name}
     others = [other for key, other in sys.modules.items() if key.startswith("jaxpaged.offload") and other is not healthy]
-    others += [DISK, HOST, BOTH]
+    others += [DISK, FOLDER, HOST, BOTH]
     found = [(other, key, x) for other in others for key, x in vars(other).items() if id(x) in sick]
     bases = FaultyFiles.__bases__
     for other, key, x in found:
