@@ -121,7 +121,7 @@ def serve_one(engine, prompt: list[int]) -> list:
 
 def siblings(offsets: Iterable[int], widths: Iterable[int] = range(2, 9), *, page_size: int = 8) -> int:
     """Prompts that end so many tokens behind a page: the bits of each output are those of a request of its own."""
-    one, count = runner(page_size, 16, tiles=2), 0
+    one, count, num_parting = runner(page_size, 16, tiles=2), 0, 0
     for offset in offsets:
         for n in widths:
             rng = random.Random(f"{offset} {n}")
@@ -133,9 +133,10 @@ def siblings(offsets: Iterable[int], widths: Iterable[int] = range(2, 9), *, pag
             clear(one)
             singles = [Ask(prompt, SamplingParams(seed=n + index, **options)) for index in range(n)]
             wanted = serve(new_engine(one, enable_prefix_caching=False), singles)
-            assert len({wanted[str(index), 0, len(prompt) + 1].bits for index in range(n)}) > 1, "they do not part"
+            num_parting += len({wanted[str(index), 0, len(prompt) + 1].bits for index in range(n)}) > 1
             same_bits(found, {("0", int(number), end): row for (number, _, end), row in wanted.items()}, (offset, n))
             count += 1
+    assert num_parting > 0.9 * count, "most draw the same first token"
     return count
 
 
