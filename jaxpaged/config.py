@@ -283,6 +283,8 @@ class EngineConfig:
       max_num_partial_prefills: prompts in the middle of which a step may end; 0 for no limit of its own.
       async_scheduling: plan a step while the one before it runs, whose tokens reach it on the device; the outputs are the same.
         Not done where compare_with is set.
+      eager_copy: outputs that share a page which each of them will write get their copies in the step after they part, those
+        that cannot run in that step too; else each when it first writes.
       batch_merge_window: steps that a request may be held back, while others run, for more to be admitted with it; 0 for none.
       scheduling_policy: who is admitted first, and gives way last when pages run out: fcfs, lifo, priority, fair_share (between
         tenants), sjf (shortest job first) or prefix (longest cached prefix first); in Python also a function, see
@@ -329,6 +331,7 @@ class EngineConfig:
     long_prefill_token_threshold: int = 0
     max_num_partial_prefills: int = 0
     async_scheduling: bool = True
+    eager_copy: bool = False
     batch_merge_window: int = 0
     scheduling_policy: str | Callable[..., Any] = "fcfs"
     ageing_steps: int = 5000
@@ -404,7 +407,8 @@ class EngineConfig:
             value = self.compare_tolerance
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ConfigError(f"compare_tolerance: got {value!r}, expected a number above 0")
-        for name in ("enable_prefix_caching", "async_scheduling", "enforce_eager", "skip_tokenizer_init", "allow_nonfinite"):
+        flags = ("enable_prefix_caching", "async_scheduling", "eager_copy", "enforce_eager", "skip_tokenizer_init", "allow_nonfinite")
+        for name in flags:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected True or False")
         for name, low in (("decode_row_buckets", 1), ("prefill_tile_buckets", 0)):

@@ -23,6 +23,8 @@ class Limits:
       max_prefill_tiles: tiles of one step.
       long_prefill_token_threshold: longest chunk of one sequence in one step; 0 for no limit of its own.
       max_num_partial_prefills: prompts in the middle of which a step may end; 0 for no limit of its own.
+      sliding_window: tokens up to and with itself that a token sees at most, in any layer; 0 when a layer sees all of them.
+      eager_copy: a fork that sits a step out gets its copy of the page that it will write all the same.
       batch_merge_window: steps that a sequence may be held back, while others run, for more to be admitted with it.
     """
 
@@ -34,6 +36,8 @@ class Limits:
     long_prefill_token_threshold: int = 0
     max_num_partial_prefills: int = 0
     batch_merge_window: int = 0
+    sliding_window: int = 0
+    eager_copy: bool = False
 
 
 class Chunk(NamedTuple):

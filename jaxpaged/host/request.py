@@ -227,7 +227,7 @@ class Sequence:
     """One output of a request with its tokens and pages, owned by the scheduler; or one beam of it, an output to be.
 
     Invariant: 0 <= num_computed <= num_tokens; the keys and values of tokens[:num_computed] are in `pages`, in order, once the
-    steps in flight have run.
+    steps in flight have run. The first `num_behind` pages are 0, the null page: no layer looks back to them any more.
     A sequence is decoding exactly when one token is left to compute and it has output; nothing else records its phase. A beam
     whose tokens are all computed has `candidates` and waits for the other beams of its group.
     """
@@ -241,6 +241,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_pending: int = 0  # 1 while its next token is sampled by a step in flight: the device has it, `tokens` does not
+    num_behind: int = 0  # its first pages that were given back because they are behind every layer's window
     num_recorded: int = 0  # its first pages that the prefix cache has been told of
     num_cached_tokens: int = 0  # tokens that the prefix cache had when the sequence was first admitted
     page_keys: list[bytes] = field(default_factory=list)  # of its first full pages; see host/prefix_cache.py
@@ -259,10 +260,17 @@ class Sequence:
         """A sequence of the same tokens that has no pages yet and so has computed nothing."""
         tokens, page_keys = list(self.tokens), list(self.page_keys)
         fork = replace(
-            self, index=index, num_forks=0, tokens=tokens, page_keys=page_keys, pages=[], num_computed=0, num_recorded=0
+            self,
+            **{"index": index, "num_forks": 0, "tokens": tokens, "page_keys": page_keys},
+            **{"pages": [], "num_computed": 0, "num_behind": 0, "num_recorded": 0},
         )
         fork.rank = (*self.rank[:-1], index)
         return fork
+
+    @property
+    def owned_pages(self) -> list[int]:
+        """`pages` without those that were given back."""
+        return self.pages[self.num_behind :] if self.num_behind else self.pages
 
     @property
     def num_to_come(self) -> int:

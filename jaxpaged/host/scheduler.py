@@ -13,7 +13,7 @@ from collections.abc import Sequence as Seq
 
 from jaxpaged.config import EngineConfig, ModelConfig
 from jaxpaged.host.beams import BeamGroup, Candidates
-from jaxpaged.host.pages import PagePool
+from jaxpaged.host.pages import NULL_PAGE, PagePool
 from jaxpaged.host.plan import Chunk, Limits, StepPlan
 from jaxpaged.host.policies import OUTPUT_COST, PROMPT_COST, Policy, fcfs, find_policy
 from jaxpaged.host.prefix_cache import PrefixCache
@@ -35,6 +35,8 @@ def build(config: EngineConfig, model: ModelConfig, pool: PagePool) -> Scheduler
         long_prefill_token_threshold=config.long_prefill_token_threshold,
         max_num_partial_prefills=config.max_num_partial_prefills,
         batch_merge_window=config.batch_merge_window,
+        sliding_window=max(model.windows) if model.windows and all(model.windows) else 0,
+        eager_copy=config.eager_copy,
     )
     if config.enable_prefix_caching and pool.cache is None:
         pool.cache = PrefixCache(limits.page_size, f"{model!r} {config.dtype} {config.kv_cache_dtype}")
@@ -128,6 +130,8 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
+            if self.limits.sliding_window:
+                self._free_behind_window(sequence)
             self._fork(sequence)
             num_kept = 0 if is_by_arrival else self._num_kept(index, tokens_left)
             num_tokens = self._chunk_len(sequence, sequence.num_computed, tokens_left - num_kept, tiles_left)
@@ -143,6 +147,8 @@ class Scheduler:
             if num_tokens:
                 chunks.append(Chunk.next(sequence, num_tokens))
                 tokens_left, tiles_left = tokens_left - num_tokens, tiles_left - self._num_tiles(chunks[-1])
+            elif self.limits.eager_copy and self._writes_shared_page(sequence):
+                self._reserve(sequence, sequence.num_computed + 1)
             index += 1
 
         # A step that preempted admits nobody: the pages it freed belong to the older sequences' next tokens.
@@ -293,8 +299,9 @@ class Scheduler:
     def _run_beside(self, sequence: Sequence, fork: Sequence) -> None:
         """Let a fork of a sequence run, on the pages of what it has computed."""
         fork.pages = sequence.pages[: self._num_pages(sequence.num_computed)]
-        self.pool.share(fork.pages)
         fork.num_computed, fork.num_recorded = sequence.num_computed, sequence.num_recorded
+        fork.num_behind = sequence.num_behind
+        self.pool.share(fork.owned_pages)
         insort(self.running, fork, key=by_rank)
 
     def _writes_shared_page(self, sequence: Sequence) -> bool:
@@ -321,6 +328,17 @@ class Scheduler:
             self.pool.cache.num_hit_tokens += sequence.num_computed
         if self.waiting.tenants is not None and not sequence.num_preemptions and not sequence.index:
             self.waiting.tenants.charge(sequence.request.tenant, PROMPT_COST * sequence.num_uncomputed)
+
+    def _free_behind_window(self, sequence: Sequence) -> None:
+        """Give back the pages that no token to come sees. What the prefix cache is to know of them it has to know first."""
+        num_unseen = sequence.num_computed + 1 - self.limits.sliding_window  # the next token sees itself
+        num_behind = num_unseen // self.limits.page_size
+        if self.pool.cache is not None:
+            num_behind = min(num_behind, sequence.num_recorded)
+        if num_behind > sequence.num_behind:
+            self.pool.free(sequence.pages[sequence.num_behind : num_behind])
+            sequence.pages[:num_behind] = [NULL_PAGE] * num_behind
+            sequence.num_behind = num_behind
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give the sequence pages of its own for its first `num_tokens` tokens; False, nothing taken, when too few are free."""
@@ -395,8 +413,9 @@ class Scheduler:
                 fork.num_computed, fork.pages = len(known) * size, known
             else:
                 fork.num_computed, fork.pages = num_shared, sequence.pages[: self._num_pages(num_shared)]
+                fork.num_behind = min(sequence.num_behind, len(fork.pages))
             fork.num_recorded = min(fork.num_computed // size, sequence.num_recorded)
-            self.pool.share(fork.pages)
+            self.pool.share(fork.owned_pages)
             insort(self.running, fork, key=by_rank)
             beams.append(fork)
 
@@ -534,15 +553,15 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        self.pool.free(sequence.pages)
+        self.pool.free(sequence.owned_pages)
         sequence.pages = []
-        sequence.num_recorded = 0
+        sequence.num_recorded = sequence.num_behind = 0
 
     # --- for people who look ---
 
     def check(self) -> None:
         """Raise unless every invariant of the scheduler and its pool holds."""
-        self.pool.check(sequence.pages for sequence in self.running)
+        self.pool.check(sequence.owned_pages for sequence in self.running)
         for sequence in (*self.running, *self.waiting):
             if not 0 <= sequence.num_computed <= sequence.num_tokens:
                 raise RuntimeError(

@@ -24,6 +24,7 @@ class PoolTimeline:
         self.recording = recording
         self.num_pages: int = recording.header["num_pages"]
         self.page_size: int = recording.header["page_size"]
+        self.window: int = recording.header["limits"]["sliding_window"]
         self.owners: Counter[int] = Counter()
         self.rows: dict[int, list[int]] = {}
 
@@ -46,17 +47,21 @@ class PoolTimeline:
             elif frame.kind is Kind.PLAN:
                 plan = Decision.unpack(frame.payload)
                 for work in (*plan.decodes, *plan.prefills):
-                    self._write(work.row, work.start // self.page_size, work.pages)
+                    self._write(work.row, work.start, work.pages)
                 yield plan
 
     def _take(self, row: int, pages: Any) -> None:
         self.rows[row] = list(pages)
-        self.owners.update(pages)
+        self.owners.update(page for page in pages if page)
 
-    def _write(self, row: int, first: int, pages: tuple[int, ...]) -> None:
-        """A row writes to these pages, the first of which is its `first`-th: they are new to it, or copies of shared ones."""
+    def _write(self, row: int, start: int, pages: tuple[int, ...]) -> None:
+        """A row writes from its token `start` on to these pages: they are new to it, or copies of shared ones."""
         held = self.rows.setdefault(row, [])
-        for index, page in enumerate(pages, first):
+        if self.window:
+            for index in range(max(0, (start + 1 - self.window) // self.page_size)):
+                self.owners[held[index]] -= 1
+                held[index] = 0
+        for index, page in enumerate(pages, start // self.page_size):
             if index < len(held) and held[index] == page:
                 continue
             if index < len(held):

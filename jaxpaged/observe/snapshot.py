@@ -74,7 +74,7 @@ def _sequence(sequence: request.Sequence) -> dict[str, Any]:
         "tokens": sequence.num_tokens,
         "computed": sequence.num_computed,
         "max_len": sequence.request.max_len,
-        "pages": len(sequence.pages),
+        "pages": len(sequence.owned_pages),
         "cached_tokens": sequence.num_cached_tokens,
         "preemptions": sequence.num_preemptions,
         "arrival_s": sequence.request.arrival_s,
@@ -92,7 +92,7 @@ def _active_blocks(scheduler: Scheduler, max_lines: int) -> dict[str, Any]:
     wasted = num_wasted_places(running, scheduler.limits.page_size)
     lines = []
     for sequence in running[:max_lines]:
-        pages = list(sequence.pages)
+        pages = list(sequence.owned_pages)
         lines.append(
             {
                 "request": _name(sequence),
@@ -132,7 +132,7 @@ def _shared_prefixes(scheduler: Scheduler, max_lines: int) -> dict[str, Any]:
     pool = scheduler.pool
     owners: dict[int, list[str]] = {}
     for sequence in list(scheduler.running):
-        for page in itertools.takewhile(lambda page: pool.num_owners(page) > 1, list(sequence.pages)):
+        for page in itertools.takewhile(lambda page: pool.num_owners(page) > 1, list(sequence.owned_pages)):
             owners.setdefault(page, []).append(_name(sequence))
     prefixes: dict[tuple[str, ...], list[int]] = {}
     for page, names in owners.items():

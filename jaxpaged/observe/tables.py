@@ -23,7 +23,7 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def _scheduler_text(found: dict[str, Any]) -> list[str]:
-    limits = ", ".join(f"{name} {value}" for name, value in found["limits"].items())
+    limits = ", ".join(f"{name} {value}" for name, value in found["limits"].items() if value)  # 0 is off
     lines = [limits, f"{found['num_preemptions']:,} preemptions so far"]
     columns = ("request", "tokens", "of", "prompt", "computed", "pages", "cached", "preempted", "arrived")
     for state in ("running", "waiting"):

@@ -255,8 +255,8 @@ def _observe(run: Run, plan: StepPlan, seconds: float, *, has_forks: bool) -> No
     pool, page_size = scheduler.pool, scheduler.limits.page_size
     num_owned = num_computed = 0
     for sequence in scheduler.running:
-        num_owned += len(sequence.pages)
-        num_computed += sequence.num_computed
+        num_owned += len(sequence.owned_pages)
+        num_computed += sequence.num_computed - sequence.num_behind * page_size
     # A shared page is full, but for those of forks that sit this step out: all other empty places are in pages with one owner,
     # and counted per owner none is counted twice.
     num_empty = num_owned * page_size - num_computed - num_tokens

@@ -27,15 +27,17 @@ def next_token(context: bytes, index: int = 0) -> int:
     return (zlib.crc32(context) + index) % VOCAB_SIZE
 
 
-def isolated(prompt: Sequence[int], max_len: int, stop_ids: frozenset[int] = frozenset(), index: int = 0) -> list[int]:
+def isolated(
+    prompt: Sequence[int], max_len: int, stop_ids: frozenset[int] = frozenset(), index: int = 0, window: int = 0
+) -> list[int]:
     """One output of FakeRunner for one prompt, written down without scheduler, pages or steps."""
     tokens = list(prompt)
-    crc = zlib.crc32(array("I", tokens))
+    crc = zlib.crc32(array("I", tokens[-window:]))
     while True:
         tokens.append((crc + index) % VOCAB_SIZE)
         if tokens[-1] in stop_ids or len(tokens) >= max_len:
             return tokens[len(prompt) :]
-        crc = zlib.crc32(array("I", tokens[-1:]), crc)
+        crc = zlib.crc32(array("I", tokens[-window:])) if window else zlib.crc32(array("I", tokens[-1:]), crc)
 
 
 def next_logprobs(context: bytes) -> list[tuple[int, float]]:
@@ -81,8 +83,10 @@ class FakeRunner:
 
     duel = None
 
-    def __init__(self, num_pages: int, page_size: int, fails: Fails = lambda request_id, num_output: False):
-        self.num_pages, self.page_size, self.fails = num_pages, page_size, fails
+    def __init__(
+        self, num_pages: int, page_size: int, fails: Fails = lambda request_id, num_output: False, sliding_window: int = 0
+    ):
+        self.num_pages, self.page_size, self.fails, self.sliding_window = num_pages, page_size, fails, sliding_window
         self.places = array("I", [POISON] * (num_pages * page_size))
         self.sampled: dict = {}  # sequence -> the token that the step before sampled
 
@@ -114,7 +118,7 @@ class FakeRunner:
                 context += places[page * size : (page + 1) * size]
             ranked = sorted(next_logprobs(context[: chunk.end]), key=lambda one: -one[1]) if group else []  # type: ignore[arg-type]
             candidates.append(ranked[: group.num_candidates] if group else ())
-            token_ids.append(next_token(context[: chunk.end], chunk.sequence.index))  # type: ignore[arg-type]
+            token_ids.append(next_token(context[: chunk.end][-self.sliding_window :], chunk.sequence.index))  # type: ignore[arg-type]
             is_finite.append(not self.fails(chunk.sequence.request.request_id, chunk.end - chunk.sequence.num_prompt))
         return (token_ids, is_finite, candidates) if any(candidates) else (token_ids, is_finite)
 

@@ -80,7 +80,7 @@ class Scenario:
         stop_ids = frozenset(ask.params["stop_token_ids"])
         stop_ids |= frozenset() if ask.params["ignore_eos"] else frozenset(ask.eos_token_ids)
         if not self.is_padded:
-            return isolated(ask.prompt, self.max_len(ask), stop_ids, index)
+            return isolated(ask.prompt, self.max_len(ask), stop_ids, index, self.limits.get("sliding_window", 0))
         params = SimpleNamespace(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **ask.params})
         return isolated_padded(ask.prompt, self.max_len(ask), stop_ids, params, (ask.seed + index) % 2**64)
 
@@ -93,11 +93,13 @@ def random_scenario(
     with_faults: bool = True,
     shares: bool = False,
     forks: bool = False,
+    has_window: bool = False,
 ) -> Scenario:
     """A scenario whose every request can be served. Half of them have a pool too small for their crowd.
 
     shares: there is a prefix cache, and most prompts begin as an earlier request's prompt and output do.
     forks: most requests want several outputs.
+    has_window: no token sees all that comes before it, so that pages are given back.
     """
     rng = random.Random(f"scenario {seed}")
     page_size = rng.choice((1, 2, 16))
@@ -116,6 +118,10 @@ def random_scenario(
         "max_prefill_tiles": rng.choice((1, -(-budget // tile), -(-budget // tile))),
         "long_prefill_token_threshold": rng.choice((0, 1, 7, page_size)),
     }
+    if has_window:
+        limits["sliding_window"] = rng.randint(1, max_model_len)
+    if forks:
+        limits["eager_copy"] = seed % 4 >= 2
     scenario = Scenario(seed, num_pages, max_model_len, limits, [], is_padded, shares)
     longest = min(scenario.max_model_len - 1, scenario.max_pool_len)
     arrival, patience = 0.0, rng.choice((0.0, 0.5, 4.0))
@@ -225,7 +231,7 @@ class Simulation:
             options = {"buckets": buckets_of(self.limits), "tile": self.limits.tile, "max_blocks_per_seq": width}
             self.runner = PaddedFakeRunner(scenario.num_pages, self.limits.page_size, batch=self.house.batch, **options)
         else:
-            self.runner = FakeRunner(scenario.num_pages, self.limits.page_size, self.fails)
+            self.runner = FakeRunner(scenario.num_pages, self.limits.page_size, self.fails, self.limits.sliding_window)
         self.cache = self.house.prefix_cache.PrefixCache(self.limits.page_size) if scenario.has_cache else None
         options = {"order": order, "seed": scenario.seed, "on_free": self.runner.poison, "cache": self.cache}
         self.pool = watched(self.house.pages.PagePool, scenario.num_pages, **options)

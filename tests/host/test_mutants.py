@@ -188,6 +188,34 @@ MUTANTS = [
     Mutant("a pending token is fed from another row", BATCH, "1 + feed.rows[chunk.sequence]", "feed.rows[chunk.sequence]"),
     Mutant("a pending token is not fed", BATCH, "if chunk.start == len(chunk.sequence.tokens):", "if False:"),
     Mutant("every decode is fed", BATCH, "if chunk.start == len(chunk.sequence.tokens):", "if chunk.sequence in feed.rows:"),
+    Mutant(
+        "a page is behind the window a token early",
+        SCHEDULER,
+        "num_computed + 1 - self.limits.sliding",
+        "num_computed + 2 - self.limits.sliding",
+    ),
+    Mutant(
+        "a page behind the window is not recorded before",
+        SCHEDULER,
+        "num_behind = min(num_behind, sequence.num_recorded)",
+        "pass",
+    ),
+    Mutant(
+        "a page behind the window is given back twice, with cache",
+        SCHEDULER,
+        "            sequence.num_behind = num_behind\n",
+        "",
+    ),
+    Mutant(
+        "a page behind the window stays in the table", SCHEDULER, "sequence.pages[:num_behind] = [NULL_PAGE] * num_behind", "pass"
+    ),
+    Mutant("a fork owns what is behind the window", SCHEDULER, "        fork.num_behind = sequence.num_behind\n", ""),
+    Mutant(
+        "set back, it remembers what was behind the window",
+        SCHEDULER,
+        "sequence.num_recorded = sequence.num_behind = 0",
+        "sequence.num_recorded = 0",
+    ),
     Mutant("takes an id twice", SCHEDULER, "if request.request_id in self._by_id:", "if False:"),
     Mutant(
         "prefills before decodes in the results",
@@ -396,12 +424,13 @@ def test_a_planted_bug_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch
     simulation.house()  # imports all of them
     plant(monkeypatch, mutant)
     is_padded = mutant.module == BATCH or "results" in mutant.name
-    shares = mutant.module == PREFIX or any(word in mutant.old for word in ("cache", "known"))
+    shares = mutant.module == PREFIX or any(word in mutant.old for word in ("cache", "known", "recorded)"))
     forks = any(word in mutant.name for word in ("fork", "cop", "shared page", "outputs"))
     for seed in range(MOST_SCENARIOS):
         try:
-            scenario = simulation.random_scenario(seed, is_padded=is_padded, shares=shares, forks=forks, with_faults=not shares)
-            simulation.simulate(scenario, is_perturbed=shares)
+            kinds = {"shares": shares, "forks": forks, "has_window": "window" in mutant.name}
+            scenario = simulation.random_scenario(seed, is_padded=is_padded, with_faults=not shares, **kinds)
+            simulation.simulate(scenario, is_perturbed=shares or "set back" in mutant.name)
         except Exception:  # an AssertionError of a law, or whatever the broken code ran into
             return
     pytest.fail(f"{mutant.name!r} survives {MOST_SCENARIOS} scenarios")

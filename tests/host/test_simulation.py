@@ -14,6 +14,7 @@ from simulation import Ask, Scenario, output_of, random_scenario, simulate
 
 from jaxpaged.host.pages import PagePool
 from jaxpaged.host.plan import Limits
+from jaxpaged.host.prefix_cache import PrefixCache
 from jaxpaged.host.request import FinishReason, Request, RequestError, SamplingParams
 from jaxpaged.host.scheduler import Scheduler
 
@@ -90,6 +91,38 @@ def test_forks_with_forced_preemptions_do_not_matter() -> None:
     for seed in seeds(95_000, 40):
         scenario = random_scenario(seed, is_padded=seed % 4 == 0, with_faults=False, shares=seed % 2 == 0, forks=True)
         assert simulate(scenario, is_perturbed=True, order="random").outputs == simulate(scenario).outputs
+
+
+@pytest.mark.parametrize("first", range(97_000, 97_120, SCENARIOS_PER_TEST))  # 2,400 requests
+def test_pages_behind_a_window_are_given_back_and_not_missed(first: int) -> None:
+    num_hit_tokens = num_copies = 0
+    for seed in seeds(first, SCENARIOS_PER_TEST):
+        kinds = {"shares": seed % 2 == 0, "forks": seed % 3 == 0}
+        scenario = random_scenario(seed, num_requests=REQUESTS_PER_SCENARIO, has_window=True, **kinds)
+        outcome = simulate(scenario, order="random")
+        num_hit_tokens += outcome.num_hit_tokens
+        num_copies += outcome.num_copies
+    assert num_hit_tokens > 100 and num_copies > 50
+
+
+@pytest.mark.parametrize("has_cache", [False, True])
+def test_a_sequence_owns_no_more_than_its_window(has_cache: bool) -> None:
+    limits = Limits(page_size=4, max_num_seqs=2, max_num_batched_tokens=8, tile=4, max_prefill_tiles=2, sliding_window=10)
+    pool = PagePool(40, PrefixCache(4) if has_cache else None)
+    scheduler, most_used = Scheduler(pool, limits), 0
+    request = Request.checked("a", [1] * 30, SamplingParams(max_tokens=100), vocab_size=9, max_model_len=200, max_pool_len=39 * 4)
+    scheduler.add(request)
+    while (plan := scheduler.plan()) is not None:
+        scheduler.check()
+        (chunk,) = plan.chunks()
+        first = max(0, chunk.start + 1 - 10) // 4  # the page of the first token that the chunk's first one sees
+        assert all(chunk.sequence.pages[first:]) and len(chunk.sequence.pages) == -(-chunk.end // 4)
+        if not has_cache or len(chunk.sequence.output_token_ids) > 1:
+            assert not any(chunk.sequence.pages[:first]) and pool.num_used <= -(-(10 + chunk.num_tokens) // 4) + 1
+            most_used = max(most_used, pool.num_used)
+        scheduler.commit(plan, [3] * len(plan.sampling()), [True] * len(plan.sampling()))
+    assert pool.num_used == 0 and 3 <= most_used <= 6
+    assert pool.num_cached == (32 if has_cache else 0)  # what was given back is still known: 129 tokens are 32 full pages
 
 
 def test_the_scenarios_reach_what_they_are_for() -> None:
