@@ -407,8 +407,8 @@ class EngineConfig:
             value = self.compare_tolerance
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ConfigError(f"compare_tolerance: got {value!r}, expected a number above 0")
-        flags = ("enable_prefix_caching", "async_scheduling", "eager_copy", "enforce_eager", "skip_tokenizer_init", "allow_nonfinite")
-        for name in flags:
+        flags = ("enable_prefix_caching", "async_scheduling", "eager_copy", "enforce_eager")
+        for name in (*flags, "skip_tokenizer_init", "allow_nonfinite"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected True or False")
         for name, low in (("decode_row_buckets", 1), ("prefill_tile_buckets", 0)):
