@@ -56,7 +56,8 @@ lengths are N, LOW:HIGH (each as likely) or lognormal:MEAN:SIGMA. A trace is CSV
 output_tokens and perhaps tenant, priority, prefix_id, prefix_tokens, n, or JSONL of such objects; Azure's and BurstGPT's are read
 as they are. 'memory' has --kv-cache-memory-bytes 16G --block-size 16 --max-num-seqs 1024 where nothing else is given,
 'sharing' the paper's machine: --gpu A100-40GB --kv-cache-memory-bytes 12G --block-size 16 --max-model-len 2048 and, for OPT-13B,
---model llama-2-13b, whose keys and values take as many bytes."""
+--model llama-2-13b, whose keys and values take as many bytes; and --num-prompts 200 --max-concurrency 3, because outputs that
+give way in a full pool come back one by one, and share less."""
 
 _OTHERS = tuple(field.name for field in dataclasses.fields(EngineConfig) if field.name not in OPTIONS)
 # What has no meaning beside a trace, beside `memory`, beside a named dataset, beside measured steps.
@@ -210,21 +211,11 @@ def _run_sharing(machine: _Machine, given: dict[str, Any], *, as_json: bool) -> 
     others = sharing.sensitivity(sharing.other_models(assumed), *where, **room)
     if as_json:
         words = {**options, "beam_open_share": assumed.open_share, "beam_kinship": assumed.kinship}
-        savings = [_saving(saving) for saving in found]
-        several = [
-            {"beam_open_share": model.open_share, "beam_kinship": model.kinship, "savings": [_saving(saving) for saving in each]}
-            for model, each in others
-        ]
-        print(json.dumps({"setting": machine.setting(**words), "savings": savings, "sensitivity": several}))
+        print(json.dumps({"setting": machine.setting(**words), **sharing.as_json(found, others)}))
     else:
         what = f"assumed of beams: open share {assumed.open_share:g}, kinship {assumed.kinship:g} (simulate/random_model.py)"
         print(f"{_heading(machine)}\n{what}\n\n{sharing.table(found)}\n\n{sharing.sensitivity_table(assumed, others, found)}")
     return 0
-
-
-def _saving(found: sharing.Saving) -> dict[str, Any]:
-    low, high = sharing.PUBLISHED[found.dataset, found.kind]
-    return {**dataclasses.asdict(found), "saved": found.saved, "published_low": low, "published_high": high}
 
 
 def _random_model(given: dict[str, Any]) -> RandomModel:

@@ -263,7 +263,7 @@ def _observe(run: Run, plan: StepPlan, seconds: float, *, has_forks: bool) -> No
     num_lone = num_owned
     if has_forks:
         num_empty -= _num_empty_shared(scheduler)
-        num_lone += sum(len(sequence.pages) * sequence.num_to_come for sequence in scheduler.running)
+        num_lone += sum(len(sequence.owned_pages) * sequence.num_to_come for sequence in scheduler.running)
     num_allocated = pool.num_used * page_size
     state = (seconds, pool.num_used, num_allocated - num_empty, num_allocated, len(scheduler.running))
     run.occupancy.add(*state)

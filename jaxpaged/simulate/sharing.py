@@ -5,9 +5,11 @@ Knows loads, counts of pages and the paper's figures. Refuses to know time of da
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 from jaxpaged.config import ConfigError, EngineConfig, ModelConfig
 from jaxpaged.simulate.arrivals import random_traffic
@@ -108,6 +110,20 @@ def other_models(assumed: RandomModel) -> list[RandomModel]:
     pairs = ((assumed.open_share / 3, assumed.kinship), (2 * assumed.open_share, assumed.kinship))
     pairs += ((assumed.open_share, 0.0), (assumed.open_share, 1.0))
     return [RandomModel(open_share=min(1.0, share), kinship=kinship, seed=assumed.seed) for share, kinship in pairs]
+
+
+def as_json(savings: Seq[Saving], others: Seq[tuple[RandomModel, Seq[Saving]]]) -> dict[str, Any]:
+    """All of it in plain values."""
+
+    def plain(found: Saving) -> dict[str, Any]:
+        low, high = PUBLISHED[found.dataset, found.kind]
+        return {**dataclasses.asdict(found), "saved": found.saved, "published_low": low, "published_high": high}
+
+    sensitivity = [
+        {"beam_open_share": model.open_share, "beam_kinship": model.kinship, "savings": [plain(saving) for saving in each]}
+        for model, each in others
+    ]
+    return {"savings": [plain(saving) for saving in savings], "sensitivity": sensitivity}
 
 
 def table(savings: Seq[Saving]) -> str:

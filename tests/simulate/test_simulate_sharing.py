@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import statistics
@@ -30,7 +31,7 @@ class Watcher:
 
     def __init__(self) -> None:
         self.scheduler: Scheduler
-        self.num_pages = self.num_held = 0
+        self.num_pages = self.num_held = self.num_lone = 0
         self.written: dict[str, list[int]] = {}
 
     def step_s(self, plan: StepPlan) -> float:
@@ -39,19 +40,21 @@ class Watcher:
         own: list[int] = []
         for sequence in self.scheduler.running:
             end = ends.get(sequence, sequence.num_computed)
+            self.num_lone += sum(map(bool, sequence.pages)) * (1 + sequence.num_to_come)
             self.written[sequence.request.request_id] = sequence.tokens[sequence.num_prompt :]
-            own += sequence.pages[pages(sequence.num_prompt) :] if sequence.group is None else ()
+            own += filter(None, sequence.pages[pages(sequence.num_prompt) :]) if sequence.group is None else ()
             for index, page in enumerate(sequence.pages):
-                filled[page] = max(filled.get(page, 0), min(PAGE, max(0, end - index * PAGE)))
+                if page:  # not given back because no layer looks back to it
+                    filled[page] = max(filled.get(page, 0), min(PAGE, max(0, end - index * PAGE)))
         self.num_pages += len(filled)
         self.num_held += sum(filled.values())
         assert len(set(own)) == len(own), "outputs that were sampled share more than their prompt"
         return 1.0
 
 
-def serve(arrivals: list[Arrival], *, num_pages: int = 2000, cost=None, random_model=None, **options) -> Run:
+def serve(arrivals: list[Arrival], *, num_pages: int = 2000, cost=None, random_model=None, model=LLAMA, **options) -> Run:
     config = EngineConfig(**{"block_size": PAGE, "max_model_len": 2048, "enable_prefix_caching": False, **options})
-    scheduler = build_scheduler(config.resolved(LLAMA, "gpu"), LLAMA, num_pages)
+    scheduler = build_scheduler(config.resolved(model, "gpu"), model, num_pages)
     watcher = cost or Watcher()
     watcher.scheduler = scheduler
     run = simulate(scheduler, arrivals, watcher, max_model_len=2048, random_model=random_model)
@@ -59,6 +62,7 @@ def serve(arrivals: list[Arrival], *, num_pages: int = 2000, cost=None, random_m
     assert not scheduler.has_unfinished and scheduler.pool.num_used == 0 and not run.refused
     if isinstance(watcher, Watcher):
         assert run.occupancy.page_seconds == watcher.num_pages and run.occupancy.held_seconds == watcher.num_held
+        assert run.occupancy.lone_page_seconds == watcher.num_lone
     return run
 
 
@@ -159,6 +163,15 @@ def test_more_outputs_save_more_and_beams_more_than_samples():
         assert shares == sorted(set(shares))
         assert all(share <= 1 - 1 / n for share, n in zip(shares, (1, 2, 4, 6), strict=True))
     assert all(beams > samples for samples, beams in zip(found[SAMPLING][1:], found[BEAMS][1:], strict=True))
+
+
+@pytest.mark.parametrize("use_beam_search", [False, True])
+def test_what_is_behind_a_window_is_neither_shared_nor_saved(use_beam_search: bool):
+    model = dataclasses.replace(LLAMA, windows=(32,) * LLAMA.num_layers)
+    arrival = Arrival(0.0, 100, 200, n=4, use_beam_search=use_beam_search)
+    near, far = (serve([arrival], model=one, long_prefill_token_threshold=20) for one in (model, LLAMA))
+    assert near.occupancy.lone_page_seconds < far.occupancy.lone_page_seconds / 2
+    assert 0 < saved(near) < saved(far)
 
 
 def test_prefixes_that_requests_share_count_too():
