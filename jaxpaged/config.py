@@ -16,9 +16,12 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _DTYPE_ALIASES = {"half": "float16", "float": "float32", "fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}
 
+MAX_SWAP_SPACE = 2**20  # GiB
+
 # One size a page may have. 8 and below waste table space, above 128 waste the tail of every sequence.
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 
+PREEMPTION_MODES = ("recompute", "swap", "auto")  # host/preemption.py
 SCHEDULING_POLICIES = ("fcfs", "lifo", "priority", "fair_share", "sjf", "prefix")  # host/policies.py
 
 
@@ -296,6 +299,17 @@ class EngineConfig:
       kv_cache_dtype: of the page pool; auto is dtype.
       num_gpu_blocks_override: pages of the pool, whatever the memory.
       kv_cache_memory_bytes: bytes of the pool; overrides gpu_memory_utilization.
+      swap_space: GiB of host memory for pages that the pool has no room for: those of preempted requests and of prefixes that
+        nobody uses just now; they come back when they are asked for. 0 is none.
+      kv_offloading_size: vLLM's newer name of swap_space; None is whatever that is.
+      preemption_mode: what becomes of the pages of a request that gives way: recompute lets them go, swap moves them to host
+        memory when the pool needs their room, auto does for each request what takes less time. Without swap_space all are
+        recompute.
+      offload_dir: a folder for pages that swap_space has no room for; this engine's part of it is removed when it is closed.
+        None is none.
+      offload_num_threads: threads that read and write there.
+      offload_threshold: a page is moved to host memory or disk only when the prefix that it ends has at least so many tokens.
+      prefetch_blocks: pages on their way from disk at a time.
       gpu_memory_utilization: share of the device's memory for weights, temporaries and pool; a CPU's device is the machine. Auto
         is 0.92 on a GPU, and on a CPU room for max_num_seqs full-length sequences within 4 GiB and a quarter of the free memory.
       seed: of requests that bring none of their own.
@@ -340,6 +354,13 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     num_gpu_blocks_override: int | None = None
     kv_cache_memory_bytes: int | None = None
+    swap_space: float = 0.0
+    kv_offloading_size: float | None = None
+    preemption_mode: str = "auto"
+    offload_dir: str | None = None
+    offload_num_threads: int = 4
+    offload_threshold: int = 0
+    prefetch_blocks: int = 32
     gpu_memory_utilization: float | None = None
     seed: int = 0
     enforce_eager: bool = False
@@ -373,7 +394,7 @@ class EngineConfig:
             if value not in ("auto", *FLOAT_DTYPES):
                 raise ConfigError(f"{name}: got {value!r}, expected one of auto, {', '.join(FLOAT_DTYPES)}")
             object.__setattr__(self, name, value)
-        paths = ("compilation_cache_dir", "compare_dir", "recording_dir", "debug_socket")
+        paths = ("compilation_cache_dir", "compare_dir", "recording_dir", "debug_socket", "offload_dir")
         for name in ("model", "tokenizer", "revision", "compare_with", *paths):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected a string")
@@ -399,6 +420,10 @@ class EngineConfig:
         # A smaller ring would hold little more than the heads of its segments.
         self._check_int("flight_recorder_bytes", 2**16 if self.flight_recorder_bytes else 0, 2**36)
         self._check_int("prefill_tile", 1, 4096)
+        self._check_int("offload_num_threads", 1, 64)
+        self._check_int("offload_threshold", 0, 2**30)
+        self._check_int("prefetch_blocks", 1, 2**20)
+        self._check_offloading()
         if self.gpu_memory_utilization is not None:
             value = self.gpu_memory_utilization
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
@@ -418,6 +443,31 @@ class EngineConfig:
             if not isinstance(sizes, (tuple, list)) or not all(type(size) is int and size >= low for size in sizes):
                 raise ConfigError(f"{name}: got {sizes!r}, expected whole numbers of at least {low}")
             object.__setattr__(self, name, tuple(sorted(set(sizes))))
+
+    def _check_offloading(self) -> None:
+        for name in ("swap_space", "kv_offloading_size"):
+            value = getattr(self, name)
+            if value is None and name == "kv_offloading_size":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_SWAP_SPACE:
+                raise ConfigError(f"{name}: got {value!r}, expected a number of GiB in [0, {MAX_SWAP_SPACE}]")
+        if self.kv_offloading_size is not None:
+            if self.swap_space not in (0, self.kv_offloading_size):
+                given = f"{self.kv_offloading_size!r} and swap_space {self.swap_space!r}"
+                raise ConfigError(f"kv_offloading_size: got {given}, expected one of them: they are two names of one option")
+            object.__setattr__(self, "swap_space", self.kv_offloading_size)
+            object.__setattr__(self, "kv_offloading_size", None)  # or one of the names could not be replaced
+        if self.preemption_mode not in PREEMPTION_MODES:
+            hint = nearest(self.preemption_mode, PREEMPTION_MODES) if isinstance(self.preemption_mode, str) else ""
+            known = ", ".join(PREEMPTION_MODES)
+            raise ConfigError(f"preemption_mode: got {self.preemption_mode!r}, expected one of {known}{hint}")
+        if not self.swap_space:
+            if self.offload_dir is not None:
+                raise ConfigError(f"offload_dir: got {self.offload_dir!r}, expected none without swap_space: set swap_space too")
+            if self.preemption_mode == "swap":
+                raise ConfigError(
+                    "preemption_mode: got 'swap', expected recompute or auto without swap_space: set swap_space too"
+                )
 
     def _check_int(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
@@ -460,6 +510,19 @@ class EngineConfig:
             decode_row_buckets=self.decode_row_buckets or _default_rows(max_num_seqs, dtype, on_cpu),
             prefill_tile_buckets=self.prefill_tile_buckets or tuple(sorted({1, min(8, max_tiles), max_tiles})),
         )
+
+    def num_host_pages(self, model: ModelConfig) -> int:
+        """Pages of host memory below the pool. For resolved options.
+
+        Raises:
+          ConfigError: swap_space is too small for one.
+        """
+        page_bytes = model.page_bytes(self.block_size, self.kv_cache_dtype)  # type: ignore[arg-type]
+        num_bytes = int(self.swap_space * 2**30)
+        if self.swap_space and num_bytes < page_bytes:
+            needed = f"at least {page_bytes / 2**30:.2g} GiB, one page of {page_bytes:,} bytes"
+            raise ConfigError(f"swap_space: got {self.swap_space!r} GiB, expected 0 or {needed}")
+        return num_bytes // page_bytes
 
     def buckets(self) -> list[Bucket]:
         """Every shape that is compiled, smallest first; the largest holds every step. For resolved options."""

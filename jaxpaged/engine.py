@@ -165,11 +165,14 @@ class Engine:
         do, and when only prompts and beams have advanced.
         """
         try:
+            self._take_fetched(wait=False)
             self._eyes.planning()
             plan = self.scheduler.plan()
             self._eyes.planned(plan)
             if plan is not None:
                 self._in_flight.append((plan, self.runner.submit(plan)))
+            elif not self._in_flight and self.has_unfinished:
+                self._take_fetched(wait=True)  # it is for these that they wait
             is_ahead = plan is not None and self.config.async_scheduling and len(self._in_flight) == 1
             events = [] if is_ahead or not self._in_flight else self._finish_step()
             # What runs for nobody is not waited for: all that it was for has ended.
@@ -192,6 +195,15 @@ class Engine:
         self._eyes.committed()
         self.num_steps += 1
         return events
+
+    def _take_fetched(self, *, wait: bool) -> None:
+        """Tell the scheduler of the pages that have come from disk since the last call."""
+        if not self.scheduler.is_fetching:
+            return
+        for key, ok in self.runner.fetched(wait=wait):
+            self._eyes.changing()
+            self.scheduler.fetched(key, ok)
+            self._eyes.fetched(key, ok)
 
     def reset_prefix_cache(self) -> None:
         """Forget what pages hold: no request after this shares a page with one before it. Running requests keep theirs."""

@@ -62,6 +62,16 @@ class Runner(Protocol):
         """
         ...
 
+    def fetched(self, *, wait: bool = False) -> list[tuple[bytes, bool]]:
+        """The keys of `plan.transfers.fetches` that have ended since the last call, each with whether its page is in its slot.
+
+        Asked for only while some are in flight.
+
+        Args:
+          wait: do not return before there is one.
+        """
+        ...
+
     def close(self) -> None:
         """Give the memory back."""
         ...

@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 
 from jaxpaged.host.prefix_cache import PrefixCache
+from jaxpaged.host.tiers import HostTier
 
 NULL_PAGE = 0
 
@@ -23,17 +24,19 @@ class PagePool:
 
     Invariant (`check`): every page but 0 is free, cached or referenced, exactly one of the three, and reference counts equal the
     owners. A cached page has no owner and holds something that the prefix cache knows; the one that was given back first is
-    evicted first. Sharing is by `share`; the holder of a page with more than one reference must copy it before it writes.
+    evicted first, and offered to the host tier. Sharing is by `share`; the holder of a page with more than one reference must
+    copy it before it writes.
     """
 
-    def __init__(self, num_pages: int, cache: PrefixCache | None = None):
+    def __init__(self, num_pages: int, cache: PrefixCache | None = None, tier: HostTier | None = None):
         if num_pages < 2:
             raise ValueError(f"num_pages: got {num_pages}, expected at least 2 (page 0 is the null page)")
         self.num_pages = num_pages
         self._free: deque[int] = deque(range(1, num_pages))
         self._refs = [0] * num_pages
-        self._cached: OrderedDict[int, None] = OrderedDict()  # as they lost their last owner; a dict scans for its first
-        self.cache = cache
+        # As they lost their last owner, each with whether the tier is to be offered it; a dict scans for its first.
+        self._cached: OrderedDict[int, bool] = OrderedDict()
+        self.cache, self.tier = cache, tier
         self.step = 0  # of whoever plans; only the counters below read it
         self.num_released = self.owned_steps = 0  # pages that lost their last owner, and the steps for which they had one
         self.num_reused = self.idle_steps = 0  # pages that got an owner again, and the steps for which they had none
@@ -83,10 +86,13 @@ class PagePool:
                 self._taken(page)
             self._refs[page] += 1
 
-    def free(self, pages: Iterable[int]) -> None:
+    def free(self, pages: Iterable[int], *, is_kept: bool = True) -> None:
         """Take one reference from each page; those without owners become free, or cached when the prefix cache knows them.
 
         The last page goes first, as a sequence shrinks, so that a prefix outlives what hangs on it.
+
+        Args:
+          is_kept: those that become cached are offered to the host tier when they are evicted.
         """
         pages = list(pages)
         for page, times in Counter(pages).items():
@@ -101,7 +107,7 @@ class PagePool:
                 self.owned_steps += self.step - self._since[page]
                 self._since[page] = self.step
                 if self.cache is not None and page in self.cache:
-                    self._cached[page] = None
+                    self._cached[page] = is_kept
                 else:
                     self._free.append(page)
 
@@ -109,12 +115,32 @@ class PagePool:
         """Forget what pages hold. Those without an owner become free; those with one stay with it."""
         if self.cache is not None:
             self.cache.clear()
+        if self.tier is not None:
+            self.tier.clear()
         self._free.extend(self._cached)
         self._cached.clear()
 
+    def drop(self, key: bytes) -> None:
+        """Forget what nobody will ask for again, on every tier; a page that has an owner stays with it and is known no more."""
+        page = self.cache.page_of(key) if self.cache is not None else None
+        if page is not None:
+            self.cache.forget(page)  # type: ignore[union-attr]
+            if self._cached.pop(page, None) is not None:
+                self._free.append(page)
+        if self.tier is not None:
+            self.tier.forget(key)
+
+    def rewind(self) -> None:
+        """The plans in flight are lost: forget what was to come with them."""
+        for key in self.tier.rewind() if self.tier is not None else ():
+            self.drop(key)
+
     def _evict(self, page: int) -> None:
-        del self._cached[page]
-        self.cache.forget(page)  # type: ignore[union-attr]
+        is_kept = self._cached.pop(page)
+        held = self.cache.forget(page)  # type: ignore[union-attr]
+        self.cache.num_evictions += 1  # type: ignore[union-attr]
+        if is_kept and self.tier is not None:
+            self.tier.save(page, held)
         self._free.append(page)
 
     def _taken(self, page: int) -> None:

@@ -1,4 +1,4 @@
-"""One step as the scheduler decides it: Limits, Chunk, StepPlan.
+"""One step as the scheduler decides it: Limits, Chunk, Transfers, StepPlan.
 
 Knows which tokens of which sequences. Refuses to know how that is decided, and arrays.
 """
@@ -62,16 +62,34 @@ class Chunk(NamedTuple):
         return cls(sequence, sequence.num_computed, num_tokens, num_tokens == sequence.num_uncomputed)
 
 
+class Transfers(NamedTuple):
+    """Pages that move between the tiers, in the order in which it has to be done: `spills`, `saves`, `loads`, copies, the step.
+
+    Slots are those of host memory, keys those of the prefix cache. Fetches run beside the steps, at any time after the spills.
+    A page that is saved may be written by the loads, the copies and the step of the same plan. No slot is written twice by one
+    plan; of those that it reads and writes, and of those that are fetched into, none is touched by another before that is done.
+    """
+
+    spills: tuple[tuple[int, bytes], ...] = ()  # (slot, key): host memory to disk
+    saves: tuple[tuple[int, int], ...] = ()  # (page, slot): device to host memory
+    loads: tuple[tuple[int, int], ...] = ()  # (slot, page): host memory to device
+    fetches: tuple[tuple[bytes, int], ...] = ()  # (key, slot): disk to host memory; its end is an event of the scheduler
+
+
+NO_TRANSFERS = Transfers()
+
+
 @dataclass(frozen=True)
 class StepPlan:
-    """One step, decided. `decodes` are single tokens that sample; every other chunk is a prefill.
+    """One step, decided. `decodes` are single tokens that sample; every other chunk is a prefill. It may have transfers alone.
 
-    `copies` are (source, target) pages to copy before anything else happens; no target is a source, and none is twice in it.
+    `copies` are (source, target) pages to copy before anything is computed; no target is a source, and none is twice in it.
     """
 
     decodes: tuple[Chunk, ...]
     prefills: tuple[Chunk, ...]
     copies: tuple[tuple[int, int], ...] = ()
+    transfers: Transfers = NO_TRANSFERS
 
     @property
     def num_tokens(self) -> int:

@@ -14,18 +14,27 @@ from collections.abc import Sequence as Seq
 from jaxpaged.config import EngineConfig, ModelConfig
 from jaxpaged.host.beams import BeamGroup, Candidates
 from jaxpaged.host.pages import NULL_PAGE, PagePool
-from jaxpaged.host.plan import Chunk, Limits, StepPlan
+from jaxpaged.host.plan import NO_TRANSFERS, Chunk, Limits, StepPlan
 from jaxpaged.host.policies import OUTPUT_COST, PROMPT_COST, Policy, fcfs, find_policy
+from jaxpaged.host.preemption import SwapCosts, is_worth_keeping
 from jaxpaged.host.prefix_cache import PrefixCache
+from jaxpaged.host.recall import MAX_HELD_BACK, Found, Recall
 from jaxpaged.host.request import FinishReason, Request, RequestError, Sequence, TokenEvent
+from jaxpaged.host.tiers import HostTier
 from jaxpaged.host.waiting import AGEING_STEPS, WaitingLine, by_rank
 
 # A sequence that has given way this often is admitted with all the pages that it can ever need, and gives way no more.
 MAX_PREEMPTIONS = 8
+PREFETCH_AHEAD = 4  # sequences that wait whose pages are fetched before there is room for them
+DEFAULT_COSTS = SwapCosts()
 
 
-def build(config: EngineConfig, model: ModelConfig, pool: PagePool) -> Scheduler:
-    """The scheduler of an engine with these resolved options; the pool gets its prefix cache when it has none."""
+def build(config: EngineConfig, model: ModelConfig, pool: PagePool, *, costs: SwapCosts | None = None) -> Scheduler:
+    """The scheduler of an engine with these resolved options; the pool gets its prefix cache and host tier when it has none.
+
+    Args:
+      costs: what preemption_mode auto compares; None is a guess.
+    """
     limits = Limits(
         page_size=config.block_size,  # type: ignore[arg-type]
         max_num_seqs=config.max_num_seqs,  # type: ignore[arg-type]
@@ -38,13 +47,20 @@ def build(config: EngineConfig, model: ModelConfig, pool: PagePool) -> Scheduler
         sliding_window=max(model.windows) if model.windows and all(model.windows) else 0,
         eager_copy=config.eager_copy,
     )
-    if config.enable_prefix_caching and pool.cache is None:
-        pool.cache = PrefixCache(limits.page_size, f"{model!r} {config.dtype} {config.kv_cache_dtype}")
-    return Scheduler(pool, limits, policy=find_policy(config.scheduling_policy), ageing_steps=config.ageing_steps)
+    num_slots = config.num_host_pages(model)
+    if (config.enable_prefix_caching or num_slots) and pool.cache is None:
+        context = f"{model!r} {config.dtype} {config.kv_cache_dtype}"
+        pool.cache = PrefixCache(limits.page_size, context, is_private=not config.enable_prefix_caching)
+    if num_slots and pool.tier is None:
+        has_disk = config.offload_dir is not None
+        pool.tier = HostTier(num_slots, has_disk=has_disk, threshold=config.offload_threshold, max_fetches=config.prefetch_blocks)
+    options = {"ageing_steps": config.ageing_steps, "preemption_mode": config.preemption_mode}
+    options["costs"] = costs or SwapCosts.guess(model.page_bytes(limits.page_size, config.kv_cache_dtype))
+    return Scheduler(pool, limits, policy=find_policy(config.scheduling_policy), **options)
 
 
 class Scheduler:
-    """Chunked prefill, shared prefixes, forks, beams and preemption by recompute, in the order of a policy.
+    """Chunked prefill, shared prefixes, forks, beams and preemption, by recompute or by swap, in the order of a policy.
 
     Invariants: `running` and `waiting` are each in order of rank, and a rank changes only while its sequence waits; only running
     sequences own pages; a page with several owners is copied before one of them writes it; a sequence that was preempted
@@ -54,6 +70,9 @@ class Scheduler:
     itself only to one behind it that lacks none. So everything ends, because a sequence is set back at most MAX_PREEMPTIONS
     times: steps <= (MAX_PREEMPTIONS + 1) * tokens. With `fcfs` ranks are the order of arrival, all that runs arrived before all
     that waits, the oldest is never set back, and steps <= tokens.
+
+    A sequence whose pages are on disk is held back until they are in host memory, and others are admitted past it; so with a
+    disk the oldest may be behind, for as many fetches as it has pages, and a step may have transfers alone.
 
     The beams of a search run together or not at all, side by side: when one has to give way all of them do, and wait as one
     sequence, from which the others are forked again where they part. No number of preemptions protects them.
@@ -65,15 +84,28 @@ class Scheduler:
 
     Args:
       ageing_steps: how long a policy may hold a sequence back; see `WaitingLine`.
+      preemption_mode, costs: see `is_worth_keeping`; they matter to a pool with a host tier.
     """
 
-    def __init__(self, pool: PagePool, limits: Limits, *, policy: Policy = fcfs, ageing_steps: int = AGEING_STEPS):
+    def __init__(
+        self,
+        pool: PagePool,
+        limits: Limits,
+        *,
+        policy: Policy = fcfs,
+        ageing_steps: int = AGEING_STEPS,
+        preemption_mode: str = "auto",
+        costs: SwapCosts = DEFAULT_COSTS,
+    ):
         self.pool = pool
         self.limits = limits
+        self.recall = Recall(pool)
+        self.preemption_mode, self.costs = preemption_mode, costs
         self.waiting = WaitingLine(policy, ageing_steps=ageing_steps, cached_len=self._cached_len)
         self.running: list[Sequence] = []
         self._num_added = 0
         self.num_preemptions = 0
+        self.num_swaps = 0  # preemptions whose pages were to be kept
         self.num_copies = 0
         self._by_id: dict[str, list[Sequence]] = {}  # what has not ended yet of each request; beams as in their group's `running`
         self._copies: list[tuple[int, int]] = []  # of the plan being made
@@ -103,6 +135,15 @@ class Scheduler:
             self._finish(sequence, FinishReason.ABORT)
         return events
 
+    def fetched(self, key: bytes, ok: bool) -> None:
+        """A page has come from disk into its slot of host memory, or has not: then it is computed."""
+        self.pool.tier.fetched(key, ok)  # type: ignore[union-attr]
+
+    @property
+    def is_fetching(self) -> bool:
+        """Whether pages are on their way from disk: when `plan` finds nothing to do, it is these that it waits for."""
+        return self.pool.tier is not None and self.pool.tier.num_fetching > 0
+
     def __contains__(self, request_id: str) -> bool:
         """Whether an unfinished request has this id."""
         return request_id in self._by_id
@@ -115,16 +156,16 @@ class Scheduler:
     # --- plan ---
 
     def plan(self) -> StepPlan | None:
-        """Decide the next step and take the pages it writes to; None when there is nothing to compute.
+        """Decide the next step and take the pages it writes to; None when there is nothing to do.
 
-        At most one step may be in flight. None, too, when all depends on what it yields.
+        At most one step may be in flight. None, too, when all depends on what it yields, or on pages that are being fetched.
         """
         if len(self._in_flight) > 1:
             raise RuntimeError(f"{len(self._in_flight)} steps are in flight: commit the oldest before the next is planned")
         self._advance_in_flight(is_pending=True)
         tokens_left, tiles_left = self.limits.max_num_batched_tokens, self.limits.max_prefill_tiles
         chunks: list[Chunk] = []
-        has_preempted, is_by_arrival = False, self.waiting.policy is fcfs
+        has_preempted, is_by_arrival = False, self.waiting.policy is fcfs and not self.recall.has_disk
         self.waiting.step += 1
 
         index = 0
@@ -155,20 +196,28 @@ class Scheduler:
         is_open = self.waiting and not has_preempted and not self._is_held(tokens_left) and self._has_room(1)
         # Free pages that running sequences will take for tokens they already have.
         num_lacking = sum(map(self._num_pages_lacking, self.running)) if is_open else 0
-        while self.waiting and is_open and self._has_room(1):
+        held_back: set[Sequence] = set()
+        while len(self.waiting) > len(held_back) and is_open and self._has_room(1) and len(held_back) < MAX_HELD_BACK:
             self.waiting.refresh()
-            sequence = self.waiting[0]
+            sequence = next(sequence for sequence in self.waiting if sequence not in held_back)
             if sequence.num_pending:
                 break  # a token that only the device knows can be a decode's, not the end of a chunk
-            known = self.pool.cache.match(sequence) if self.pool.cache is not None else []
-            num_known = len(known) * self.limits.page_size
+            known = self.recall.look(sequence)
+            if known is None:
+                held_back.add(sequence)
+                continue
+            num_known = len(known.pages) * self.limits.page_size
             num_tokens = self._chunk_len(sequence, num_known, tokens_left, tiles_left)
             # Enough for all of its tokens, not only its first chunk: else prompts half done would preempt each other.
             num_needed = self._num_pages_lacking(sequence)
             if _is_protected(sequence):
                 # All that it can ever need, and likewise for all that runs: nobody will lack what it holds.
                 num_needed, num_lacking = self._num_pages_to_end(sequence), sum(map(self._num_pages_to_end, self.running))
-            num_needed -= sum(self.pool.num_owners(page) > 0 for page in known)
+            num_needed -= sum(self.pool.num_owners(page) > 0 for page in known.pages)
+            if sequence.num_preemptions and not _is_protected(sequence):
+                # And a page for each that runs: or one of twenty-two that come back is pushed out again within two steps (150
+                # requests on 200 pages, recompute and swap alike, November 2026).
+                num_needed += len(self.running)
             if not self.running and sequence.group is None:
                 num_needed -= sequence.num_forks  # which may be more than the whole pool holds: they take turns
             if not num_tokens or num_lacking + num_needed > self.pool.num_free:
@@ -186,15 +235,19 @@ class Scheduler:
             chunks.append(Chunk.next(sequence, num_tokens))
             tokens_left, tiles_left = tokens_left - num_tokens, tiles_left - self._num_tiles(chunks[-1])
 
+        self._prefetch()
+
         copies, self._copies = tuple(self._copies), []
         self.pool.free(source for source, _ in copies)
         self.num_copies += len(copies)
-        if not chunks:
+        transfers = self.pool.tier.take_transfers() if self.pool.tier is not None else NO_TRANSFERS
+        if not chunks and not any(transfers):
             return None
         plan = StepPlan(
             decodes=tuple(chunk for chunk in chunks if _is_decode(chunk)),
             prefills=tuple(chunk for chunk in chunks if not _is_decode(chunk)),
             copies=copies,
+            transfers=transfers,
         )
         self._in_flight.append(plan)
         self._is_advanced = False
@@ -210,6 +263,16 @@ class Scheduler:
             if sequence.finish_reason is None:
                 sequence.num_computed = chunk.end
                 sequence.num_pending = int(is_pending and chunk.samples and sequence.group is None)
+
+    def _prefetch(self) -> None:
+        """Begin the fetches of those who are next, though there is no room for them yet."""
+        tier = self.pool.tier
+        if tier is None or not tier.num_on_disk:
+            return
+        for sequence in itertools.islice(self.waiting, PREFETCH_AHEAD):
+            if not tier.may_fetch:
+                break
+            self.recall.look(sequence)
 
     def _chunk_len(self, sequence: Sequence, num_computed: int, tokens_left: int, tiles_left: int) -> int:
         """How many of a sequence's next tokens the rest of the step can hold; 0 when it has to sit the step out."""
@@ -316,16 +379,15 @@ class Scheduler:
         num_owners = self.pool.num_owners(page)
         return num_owners > 1 and num_owners - sum(source == page for source, _ in self._copies) > 1
 
-    def _begin(self, sequence: Sequence, known: list[int]) -> None:
+    def _begin(self, sequence: Sequence, known: Found) -> None:
         """Give a waiting sequence the pages of the prefix that is already computed."""
-        self.pool.share(known)
-        sequence.pages = known
-        sequence.num_recorded = len(known)
-        sequence.num_computed = len(known) * self.limits.page_size
-        if self.pool.cache is not None and not sequence.num_preemptions:
+        sequence.pages = self.recall.take(sequence, known)  # type: ignore[assignment]  # there is room for all of it
+        sequence.num_recorded = len(sequence.pages)
+        sequence.num_computed = sequence.num_recorded * self.limits.page_size
+        if self.pool.cache is not None and not self.pool.cache.is_private and not sequence.num_preemptions:
             sequence.num_cached_tokens = sequence.num_computed
             self.pool.cache.num_queried_tokens += len(sequence.tokens)
-            self.pool.cache.num_hit_tokens += sequence.num_computed
+            self.pool.cache.num_hit_tokens += (len(known.pages) - len(known.slots)) * self.limits.page_size
         if self.waiting.tenants is not None and not sequence.num_preemptions and not sequence.index:
             self.waiting.tenants.charge(sequence.request.tenant, PROMPT_COST * sequence.num_uncomputed)
 
@@ -358,17 +420,28 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence, *, is_counted: bool = True) -> None:
-        """Take all pages back; the sequence recomputes them, its output included, when it is admitted again."""
+        """Take all pages back; when it is admitted again the sequence recomputes what of them is no longer on any tier."""
+        is_kept = self._is_worth_keeping(sequence)
+        self.num_swaps += is_kept and is_counted
         if sequence.group is not None:
+            for beam in self._by_id[sequence.request.request_id]:
+                self._release(beam, is_kept=is_kept)
             sequence = self._fold(self._by_id[sequence.request.request_id])
         self.running.remove(sequence)
-        self._release(sequence)
+        self._release(sequence, is_kept=is_kept)
         sequence.num_computed = 0
         sequence.num_preemptions += is_counted
         self.num_preemptions += is_counted
         self.waiting.push(sequence)
         if _is_protected(sequence):
             self._part(sequence)
+
+    def _is_worth_keeping(self, sequence: Sequence) -> bool:
+        """Whether what the sequence has computed is to be kept below the device when it is evicted."""
+        num_pages = sequence.num_recorded
+        if self.pool.tier is None or not num_pages:
+            return False
+        return is_worth_keeping(self.preemption_mode, num_pages * self.limits.page_size, num_pages, self.costs)
 
     def _part(self, sequence: Sequence) -> None:
         """Let a waiting sequence's forks wait on their own: what they might write of its pages, nobody can tell beforehand."""
@@ -480,6 +553,8 @@ class Scheduler:
         if len(self._in_flight) == 1:
             self._advance_in_flight(is_pending=False)
         self._in_flight.popleft()
+        if self.pool.tier is not None:
+            self.pool.tier.ended(plan.transfers)
         events, tenants = [], self.waiting.tenants
         grown: dict[str, BeamGroup] = {}
         for row, (chunk, token_id, finite) in enumerate(zip(plan.sampling(), token_ids, is_finite, strict=True)):
@@ -525,6 +600,7 @@ class Scheduler:
         """
         self._in_flight.clear()
         self._copies.clear()
+        self.pool.rewind()
         for sequence in (*self.running, *self.waiting):
             sequence.num_pending = 0
         while self.running:
@@ -546,14 +622,25 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
+        self.recall.leave(sequence)
         self._release(sequence)
+        if self.pool.cache is not None and self.pool.cache.is_private:
+            self._drop(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
-        self.pool.free(sequence.owned_pages)
+    def _drop(self, sequence: Sequence) -> None:
+        """Forget what a sequence has computed: nobody but its siblings may ask for it."""
+        siblings = self._by_id.get(sequence.request.request_id, ())
+        kept = {key for sibling in siblings if sibling is not sequence for key in sibling.page_keys}
+        for key in sequence.page_keys:
+            if key not in kept:
+                self.pool.drop(key)
+
+    def _release(self, sequence: Sequence, *, is_kept: bool = True) -> None:
+        self.pool.free(sequence.owned_pages, is_kept=is_kept)
         sequence.pages = []
         sequence.num_recorded = sequence.num_behind = 0
 
@@ -576,6 +663,7 @@ class Scheduler:
             if sequence.pages and _is_protected(sequence) and self._num_pages_to_end(sequence):
                 raise RuntimeError(f"{sequence.request.request_id}: preempted {MAX_PREEMPTIONS} times, not given all its pages")
         self.waiting.check()
+        self.recall.check(set(self.waiting))
         if any(before.rank >= after.rank for before, after in itertools.pairwise(self.running)):
             raise RuntimeError("what runs is not in the order of its ranks")
         for request_id, beams in self._by_id.items():

@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from jaxpaged.host.plan import StepPlan
+from jaxpaged.host.plan import StepPlan, Transfers
 from jaxpaged.host.request import Sequence
 from jaxpaged.host.scheduler import Scheduler
-from jaxpaged.observe.records import Admission, Kind, packed, words
+from jaxpaged.observe.records import Admission, Kind, packed, unwords, words
 
 Look = tuple[tuple[int, int, int, int], list[int], list[int]]
 """The state of pool and queues, and of each decode its row and the page it writes to."""
@@ -113,6 +113,18 @@ class Encoder:
         return Admission(row, *counts, tuple(sequence.pages), sequence.request.request_id)
 
 
+def _pack_transfers(transfers: Transfers) -> list[int]:
+    spills, saves, loads, fetches = transfers
+    numbers = [*map(len, transfers)]
+    for slot, key in spills:
+        numbers += (slot, *unwords(key))
+    for pairs in (saves, loads):
+        numbers += (*[source for source, _ in pairs], *[target for _, target in pairs])
+    for key, slot in fetches:
+        numbers += (*unwords(key), slot)
+    return numbers
+
+
 def pack_plan(
     plan: StepPlan, counts: tuple[int, ...], rows: list[int], pages: list[int], page_size: int, row_of: dict[Sequence, int]
 ) -> bytes:
@@ -126,4 +138,6 @@ def pack_plan(
     for chunk in prefills:
         written = chunk.sequence.pages[chunk.start // page_size : -(-chunk.end // page_size)]
         numbers += (row_of[chunk.sequence], chunk.start, chunk.num_tokens, chunk.samples, len(written), *written)
+    if any(plan.transfers):
+        numbers += _pack_transfers(plan.transfers)
     return packed(numbers)

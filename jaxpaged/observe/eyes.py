@@ -21,7 +21,7 @@ from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.observe.debug_socket import DebugSocket
 from jaxpaged.observe.recorder import Recorder
 from jaxpaged.observe.records import RecordingError
-from jaxpaged.observe.snapshot import num_wasted_places
+from jaxpaged.observe.snapshot import num_wasted_places, tier_counts
 from jaxpaged.observe.watch import Watch
 from jaxpaged.version import __version__
 
@@ -70,6 +70,12 @@ class Eyes:
         """The scheduler has ended a request, or did not know it."""
         if was_live and self._recorder is not None:
             self._recorder.aborted(request_id)
+        self._end()
+
+    def fetched(self, key: bytes, ok: bool) -> None:
+        """The scheduler was told of a page that has come from disk, or has not."""
+        if self._recorder is not None:
+            self._recorder.fetched(key, ok)
         self._end()
 
     def cache_was_reset(self) -> None:
@@ -152,6 +158,11 @@ def describe(config: EngineConfig, scheduler: Scheduler) -> dict[str, Any]:
         "page_size": scheduler.limits.page_size,
         "pool": f"{type(pool).__module__}.{type(pool).__qualname__}",
         "prefix_cache": pool.cache is not None,
+        "private_prefixes": pool.cache is not None and pool.cache.is_private,
+        "cache_context": pool.cache.context if pool.cache is not None else "",
+        "tier": pool.tier.options if pool.tier is not None else None,
+        "preemption_mode": scheduler.preemption_mode,
+        "costs": asdict(scheduler.costs),
         "policy": next((name for name, policy in POLICIES.items() if policy is scheduler.waiting.policy), None),
         "ageing_steps": scheduler.waiting.ageing_steps,
         "options": {field.name: getattr(config, field.name) for field in fields(config)},
@@ -176,4 +187,21 @@ def stats(scheduler: Scheduler) -> dict[str, int | float]:
         "num_blocks_released": pool.num_released,
         "kv_block_lifetime_steps": pool.owned_steps / pool.num_released if pool.num_released else 0.0,
         "kv_block_reuse_gap_steps": pool.idle_steps / pool.num_reused if pool.num_reused else 0.0,
+        **tier_stats(scheduler),
+    }
+
+
+def tier_stats(scheduler: Scheduler) -> dict[str, int | float]:
+    """What the tiers below the pool hold and have moved. `external` is what the pool did not have, as vLLM counts it.
+
+    A page is refused when every slot of host memory is in use by a transfer or by somebody who waits.
+    """
+    counts, cache = tier_counts(scheduler), scheduler.pool.cache
+    is_asked = scheduler.pool.tier is not None and cache is not None
+    num_slots = counts["num_cpu_blocks"]
+    return {
+        **counts,
+        "cpu_cache_usage_perc": counts["cpu_blocks_used"] / num_slots if num_slots else 0.0,
+        "external_prefix_cache_queries": cache.num_queried_tokens - cache.num_hit_tokens if is_asked else 0,  # type: ignore[union-attr]
+        "external_prefix_cache_hits": counts["host_prefix_cache_hits"] + counts["disk_prefix_cache_hits"],
     }

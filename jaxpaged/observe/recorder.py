@@ -19,7 +19,7 @@ from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.observe import state
 from jaxpaged.observe.encoder import Encoder, pack_plan
 from jaxpaged.observe.recording import write
-from jaxpaged.observe.records import FRAME, MAX_ERROR, Kind, RecordingError, pack_commit, pack_request, words
+from jaxpaged.observe.records import FRAME, MAX_ERROR, Kind, RecordingError, pack_commit, pack_fetched, pack_request, words
 
 _LATE = 64  # plans and commits that are written down together; one at a time, each would find the processor's caches cold
 _SEGMENTS = 8  # of a full ring, were states nothing: what is dropped at a time, and how often the state is written down
@@ -63,6 +63,11 @@ class Recorder:
         """The scheduler has ended a request that was live."""
         self._put(Kind.ABORT, request_id.encode())
         self._encoder.find_finished()
+        self._settle()
+
+    def fetched(self, key: bytes, ok: bool) -> None:
+        """The scheduler was told of a page that has come from disk, or has not."""
+        self._put(Kind.FETCHED, pack_fetched(key, ok))
         self._settle()
 
     def cache_was_reset(self) -> None:

@@ -15,8 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxpaged.host.plan import NO_TRANSFERS, Transfers
 from jaxpaged.host.request import Request, SamplingParams
 
+KEY_WORDS = 4  # of a key of the prefix cache
 MAX_ERROR = 1000  # characters of an exception that are kept
 FRAME = struct.Struct("<BId")  # kind, bytes of the payload, seconds on the engine's clock
 _WORDS = "I" if array("I").itemsize == 4 else "L"  # 32 bits
@@ -34,6 +36,7 @@ class Kind(enum.IntEnum):
     RESET = 3
     COMMIT = 4
     FAIL = 5
+    FETCHED = 6
     SEGMENT = 8
     DECISION = 16
     ADMIT = 17
@@ -136,6 +139,16 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
+def pack_fetched(key: bytes, ok: bool) -> bytes:
+    """A page that has come from disk, or not."""
+    return bytes([ok]) + key
+
+
+def unpack_fetched(payload: bytes) -> tuple[bytes, bool]:
+    """Inverse of `pack_fetched`."""
+    return payload[1:], bool(payload[0])
+
+
 def pack_commit(token_ids: Sequence[int], is_finite: Sequence[bool], candidates: Any = None) -> bytes:
     """What a step sampled; a row that is not finite may hold any 32 bits. `candidates` of its beams, if it had any."""
     flags = bytes(is_finite)
@@ -220,6 +233,7 @@ class Decision:
     copies: tuple[tuple[int, int], ...]
     decodes: tuple[Work, ...]
     prefills: tuple[Work, ...]
+    transfers: Transfers = NO_TRANSFERS
 
     HEAD = 7  # words before the arrays: the four counts above, then decodes, prefills, copies
 
@@ -243,7 +257,14 @@ class Decision:
             row, start, num_tokens, samples, count = take(5)
             prefills.append(Work(row, start, num_tokens, bool(samples), tuple(take(count))))
         num_free, num_cached, num_running, num_waiting = numbers[:4]
-        return cls(num_free, num_cached, num_running, num_waiting, copies, decodes, tuple(prefills))
+        transfers = NO_TRANSFERS
+        if at < len(numbers):
+            counts = take(4)
+            spills = tuple((take(1)[0], take(KEY_WORDS).tobytes()) for _ in range(counts[0]))
+            saves, loads = (tuple(zip(take(count), take(count), strict=True)) for count in counts[1:3])
+            fetches = tuple((take(KEY_WORDS).tobytes(), take(1)[0]) for _ in range(counts[3]))
+            transfers = Transfers(spills, saves, loads, fetches)
+        return cls(num_free, num_cached, num_running, num_waiting, copies, decodes, tuple(prefills), transfers)
 
 
 def note_names(frame: Frame, names: dict[int, str]) -> None:
@@ -284,6 +305,9 @@ def _describe(frame: Frame, names: dict[int, str]) -> list[str]:
         return _describe_plan(Decision.unpack(payload), names)
     if kind is Kind.IDLE:
         return ["nothing to run"]
+    if kind is Kind.FETCHED:
+        key, ok = unpack_fetched(payload)
+        return [f"fetched  key {key.hex()}{'' if ok else ': a miss'}"]
     if kind is Kind.FAIL:
         failure = json.loads(payload)
         return [f"failed in {failure['stage']}: {failure['error']}"]
@@ -291,7 +315,12 @@ def _describe(frame: Frame, names: dict[int, str]) -> list[str]:
 
 
 def _describe_plan(plan: Decision, names: dict[int, str]) -> list[str]:
-    lines = [f"copy     page {source} to {target}" for source, target in plan.copies]
+    moved = plan.transfers
+    lines = [f"spill    slot {slot} to disk, key {key.hex()}" for slot, key in moved.spills]
+    lines += [f"save     page {page} to slot {slot}" for page, slot in moved.saves]
+    lines += [f"load     slot {slot} to page {page}" for slot, page in moved.loads]
+    lines += [f"fetch    key {key.hex()} to slot {slot}" for key, slot in moved.fetches]
+    lines += [f"copy     page {source} to {target}" for source, target in plan.copies]
     for what, works in (("decode ", plan.decodes), ("prefill", plan.prefills)):
         for work in works:
             name = names.get(work.row, f"row {work.row}")

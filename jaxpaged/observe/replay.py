@@ -10,13 +10,16 @@ import pickle
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from jaxpaged.host.pages import PagePool
 from jaxpaged.host.plan import Limits
 from jaxpaged.host.policies import Policy, find_policy
+from jaxpaged.host.preemption import SwapCosts
 from jaxpaged.host.prefix_cache import PrefixCache
 from jaxpaged.host.request import Request
 from jaxpaged.host.scheduler import Scheduler
+from jaxpaged.host.tiers import HostTier
 from jaxpaged.observe import state
 from jaxpaged.observe.encoder import Encoder
 from jaxpaged.observe.recording import Recording, Segment
@@ -30,6 +33,7 @@ from jaxpaged.observe.records import (
     note_names,
     readable,
     unpack_commit,
+    unpack_fetched,
     unpack_request,
 )
 from jaxpaged.version import __version__
@@ -124,15 +128,23 @@ class Replay:
         header, where = self.recording.header, self.recording.path
         try:
             if segment.is_beginning:
-                limits = Limits(**header["limits"])
-                cache = PrefixCache(limits.page_size) if header["prefix_cache"] else None
-                pool, policy = PagePool(header["num_pages"], cache), self._policy or find_policy(header["policy"])
-                return Encoder(Scheduler(pool, limits, policy=policy, ageing_steps=header["ageing_steps"]), self._put)
+                return Encoder(self._scheduler(header), self._put)
             return Encoder.restored(state.load(segment.state, self._policy), self._put)
         except (pickle.UnpicklingError, TypeError, ValueError, KeyError, AttributeError, EOFError, IndexError) as error:
             version = header.get("jaxpaged")
             of = f"recorded by jaxpaged {version}, this is {__version__}" if version != __version__ else "damaged"
             raise RecordingError(f"{where}: cannot be replayed: {of} ({error})") from None
+
+    def _scheduler(self, header: dict[str, Any]) -> Scheduler:
+        """The recorded one before anything had happened."""
+        limits, cache = Limits(**header["limits"]), None
+        if header["prefix_cache"]:
+            # The context too: keys that moved to a disk were recorded.
+            cache = PrefixCache(limits.page_size, header["cache_context"], is_private=header["private_prefixes"])
+        tier = HostTier(**header["tier"]) if header["tier"] is not None else None
+        pool, policy = PagePool(header["num_pages"], cache, tier), self._policy or find_policy(header["policy"])
+        options = {"ageing_steps": header["ageing_steps"], "preemption_mode": header["preemption_mode"]}
+        return Scheduler(pool, limits, policy=policy, **options, costs=SwapCosts(**header["costs"]))
 
     # --- one frame ---
 
@@ -150,6 +162,8 @@ class Replay:
         elif kind is Kind.ABORT:
             scheduler.abort(frame.payload.decode())
             self._encoder.find_finished()
+        elif kind is Kind.FETCHED:
+            scheduler.fetched(*unpack_fetched(frame.payload))
         elif kind is Kind.RESET:
             scheduler.pool.reset_cache()
         elif kind is Kind.COMMIT:

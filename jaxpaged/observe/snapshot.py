@@ -27,7 +27,8 @@ def snapshot(scheduler: Scheduler, view: str, *, max_lines: int = MAX_LINES) -> 
     if view not in VIEWS:
         raise ValueError(f"view: got {view!r}, expected one of {', '.join(VIEWS)}")
     make = {"scheduler": _scheduler, "active-blocks": _active_blocks, "prefix-cache": _prefix_cache}[view]
-    return {"view": view, "pool": pool_counts(scheduler), **make(scheduler, max_lines)}
+    below = {"tiers": tier_counts(scheduler)} if scheduler.pool.tier is not None else {}
+    return {"view": view, "pool": pool_counts(scheduler), **below, **make(scheduler, max_lines)}
 
 
 def pool_counts(scheduler: Scheduler) -> dict[str, int]:
@@ -39,6 +40,25 @@ def pool_counts(scheduler: Scheduler) -> dict[str, int]:
         "used": pool.num_used,
         "cached": pool.num_cached,
         "free": pool.num_free - pool.num_cached,
+    }
+
+
+def tier_counts(scheduler: Scheduler) -> dict[str, int]:
+    """The tiers below it, by the names of `Engine.stats`; nothing but zeros without a host tier."""
+    tier, recall = scheduler.pool.tier, scheduler.recall
+    return {
+        "num_cpu_blocks": tier.num_slots if tier is not None else 0,
+        "cpu_blocks_used": tier.num_used if tier is not None else 0,
+        "num_disk_blocks": tier.num_on_disk if tier is not None else 0,
+        "num_swaps": scheduler.num_swaps,
+        "num_blocks_swapped_out": tier.num_saved if tier is not None else 0,
+        "num_blocks_swapped_in": tier.num_loaded if tier is not None else 0,
+        "num_blocks_spilled": tier.num_spilled if tier is not None else 0,
+        "num_blocks_fetched": tier.num_fetched if tier is not None else 0,
+        "num_fetch_misses": tier.num_fetch_misses if tier is not None else 0,
+        "num_blocks_refused": tier.num_refused if tier is not None else 0,
+        "host_prefix_cache_hits": recall.num_host_hit_tokens,
+        "disk_prefix_cache_hits": recall.num_disk_hit_tokens,
     }
 
 
@@ -113,7 +133,7 @@ def _active_blocks(scheduler: Scheduler, max_lines: int) -> dict[str, Any]:
 
 def _prefix_cache(scheduler: Scheduler, max_lines: int) -> dict[str, Any]:
     pool, cache = scheduler.pool, scheduler.pool.cache
-    if cache is None:
+    if cache is None or cache.is_private:
         return {"is_enabled": False}
     owners = Counter(pool.num_owners(page) for page in range(1, pool.num_pages) if page in cache)
     return {

@@ -16,6 +16,13 @@ def as_text(found: dict[str, Any]) -> str:
         f"{pool['num_pages']:,} pages of {pool['page_size']} tokens: {pool['used']:,} used, {pool['cached']:,} cached, "
         f"{pool['free']:,} free"
     ]
+    if "tiers" in found:
+        below = found["tiers"]
+        lines.append(
+            f"{below['num_cpu_blocks']:,} pages of host memory: {below['cpu_blocks_used']:,} used; "
+            f"{below['num_disk_blocks']:,} pages on disk; {below['num_blocks_swapped_out']:,} moved out so far, "
+            f"{below['num_blocks_swapped_in']:,} in"
+        )
     lines += {"scheduler": _scheduler_text, "active-blocks": _blocks_text, "prefix-cache": _cache_text}[found["view"]](found)
     if found.get("left_out"):
         lines.append(f"... and {found['left_out']:,} more")

@@ -9,6 +9,7 @@ import logging
 
 from jaxpaged.host.plan import StepPlan
 from jaxpaged.host.scheduler import Scheduler
+from jaxpaged.host.tiers import HostTier
 from jaxpaged.observe.snapshot import num_wasted_places
 
 logger = logging.getLogger("jaxpaged")
@@ -22,6 +23,7 @@ LOOK_EVERY = 4  # steps, while nobody comes in: between two device steps even a 
 COLLAPSE = 4  # a batch that is a quarter of what it was
 SMALL_BATCH = 4  # below this a batch is not said to shrink
 MANY_OWNERS = 32
+REFUSED_EVERY = 256  # steps without a page that host memory refused, before the next is worth a line
 
 
 class Watch:
@@ -38,6 +40,8 @@ class Watch:
         self._num_preemptions = 0  # when the batch was at its peak
         self._many = MANY_OWNERS
         self._num_steps = 0
+        self._num_refused = 0
+        self._last_refusal = -REFUSED_EVERY
 
     def planned(self, plan: StepPlan) -> None:
         """A step has been decided. Looked at now, not after its commit, when those that end have left and nobody has come in."""
@@ -57,6 +61,8 @@ class Watch:
             self._shrunk(running)
         if plan.prefills:
             self._look_at_owners(plan)
+        if pool.tier is not None and pool.tier.num_refused != self._num_refused:
+            self._refused(pool.tier)
 
     def committed(self) -> None:
         """A step has been committed."""
@@ -84,6 +90,14 @@ class Watch:
         if running * COLLAPSE <= self._peak and not self._has_collapsed:
             self._has_collapsed = True
             logger.warning("[Scheduler] Batch collapse detected: %d -> %d (%s)", self._peak, running, cause)
+
+    def _refused(self, tier: HostTier) -> None:
+        if self._num_steps - self._last_refusal >= REFUSED_EVERY:
+            logger.warning(
+                "[Offload] Host memory is too small: %d pages found each of its %d slots in use (raise swap_space)",
+                *(tier.num_refused - self._num_refused, tier.num_slots),
+            )
+        self._num_refused, self._last_refusal = tier.num_refused, self._num_steps
 
     def _look_at_owners(self, plan: StepPlan) -> None:
         """The first page of a prefix has the most owners of it."""

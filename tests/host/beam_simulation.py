@@ -97,7 +97,7 @@ class BeamSimulation(Simulation):
             return
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             fresh = dataclasses.replace(sequence, page_keys=[])
-            keys = [self.cache._key(fresh, index) for index in range(len(sequence.page_keys))]
+            keys = [self.cache._entry(fresh, index)[0] for index in range(len(sequence.page_keys))]
             assert keys == sequence.page_keys, "a beam has the keys of another"
 
     def judge(self) -> None:

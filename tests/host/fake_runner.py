@@ -78,21 +78,110 @@ def isolated_beams(
     return [(tokens, total) for _, total, tokens in ended]
 
 
-class FakeRunner:
+class FakeTiers:
+    """What a fake runner has below its pages: slots and a disk as dictionaries, fetches that end whenever they like, or fail.
+
+    A slot holds nothing before it is saved or fetched into, nor after it was spilled; reading nothing is an error. The page and
+    the slot of a move are read and written as late, and poisoned as early, as the contract of `Transfers` allows.
+    """
+
+    def __init__(self, *, seed: int = 0, fetch_fails: float = 0.0, is_slow: bool = True):
+        self.rng, self.fetch_fails, self.is_slow = random.Random(f"tiers {seed}"), fetch_fails, is_slow
+        self.host: dict[int, object] = {}
+        self.disk: dict[bytes, object] = {}
+        self.coming: list[tuple[bytes, int]] = []
+        self.unowned: set[int] = set()  # pages that will be poison once the plan being made has saved what it saves
+
+    def read(self, page: int):
+        """What a page holds."""
+        raise NotImplementedError
+
+    def write(self, page: int, content) -> None:
+        """Let a page hold this; None is poison."""
+        raise NotImplementedError
+
+    def poison(self, page: int) -> None:
+        """Nobody may use what the page holds but the saves of the plan being made."""
+        self.unowned.add(page)
+
+    def move(self, plan) -> None:
+        """All that comes before the step."""
+        spills, saves, loads, fetches = plan.transfers
+        for slot, key in spills:
+            self.disk[key] = self.host.pop(slot)
+        busy = {slot for _, slot in self.coming}
+        assert not busy & {slot for slot, _ in (*spills, *loads)} | busy & {slot for _, slot in saves}, (
+            "a slot is being fetched into"
+        )
+        written = [slot for _, slot in (*saves, *fetches)]
+        assert len(set(written)) == len(written), "a slot is written twice by one plan"
+        for page, slot in saves:
+            self.host[slot] = self.read(page)
+        sources = [self.read(source) for source, _ in plan.copies]
+        for page in self.unowned:
+            self.write(page, None)
+        self.unowned.clear()
+        for slot, page in loads:
+            self.write(page, self.host[slot])
+        for content, (_, target) in zip(sources, plan.copies, strict=True):
+            self.write(target, content)
+        for key, slot in fetches:
+            self.host.pop(slot, None)
+            self.coming.append((key, slot))
+
+    def lose(self, plan) -> None:
+        """Nobody knows what of this plan was done, so nobody may count on any of it."""
+        for _, key in plan.transfers.spills:
+            self.disk.pop(key, None)
+        for _, slot in plan.transfers.saves:
+            self.host.pop(slot, None)
+        for _, page in plan.transfers.loads:
+            self.poison(page)
+        for fetch in plan.transfers.fetches:
+            if fetch in self.coming and self.rng.random() < 0.5:
+                self.coming.remove(fetch)
+
+    def fetched(self, *, wait: bool = False) -> list[tuple[bytes, bool]]:
+        """See `jaxpaged.runner.Runner.fetched`."""
+        ended = []
+        for key, slot in list(self.coming):
+            if self.is_slow and not (wait and not ended) and self.rng.random() < 0.6:
+                continue
+            self.coming.remove((key, slot))
+            if self.rng.random() < self.fetch_fails:
+                del self.disk[key]
+            elif key in self.disk:
+                self.host[slot] = self.disk[key]
+            ended.append((key, key in self.disk))
+        return ended
+
+
+class FakeRunner(FakeTiers):
     """The Runner protocol over pages of token ids, written and read through the page list of each chunk's sequence."""
 
     duel = None
 
     def __init__(
-        self, num_pages: int, page_size: int, fails: Fails = lambda request_id, num_output: False, sliding_window: int = 0
+        self,
+        num_pages: int,
+        page_size: int,
+        fails: Fails = lambda request_id, num_output: False,
+        sliding_window: int = 0,
+        **tiers,
     ):
+        super().__init__(**tiers)
         self.num_pages, self.page_size, self.fails, self.sliding_window = num_pages, page_size, fails, sliding_window
         self.places = array("I", [POISON] * (num_pages * page_size))
         self.sampled: dict = {}  # sequence -> the token that the step before sampled
 
-    def poison(self, page: int) -> None:
-        """Nobody owns the page any more."""
-        self.places[page * self.page_size : (page + 1) * self.page_size] = array("I", [POISON] * self.page_size)
+    def read(self, page: int) -> array:
+        """See `FakeTiers.read`."""
+        return self.places[page * self.page_size : (page + 1) * self.page_size]
+
+    def write(self, page: int, content: array | None) -> None:
+        """See `FakeTiers.write`."""
+        poison = array("I", [POISON] * self.page_size)
+        self.places[page * self.page_size : (page + 1) * self.page_size] = poison if content is None else content
 
     def submit(self, plan):
         """See `jaxpaged.runner.Runner.submit`: it runs at once, and tells later."""
@@ -103,8 +192,7 @@ class FakeRunner:
     def run(self, plan) -> tuple:
         """One step: all writes come before its reads."""
         size, places = self.page_size, self.places
-        for source, target in plan.copies:
-            places[target * size : (target + 1) * size] = places[source * size : (source + 1) * size]
+        self.move(plan)
         for chunk in (*plan.decodes, *plan.prefills):
             pages, tokens = chunk.sequence.pages, chunk.sequence.tokens
             for position in range(chunk.start, chunk.end):
@@ -144,32 +232,37 @@ def isolated_padded(prompt: Sequence[int], max_len: int, stop_ids: frozenset[int
             return tokens[len(prompt) :]
 
 
-class PaddedFakeRunner:
+class PaddedFakeRunner(FakeTiers):
     """The same behind the bridge: it sees the padded arrays alone, as the compiled step does.
 
     Two layers, so that a token in the middle of a prompt matters too. The first layer's pages hold each token with its position,
     the second layer's a hash of what that token sees of the first; the next token hashes what the last one sees of the second.
     """
 
-    def __init__(self, num_pages: int, page_size: int, *, buckets, tile: int, max_blocks_per_seq: int, batch):
+    def __init__(self, num_pages: int, page_size: int, *, buckets, tile: int, max_blocks_per_seq: int, batch, **tiers):
         """`batch` is the module jaxpaged.batch, or one with a bug planted in it."""
+        super().__init__(**tiers)
         self.num_pages, self.page_size, self.batch, self.buckets, self.tile = num_pages, page_size, batch, buckets, tile
         self.max_blocks_per_seq = max_blocks_per_seq
         self.first = np.full((num_pages * page_size, 2), POISON, np.uint32)
         self.second = np.full(num_pages * page_size, POISON, np.uint32)
         self.feed = batch.Feed(np.zeros(buckets[-1].decode_rows + buckets[-1].prefill_tiles, np.int32), {})
 
-    def poison(self, page: int) -> None:
-        """Nobody owns the page any more."""
-        self.first[page * self.page_size : (page + 1) * self.page_size] = POISON
-        self.second[page * self.page_size : (page + 1) * self.page_size] = POISON
+    def read(self, page: int) -> list[np.ndarray]:
+        """See `FakeTiers.read`: both layers of a page."""
+        places = slice(page * self.page_size, (page + 1) * self.page_size)
+        return [self.first[places].copy(), self.second[places].copy()]
+
+    def write(self, page: int, content: list[np.ndarray] | None) -> None:
+        """See `FakeTiers.write`."""
+        places = slice(page * self.page_size, (page + 1) * self.page_size)
+        self.first[places], self.second[places] = (POISON, POISON) if content is None else content
 
     def submit(self, plan):
         """See `jaxpaged.runner.Runner.submit`."""
-        for source, target in plan.copies:
-            for layer in (self.first, self.second):
-                size = self.page_size
-                layer[target * size : (target + 1) * size] = layer[source * size : (source + 1) * size]
+        self.move(plan)
+        if not plan.decodes and not plan.prefills:
+            return lambda: ([], [])
         bucket = self.batch.fit(plan, self.buckets, self.tile)
         options = {"tile": self.tile, "page_size": self.page_size, "max_blocks_per_seq": self.max_blocks_per_seq}
         inputs, rows = self.batch.pad(plan, bucket, self.feed, **options)
@@ -237,6 +330,7 @@ def watched(
     seed: int = 0,
     on_free: Callable[[int], None] | None = None,
     cache=None,
+    tier=None,
 ):
     """A pool of that type that hands out its oldest, newest or a random free page first.
 
@@ -258,10 +352,10 @@ def watched(
                     on_free(page)
             return pages
 
-        def free(self, pages) -> None:
-            super().free(pages)
+        def free(self, pages, **options) -> None:
+            super().free(pages, **options)
             for page in set(pages):
                 if on_free is not None and not self.num_owners(page) and (cache is None or page not in cache):
                     on_free(page)
 
-    return WatchedPool(num_pages, cache)
+    return WatchedPool(num_pages, cache, tier)

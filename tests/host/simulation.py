@@ -22,9 +22,12 @@ MODULES = (
     "jaxpaged.host.request",
     "jaxpaged.host.beam_params",
     "jaxpaged.host.prefix_cache",
-    "jaxpaged.host.pages",
-    "jaxpaged.host.waiting",
     "jaxpaged.host.plan",
+    "jaxpaged.host.tiers",
+    "jaxpaged.host.pages",
+    "jaxpaged.host.preemption",
+    "jaxpaged.host.recall",
+    "jaxpaged.host.waiting",
     "jaxpaged.host.scheduler",
     "jaxpaged.batch",
 )
@@ -64,6 +67,9 @@ class Scenario:
     asks: list[Ask]
     is_padded: bool
     has_cache: bool = False
+    tiers: dict | None = None  # options of the host tier; None for none
+    preemption_mode: str = "auto"
+    fetch_fails: float = 0.0  # share of fetches
 
     @property
     def max_pool_len(self) -> int:
@@ -94,12 +100,14 @@ def random_scenario(
     shares: bool = False,
     forks: bool = False,
     has_window: bool = False,
+    tiers: bool = False,
 ) -> Scenario:
     """A scenario whose every request can be served. Half of them have a pool too small for their crowd.
 
     shares: there is a prefix cache, and most prompts begin as an earlier request's prompt and output do.
     forks: most requests want several outputs.
     has_window: no token sees all that comes before it, so that pages are given back.
+    tiers: there is host memory below the pool, more often than not with a disk below it.
     """
     rng = random.Random(f"scenario {seed}")
     page_size = rng.choice((1, 2, 16))
@@ -158,7 +166,21 @@ def random_scenario(
             stops = (rng.choice(output), rng.randrange(VOCAB_SIZE)) if rng.random() < 0.7 else ()
             ask = dataclasses.replace(ask, eos_token_ids=eos, params={**params, "stop_token_ids": stops})
         scenario.asks.append(ask)
-    return scenario
+    return with_tiers(scenario) if tiers else scenario
+
+
+def with_tiers(scenario: Scenario) -> Scenario:
+    """The same with random tiers below the pool, smaller than one sequence now and then."""
+    rng = random.Random(f"tiers {scenario.seed}")
+    options = {
+        "num_slots": rng.choice((1, 2, 3, scenario.num_pages, 2 * scenario.num_pages)),
+        "has_disk": rng.random() < 0.7,
+        "threshold": rng.choice((0, 0, 0, 2 * scenario.limits["page_size"])),
+        "max_fetches": rng.choice((1, 2, 32)),
+    }
+    mode = rng.choice(("recompute", "swap", "swap", "auto"))
+    has_cache, fetch_fails = scenario.has_cache and rng.random() < 0.7, rng.choice((0.0, 0.0, 0.1, 0.5))
+    return dataclasses.replace(scenario, tiers=options, preemption_mode=mode, fetch_fails=fetch_fails, has_cache=has_cache)
 
 
 def _prompt(scenario: Scenario, num_prompt: int, rng: random.Random) -> list[int]:
@@ -184,6 +206,13 @@ class Outcome:
     num_hit_tokens: int = 0
     num_evictions: int = 0
     num_copies: int = 0
+    num_saved: int = 0
+    num_loaded: int = 0
+    num_spilled: int = 0
+    num_fetched: int = 0
+    num_fetch_misses: int = 0
+    num_fetches: int = 0
+    num_idle: int = 0  # plans for which there was nothing but fetches to wait for
     reasons: Counter = field(default_factory=Counter)
     outputs: dict[str, list[int]] = field(default_factory=dict)
 
@@ -226,18 +255,26 @@ class Simulation:
         self.limits = self.house.plan.Limits(**scenario.limits)
         self.asks = {ask.request_id: ask for ask in scenario.asks}
         self.rank = {ask.request_id: rank for rank, ask in enumerate(scenario.asks)}
+        below = {"seed": scenario.seed, "fetch_fails": scenario.fetch_fails}
         if scenario.is_padded:
             width = -(-scenario.max_model_len // self.limits.page_size)
-            options = {"buckets": buckets_of(self.limits), "tile": self.limits.tile, "max_blocks_per_seq": width}
+            options = {"buckets": buckets_of(self.limits), "tile": self.limits.tile, "max_blocks_per_seq": width, **below}
             self.runner = PaddedFakeRunner(scenario.num_pages, self.limits.page_size, batch=self.house.batch, **options)
         else:
-            self.runner = FakeRunner(scenario.num_pages, self.limits.page_size, self.fails, self.limits.sliding_window)
-        self.cache = self.house.prefix_cache.PrefixCache(self.limits.page_size) if scenario.has_cache else None
-        options = {"order": order, "seed": scenario.seed, "on_free": self.runner.poison, "cache": self.cache}
+            self.runner = FakeRunner(scenario.num_pages, self.limits.page_size, self.fails, self.limits.sliding_window, **below)
+        self.cache = self.tier = None
+        if scenario.has_cache or scenario.tiers:
+            self.cache = self.house.prefix_cache.PrefixCache(self.limits.page_size, is_private=not scenario.has_cache)
+        if scenario.tiers:
+            self.tier = self.house.tiers.HostTier(**scenario.tiers)
+        self.has_disk = self.tier is not None and self.tier.has_disk
+        self.is_running = False  # between a plan and the end of its run, when the device does not yet hold what it will
+        options = {"order": order, "seed": scenario.seed, "on_free": self.runner.poison, "cache": self.cache, "tier": self.tier}
         self.pool = watched(self.house.pages.PagePool, scenario.num_pages, **options)
         self.is_fcfs, self.ageing_steps = policy == "fcfs", ageing_steps
+        options = {"preemption_mode": scenario.preemption_mode, "costs": self.house.preemption.SwapCosts(1.0, 1.0, 0.1, 1.0, 0.1)}
         self.scheduler = self.house.scheduler.Scheduler(
-            self.pool, self.limits, policy=find_policy(policy), ageing_steps=ageing_steps
+            self.pool, self.limits, policy=find_policy(policy), ageing_steps=ageing_steps, **options
         )
         self.num_waited: Counter = Counter()  # sequence -> steps in a row that it has been in the line
         self.aged: set = set()
@@ -255,7 +292,7 @@ class Simulation:
         """Live to the end of the last request; AssertionError, or whatever the code under test raises, when a law is broken."""
         coming = deque(self.scenario.asks)
         most_steps = self.most_steps()
-        if not self.is_fcfs:  # any may be preempted, but none too often
+        if not self.is_fcfs or self.has_disk:  # any may be preempted, but none too often
             most_steps *= 1 + self.house.scheduler.MAX_PREEMPTIONS
         num_perturbed = 0
         now = 0
@@ -266,7 +303,8 @@ class Simulation:
             if self.is_perturbed and now < 100:
                 num_perturbed += 1 + self.perturb()
             self.step(now)
-            assert self.outcome.num_steps <= most_steps + num_perturbed, "livelock: more steps than the requests have tokens"
+            most = most_steps + num_perturbed + self.outcome.num_fetches
+            assert self.outcome.num_steps <= most, "livelock: more steps than the requests have tokens"
             now += 1
         self.judge()
         return self.outcome
@@ -332,27 +370,41 @@ class Simulation:
             self.scheduler._preempt(self.scheduler.running[-1])
         if self.cache is not None and self.rng.random() < 0.05:
             self.pool.reset_cache()
+            assert not len(self.cache) and not self.pool.num_cached, "a reset forgets nothing"
+            assert self.tier is None or not (self.tier._held or self.tier.num_on_disk), "a reset forgets nothing below the pool"
+        if self.tier is not None:
+            self.scheduler.preemption_mode = self.rng.choice(("recompute", "swap", "auto"))
         threshold = self.rng.choice((0, 1, 2, 3, 7, 16))
         self.scheduler.limits = dataclasses.replace(self.limits, long_prefill_token_threshold=threshold)
         if self.rng.random() < 0.03:
             num_lost = sum(sequence.num_computed for sequence in self.scheduler.running)
-            self.in_flight.clear()
             self.scheduler.rewind()
+            while self.in_flight:
+                self.runner.lose(self.in_flight.popleft()[0])
             self.check()
         return num_lost
 
     def step(self, now: int) -> None:
         assert self.scheduler.has_unfinished == bool(self.live)
         waiting_before = {s.request.request_id for s in self.scheduler.waiting}
+        self.take_fetched(wait=False)
         plan = self.scheduler.plan()
-        assert (plan is not None) == bool(self.live) or self.in_flight
+        assert (plan is not None) == bool(self.live) or self.in_flight or self.scheduler.is_fetching, (
+            "nobody is done anything for"
+        )
+        self.is_running = plan is not None
         self.check()
         if plan is not None:
             self.look_at(plan, waiting_before)
             self.age()
             self.in_flight.append((plan, self.runner.submit(plan)))
+            self.is_running = False
+            self.check()
             self.outcome.num_steps += 1
             self.outcome.num_tokens += plan.num_tokens
+        elif self.live and not self.in_flight:
+            self.outcome.num_idle += 1
+            self.take_fetched(wait=True)
         self.abort(now, in_flight=True)
         # The next step is planned before this one is committed, or not: as it happens.
         if self.in_flight and (plan is None or len(self.in_flight) > 1 or not (self.is_async and self.rng.random() < 0.8)):
@@ -366,16 +418,27 @@ class Simulation:
         for event in events:
             self.take(event)
 
+    def take_fetched(self, *, wait: bool) -> None:
+        """Tell the scheduler what has come from disk."""
+        if self.scheduler.is_fetching:
+            for key, ok in self.runner.fetched(wait=wait):
+                self.scheduler.fetched(key, ok)
+                self.check()
+
     def look_at(self, plan, waiting_before: set[str]) -> None:
         """Is this plan within the limits, fair, and does it get on with the work?"""
         limits = self.scheduler.limits
         chunks = (*plan.decodes, *plan.prefills)
         ids = [chunk.sequence.request.request_id for chunk in chunks]
-        assert 0 < plan.num_tokens == sum(chunk.num_tokens for chunk in chunks) <= limits.max_num_batched_tokens
+        assert 0 <= plan.num_tokens == sum(chunk.num_tokens for chunk in chunks) <= limits.max_num_batched_tokens
+        assert chunks or plan.transfers.fetches, "a step for nothing"
+        if self.tier is not None:
+            self.look_at_tiers(plan)
         # But for a beam that waits for candidates, and for an output of which the step in flight samples the last token.
         mine = [s for s in self.scheduler.running if s.request.request_id == self.live[0]]
         waits = [s.num_tokens >= s.request.max_len or bool(s.group and not s.num_uncomputed) for s in mine]
-        assert self.live[0] in ids or not self.is_fcfs or all(waits), "the oldest request sits a step out"
+        is_in_order = self.is_fcfs and not self.has_disk
+        assert self.live[0] in ids or not is_in_order or all(waits), "the oldest request sits a step out"
         assert len({id(chunk.sequence) for chunk in chunks}) == len(chunks), "one sequence has two chunks in one step"
         targets = [target for _, target in plan.copies]
         assert len(set(targets)) == len(targets) and not set(targets) & {source for source, _ in plan.copies}
@@ -392,9 +455,20 @@ class Simulation:
             assert self.cache is None or not any(page in self.cache for page in written), "a known page is written"
             assert chunk.samples == (chunk.end == chunk.sequence.num_tokens)
         ranks = [self.rank[s.request.request_id] for s in (*self.scheduler.running, *self.scheduler.waiting)]
-        assert ranks == sorted(ranks) or not self.is_fcfs, "not in order of arrival"
+        assert ranks == sorted(ranks) or not is_in_order, "not in order of arrival"
         new = [s.request.request_id for s in self.scheduler.running if s.request.request_id in waiting_before]
         self.admitted += [request_id for request_id in new if request_id not in self.admitted]
+
+    def look_at_tiers(self, plan) -> None:
+        """Can what is moved be found again, and does nobody find what is another's?"""
+        # In host memory when another page of the same key has come there since.
+        assert all(key in self.tier._disk or key in self.tier._held for _, key in plan.transfers.spills), (
+            "nobody knows of what is on disk"
+        )
+        self.outcome.num_fetches += len(plan.transfers.fetches)
+        if self.cache.is_private:
+            owners = {(page, s.request.request_id) for s in self.scheduler.running for page in s.owned_pages}
+            assert len({page for page, _ in owners}) == len(owners), "requests share a page"
 
     def age(self) -> None:
         """Who has waited longer than the bound is passed by nobody who came later."""
@@ -420,11 +494,17 @@ class Simulation:
 
     def check(self) -> None:
         self.scheduler.check()
-        if self.cache is not None and not self.scenario.is_padded:
+        if self.cache is not None and not self.scenario.is_padded and not self.is_running:
             size = self.limits.page_size
-            for page, (_, tokens) in self.cache._held.items():
+            for page, (_, tokens, _) in self.cache._held.items():
                 held = self.runner.places[page * size : (page + 1) * size]
                 assert list(held) == list(tokens), "the prefix cache is wrong about what a page holds"
+            for key, (slot, tokens) in self.tier._held.items() if self.tier is not None else ():
+                is_there = list(self.runner.host.get(slot, ())) == list(tokens)
+                assert is_there or self.tier.is_fetching(key), "the tier is wrong about what a slot holds"
+            for key, tokens in self.tier._disk.items() if self.tier is not None else ():
+                is_there = list(self.runner.disk.get(key, ())) == list(tokens)
+                assert is_there or self.tier.is_fetching(key), "the tier is wrong about what is on disk"
         most = max((s.num_preemptions for s in self.scheduler.waiting), default=0)
         assert most <= self.house.scheduler.MAX_PREEMPTIONS, "preempted too often"
         self.outcome.max_preemptions = max(self.outcome.max_preemptions, most)
@@ -436,8 +516,10 @@ class Simulation:
         if self.cache is not None:
             self.outcome.num_hit_tokens, self.outcome.num_evictions = self.cache.num_hit_tokens, self.cache.num_evictions
         self.pool.check([])
+        if self.tier is not None:
+            self.judge_tier()
         first = [self.rank[request_id] for request_id in self.admitted]
-        assert first == sorted(first) or not self.is_fcfs, "a later request was admitted first"
+        assert first == sorted(first) or not self.is_fcfs or self.has_disk, "a later request was admitted first"
         outputs = [(ask, index, output) for ask in self.scenario.asks for index, output in enumerate(outputs_of(ask))]
         for ask, index, request_id in outputs:
             expected, event = self.scenario.expected(ask, index), self.endings[request_id]
@@ -467,6 +549,23 @@ class Simulation:
             num_more = self.outcome.num_tokens - num_prompt - sum(map(len, self.outcome.outputs.values()))
             # A step ahead computes, of an output that a token has ended, one token more.
             assert 0 <= num_more <= self.is_async * self.outcome.reasons["stop"], "something is computed twice"
+
+    def judge_tier(self) -> None:
+        """No slot is lost, and of requests that share nothing nothing is left."""
+        while self.scheduler.is_fetching:
+            self.take_fetched(wait=True)
+        tier, outcome = self.tier, self.outcome
+        tier.check([])
+        # Of plans that were lost some fetches may never end: what they may still write is nobody's.
+        assert len(tier._free) + len(tier._idle) + len(tier._stray) == tier.num_slots, "leaked slots"
+        assert self.cache is not None
+        if self.cache.is_private:
+            assert not len(self.cache) and tier.num_used == len(tier._stray) and not tier.num_on_disk, "pages are kept for nobody"
+            is_alone = all(ask.params.get("n", 1) == 1 for ask in self.scenario.asks)
+            if is_alone and self.scenario.preemption_mode == "recompute" and not self.is_perturbed:
+                assert not tier.num_saved, "what was to be computed again is kept"
+        for name in ("num_saved", "num_loaded", "num_spilled", "num_fetched", "num_fetch_misses"):
+            setattr(outcome, name, getattr(tier, name))
 
 
 def simulate(scenario: Scenario, *, order: str = "oldest", is_perturbed: bool = False, **options) -> Outcome:

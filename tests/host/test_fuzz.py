@@ -133,8 +133,8 @@ PLANTED = [
     Mutant("reset loses cached pages", PAGES, "        self._free.extend(self._cached)\n", ""),
     Mutant("reset leaves them cached", PAGES, "        self._cached.clear()\n", ""),
     Mutant("reset leaves them known", PAGES, "            self.cache.clear()\n", "            pass\n"),
-    Mutant("evicts and does not tell", PAGES, "        self.cache.forget(page)", "        0 and self.cache.forget(page)"),
-    Mutant("evicts and keeps", PAGES, "        del self._cached[page]\n", ""),
+    Mutant("evicts and does not tell", PAGES, "held = self.cache.forget(page)", "held = self.cache._held[page]"),
+    Mutant("evicts and keeps", PAGES, "is_kept = self._cached.pop(page)", "is_kept = self._cached[page]"),
     Mutant("idle from step 0 is not idle", PAGES, "if self._since[page] >= 0:", "if self._since[page] > 0:"),
     Mutant("every free page is a run", PAGES, "after - before > 1", "after - before >= 1"),
     Mutant("counts the null page as unowned", PAGES, "Counter(self._refs[1:])", "Counter(self._refs)"),
@@ -149,18 +149,18 @@ PLANTED = [
         "sequence.num_computed // self.page_size):",
         "-(-sequence.num_computed // self.page_size)):",
     ),
-    Mutant("the second that holds it wins", PREFIX, "if key not in self._pages:", "if True:"),
-    Mutant("knows the last page for each", PREFIX, "page = sequence.pages[index]", "page = sequence.pages[-1]"),
-    Mutant("forgets a page and not its key", PREFIX, "        del self._pages[key]\n", ""),
+    Mutant("the second that holds it wins", PREFIX, "if held.key not in self._pages:", "if True:"),
+    Mutant("knows the last page for each", PREFIX, "register(sequence.pages[index]", "register(sequence.pages[-1]"),
+    Mutant("forgets a page and not its key", PREFIX, "        del self._pages[held.key]\n", ""),
     Mutant("forgets a key and not its page", PREFIX, "self._held.pop(page)", "self._held[page]"),
-    Mutant("counts no eviction", PREFIX, "        self.num_evictions += 1\n", ""),
+    Mutant("counts no eviction", PAGES, "self.cache.num_evictions += 1", "self.cache.num_evictions += 0"),
     Mutant("clears pages and not keys", PREFIX, "        self._pages.clear()\n", ""),
     Mutant("clears keys and not pages", PREFIX, "        self._held.clear()\n", ""),
     Mutant("a key without what comes before", PREFIX, "blake2b(parent + tokens", "blake2b(tokens"),
     Mutant(
         "a key of the first page's tokens", PREFIX, "self._tokens(sequence.tokens, len(keys))", "self._tokens(sequence.tokens, 0)"
     ),
-    Mutant("a key without the salt", PREFIX, "repr((self._context, salt))", "repr(self._context)"),
+    Mutant("a key without the salt", PREFIX, "else (self.context, salt)", "else self.context"),
 ]
 
 
