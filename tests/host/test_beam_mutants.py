@@ -107,7 +107,7 @@ MUTANTS = [
     Mutant(
         "forks of a search that comes back own nothing",
         SCHEDULER,
-        "            self.pool.share(fork.pages)\n            insort",
+        "            self.pool.share(fork.owned_pages)\n            insort",
         "            insort",
     ),
 ]

@@ -45,8 +45,8 @@ MUTANTS = [
     Mutant(
         "counts computed tokens one short",
         REQUEST,
-        "len(self.tokens) - self.num_computed",
-        "len(self.tokens) - self.num_computed - 1",
+        "len(self.tokens) + self.num_pending - self.num_computed",
+        "len(self.tokens) + self.num_pending - self.num_computed - 1",
     ),
     Mutant(
         "reserves a page too few", SCHEDULER, "-(-num_tokens // self.limits.page_size)", "num_tokens // self.limits.page_size"
@@ -80,14 +80,19 @@ MUTANTS = [
     Mutant(
         "preempted, goes to the end of the queue",
         SCHEDULER,
-        "        self.num_preemptions += 1\n",
-        "        self.num_preemptions += 1\n        sequence.number = self._num_added\n",
+        "        self.num_preemptions += is_counted\n",
+        "        self.num_preemptions += is_counted\n        sequence.number = self._num_added\n",
     ),
     Mutant(
         "preempts nobody, sits out", SCHEDULER, "                    self._preempt(last)\n", "                    index += 1\n"
     ),
-    Mutant("frees pages twice", SCHEDULER, "self.pool.free(sequence.pages, ", "self.pool.free(sequence.pages * 2, "),
-    Mutant("frees all pages but the last", SCHEDULER, "self.pool.free(sequence.pages, ", "self.pool.free(sequence.pages[:-1], "),
+    Mutant("frees pages twice", SCHEDULER, "self.pool.free(sequence.owned_pages, ", "self.pool.free(sequence.owned_pages * 2, "),
+    Mutant(
+        "frees all pages but the last",
+        SCHEDULER,
+        "self.pool.free(sequence.owned_pages, ",
+        "self.pool.free(sequence.owned_pages[:-1], ",
+    ),
     Mutant("released, the page list is kept", SCHEDULER, "        sequence.pages = []\n", ""),
     Mutant(
         "an abort frees nothing",
@@ -323,7 +328,7 @@ MUTANTS = [
         "not sequence.num_forks",
     ),
     Mutant(
-        "forks and counts no reference", SCHEDULER, "        self.pool.share(fork.pages)\n        fork.num", "        fork.num"
+        "forks and counts no reference", SCHEDULER, "        self.pool.share(fork.owned_pages)\n        insort", "        insort"
     ),
     Mutant(
         "forks all pages, the reserved ones too",
@@ -364,7 +369,7 @@ MUTANTS = [
     Mutant("does not tell the device to copy", SCHEDULER, "            copies=copies,\n", ""),
     Mutant("keeps the source of a copy", SCHEDULER, "        self.pool.free(source for source, _ in copies)\n", ""),
     Mutant("a page for the copy is not counted", SCHEDULER, "len(sequence.pages) + is_copied\n", "len(sequence.pages)\n"),
-    Mutant("a fork believes that it has computed what it has not", REQUEST, ", pages=[], num_computed=0,", ", pages=[],"),
+    Mutant("a fork believes that it has computed what it has not", REQUEST, '"num_computed": 0, "num_behind"', '"num_behind"'),
     Mutant("ends all outputs with the first", SCHEDULER, "        if not siblings:\n", "        if True:\n"),
     Mutant("bucket with too few tiles", BATCH, "-(-chunk.num_tokens // tile)", "chunk.num_tokens // tile"),
 ]
