@@ -32,6 +32,7 @@ from jaxpaged.model import step as model_step
 from jaxpaged.model import weights as model_weights
 from jaxpaged.model.step import StepOutputs
 from jaxpaged.model.weights import Weights
+from jaxpaged.offload.transfer import Offload
 from pallas_kernels import backends
 from pallas_kernels.paged_decode_attention import dispatch
 
@@ -106,9 +107,17 @@ class JaxRunner:
         self._copy_sizes = [*itertools.takewhile(lambda size: size < limit, (4**i for i in itertools.count(1))), limit]
         self._copiers: dict[int, jax.stages.Compiled] = {}
         self._jitted_copy = jax.jit(functools.partial(kv_cache.copy_pages, config=model), donate_argnums=0)
+        self.offload = None
+        if num_slots := config.num_host_pages(model):
+            where = {"offload_dir": config.offload_dir, "num_threads": config.offload_num_threads}
+            self.offload = Offload(self.cache, model, num_slots=num_slots, **where)  # type: ignore[arg-type]
 
     def submit(self, plan: StepPlan) -> Callable[[], Result]:
         """See `Runner.submit`."""
+        if self.offload is not None and any(plan.transfers):
+            self.cache = self.offload.transfer(self.cache, plan.transfers)
+        if not plan.chunks():
+            return lambda: ([], [])
         if plan.copies:
             self._copy(plan.copies)
         bucket = batch.fit(plan, self.buckets, self.config.prefill_tile)  # type: ignore[arg-type]
@@ -124,6 +133,10 @@ class JaxRunner:
         outputs.token_ids.copy_to_host_async()
         outputs.is_finite.copy_to_host_async()
         return functools.partial(self._result, outputs, rows, [chunk.sequence.group for chunk in sampling])
+
+    def fetched(self, *, wait: bool = False) -> list[tuple[bytes, bool]]:
+        """See `Runner.fetched`."""
+        return self.offload.fetched(wait) if self.offload is not None else []
 
     @staticmethod
     def _result(outputs: StepOutputs, rows: list[int], groups: list[BeamGroup | None]) -> Result:
@@ -150,6 +163,8 @@ class JaxRunner:
             copiers = executor.map(self._compile_copier, self._copy_sizes)
             self.compiled = dict(zip(self.buckets, progress, strict=True))
             self._copiers = dict(zip(self._copy_sizes, copiers, strict=True))
+        if self.offload is not None:
+            self.offload.warm_up()
         logger.info("Compiled %d steps in %.1f s.", len(self.buckets), time.perf_counter() - started)
 
     def _compile(self, bucket: Bucket) -> jax.stages.Compiled:
@@ -189,6 +204,8 @@ class JaxRunner:
 
     def close(self) -> None:
         """See `Runner.close`."""
+        if self.offload is not None:
+            self.offload.close()
         for array in jax.tree.leaves((self.weights, self.cache)):
             if not array.is_deleted():
                 array.delete()

@@ -1,0 +1,70 @@
+"""Tiers below the pool with a real model: what a request gets does not depend on where its pages have been."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+
+import families
+import jax.numpy as jnp
+import pytest
+from driving import Ask, ShuffledPool, greedy, run
+
+from jaxpaged.config import EngineConfig
+from jaxpaged.engine import Engine
+from jaxpaged.model import weights as model_weights
+
+(FAMILY,) = [family for family in families.FAMILIES if family.name == "qwen2-window"]
+MODEL = FAMILY.config
+PAGE = 8
+FEW_PAGES = MODEL.max_position_embeddings // PAGE + 8
+OPTIONS = {
+    **{"dtype": "float32", "block_size": PAGE, "max_num_seqs": 8, "max_num_batched_tokens": 64, "prefill_tile": 16},
+    **{"decode_row_buckets": (8,), "prefill_tile_buckets": (4,), "num_gpu_blocks_override": FEW_PAGES},
+}
+
+
+def new_engine(*, num_slots: int = 0, **options) -> Engine:
+    tensors = FAMILY.tensors()
+    weights = model_weights.build(
+        MODEL, lambda parameter: jnp.asarray(parameter.pack([tensors[name] for name, _ in parameter.parts]))
+    )
+    config = EngineConfig(**{**OPTIONS, "swap_space": num_slots * MODEL.page_bytes(PAGE, "float32") / 2**30, **options})
+    return Engine.from_weights(config, MODEL, weights, pool_type=ShuffledPool)
+
+
+def asks(seed: int) -> list[Ask]:
+    """Three conversations that are gone back to, long enough to push each other out."""
+    rng = random.Random(seed)
+    talks = [[rng.randrange(MODEL.vocab_size) for _ in range(80)] for _ in range(3)]
+    return [Ask(rng.choice(talks)[: rng.randint(40, 80)], greedy(rng.randint(1, 40))) for _ in range(24)]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list:
+    with new_engine(num_gpu_blocks_override=16 * FEW_PAGES, enable_prefix_caching=False) as engine:
+        return run(engine, asks(0))
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+@pytest.mark.parametrize("enable_prefix_caching", [False, True])
+@pytest.mark.parametrize("has_disk", [False, True])
+def test_pages_come_back_as_they_were(
+    has_disk: bool, enable_prefix_caching: bool, async_scheduling: bool, expected: list, tmp_path: Path
+) -> None:
+    num_slots, options = (12, {"offload_dir": str(tmp_path)}) if has_disk else (200, {})
+    options |= {"enable_prefix_caching": enable_prefix_caching, "async_scheduling": async_scheduling}
+    with new_engine(num_slots=num_slots, preemption_mode="swap", **options) as engine:
+        assert run(engine, asks(0), arrivals=lambda index: 3 * index) == expected
+        stats = engine.stats()
+        assert stats["num_preemptions"] > 0 and stats["num_blocks_swapped_in"] > 0
+        if has_disk and enable_prefix_caching:
+            assert stats["num_blocks_spilled"] > 0 and stats["num_blocks_fetched"] > 0
+    assert not has_disk or not list(tmp_path.iterdir()), "the folder is removed"
+
+
+def test_an_engine_that_was_built_with_tiers_says_what_it_was_built_with() -> None:
+    with new_engine(num_slots=5) as engine:
+        assert engine.pool.tier is not None and engine.pool.tier.num_slots == 5 == engine.stats()["num_cpu_blocks"]
+        assert dataclasses.asdict(engine.scheduler.costs)["save_page_s"] > 0
