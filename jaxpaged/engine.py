@@ -24,6 +24,7 @@ from jaxpaged.host import scheduler
 from jaxpaged.host.beam_params import check_room
 from jaxpaged.host.pages import PagePool
 from jaxpaged.host.plan import StepPlan
+from jaxpaged.host.preemption import SwapCosts
 from jaxpaged.host.request import Request, RequestError, SamplingParams, TokenEvent
 from jaxpaged.observe import eyes
 from jaxpaged.runner import JaxRunner, Result, Runner, plan_memory, use_compilation_cache
@@ -43,11 +44,12 @@ class Engine:
         *,
         pool: PagePool | None = None,
         clock: Callable[[], float] = time.monotonic,
+        costs: SwapCosts | None = None,
     ):
-        """`config` is resolved; `pool` and `clock` are for tests and simulations."""
+        """`config` is resolved; `pool` and `clock` are for tests and simulations, `costs` for preemption_mode auto."""
         self.config, self.model, self.runner, self.clock = config, model, runner, clock
         self.pool = pool if pool is not None else PagePool(runner.num_pages)
-        self.scheduler = scheduler.build(config, model, self.pool)
+        self.scheduler = scheduler.build(config, model, self.pool, costs=costs)
         self._eyes = eyes.Eyes(config, self.scheduler, clock)
         self.num_steps = 0
         self.num_prompt_tokens = 0
@@ -73,7 +75,7 @@ class Engine:
         if not config.enforce_eager:
             runner.warm_up(use_tqdm=use_tqdm)
         runner.log_memory()
-        return cls(config, model, runner, pool=pool_type(num_pages))
+        return cls(config, model, runner, pool=pool_type(num_pages), costs=runner.measure())
 
     # --- requests ---
 

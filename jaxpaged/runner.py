@@ -26,6 +26,7 @@ from jaxpaged import batch, duel
 from jaxpaged.config import Bucket, ConfigError, EngineConfig, ModelConfig
 from jaxpaged.host.beams import BeamGroup, Candidates
 from jaxpaged.host.plan import StepPlan
+from jaxpaged.host.preemption import SwapCosts
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import duel as model_duel
 from jaxpaged.model import step as model_step
@@ -38,6 +39,7 @@ from pallas_kernels.paged_decode_attention import dispatch
 
 logger = logging.getLogger("jaxpaged")
 
+MEASURED_STEPS = 4  # the first is slower than the others
 _CPU_POOL_BYTES = 4 << 30  # as much as vLLM's CPU build takes by default
 
 
@@ -166,6 +168,25 @@ class JaxRunner:
         if self.offload is not None:
             self.offload.warm_up()
         logger.info("Compiled %d steps in %.1f s.", len(self.buckets), time.perf_counter() - started)
+
+    def measure(self) -> SwapCosts | None:
+        """What computing and moving pages takes here, by computing and moving the null page; None when nobody will compare it.
+
+        Attention to what came before is not in it, so long prompts look cheaper to compute than they are.
+        """
+        if self.offload is None or self.config.preemption_mode != "auto" or not self.compiled:
+            return None
+        moves, self.cache = self.offload.measure(self.cache)
+        bucket = max(self.compiled, key=lambda bucket: (bucket.prefill_tiles, -bucket.decode_rows))
+        inputs, _ = self._pad(StepPlan((), ()), bucket, self._feed)
+        seconds = []
+        for _ in range(MEASURED_STEPS):
+            started = time.perf_counter()
+            outputs, self.cache = self.compiled[bucket](self.weights, self.cache, inputs)
+            jax.block_until_ready(outputs)
+            seconds.append(time.perf_counter() - started)
+        token_s = min(seconds) / (bucket.prefill_tiles * self.config.prefill_tile)  # type: ignore[operator]
+        return SwapCosts(token_s, *moves)
 
     def _compile(self, bucket: Bucket) -> jax.stages.Compiled:
         inputs, _ = self._pad(StepPlan((), ()), bucket, self._feed)

@@ -13,6 +13,7 @@ from driving import Ask, ShuffledPool, greedy, run
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine import Engine
+from jaxpaged.host.preemption import SwapCosts
 from jaxpaged.model import weights as model_weights
 
 (FAMILY,) = [family for family in families.FAMILIES if family.name == "qwen2-window"]
@@ -65,6 +66,10 @@ def test_pages_come_back_as_they_were(
 
 
 def test_an_engine_that_was_built_with_tiers_says_what_it_was_built_with() -> None:
-    with new_engine(num_slots=5) as engine:
+    with new_engine(num_slots=5, preemption_mode="auto") as engine:
         assert engine.pool.tier is not None and engine.pool.tier.num_slots == 5 == engine.stats()["num_cpu_blocks"]
-        assert dataclasses.asdict(engine.scheduler.costs)["save_page_s"] > 0
+        costs = engine.scheduler.costs
+        assert 0 < costs.token_s < 1 and all(0 <= cost < 1 for cost in dataclasses.astuple(costs)), "measured here"
+        assert costs != SwapCosts.guess(MODEL.page_bytes(PAGE, "float32"))
+    with new_engine(num_slots=5, preemption_mode="swap") as engine:
+        assert engine.scheduler.costs == SwapCosts.guess(MODEL.page_bytes(PAGE, "float32")), "nobody compares them"
