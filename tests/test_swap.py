@@ -48,9 +48,10 @@ def expected() -> list:
         return run(engine, asks(0))
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True])
-@pytest.mark.parametrize("enable_prefix_caching", [False, True])
-@pytest.mark.parametrize("has_disk", [False, True])
+@pytest.mark.parametrize(
+    ("has_disk", "enable_prefix_caching", "async_scheduling"),
+    [(False, False, True), (False, True, False), (True, False, False), (True, True, True)],
+)
 def test_pages_come_back_as_they_were(
     has_disk: bool, enable_prefix_caching: bool, async_scheduling: bool, expected: list, tmp_path: Path
 ) -> None:

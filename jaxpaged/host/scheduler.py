@@ -214,10 +214,6 @@ class Scheduler:
                 # All that it can ever need, and likewise for all that runs: nobody will lack what it holds.
                 num_needed, num_lacking = self._num_pages_to_end(sequence), sum(map(self._num_pages_to_end, self.running))
             num_needed -= sum(self.pool.num_owners(page) > 0 for page in known.pages)
-            if sequence.num_preemptions and not _is_protected(sequence):
-                # And a page for each that runs: or one of twenty-two that come back is pushed out again within two steps (150
-                # requests on 200 pages, recompute and swap alike, November 2026).
-                num_needed += len(self.running)
             if not self.running and sequence.group is None:
                 num_needed -= sequence.num_forks  # which may be more than the whole pool holds: they take turns
             if not num_tokens or num_lacking + num_needed > self.pool.num_free:

@@ -100,7 +100,8 @@ def test_a_salt_is_a_text(salt) -> None:
 
 
 def test_the_token_ids_decide_when_keys_collide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PrefixCache, "_key", lambda self, sequence, index: bytes([index]))
+    entry = PrefixCache._entry
+    monkeypatch.setattr(PrefixCache, "_entry", lambda self, *place: (bytes([place[1]]), entry(self, *place)[1]))
     machine = Machine()
     machine.answer(PROMPT)
     other = [*PROMPT[:4], *range(200, 214)]

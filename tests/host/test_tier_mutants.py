@@ -7,7 +7,7 @@ import simulation
 from revisits import revisits
 from test_mutants import PAGES, PREFIX, RECALL, SCHEDULER, TIERS, Mutant, plant
 
-MOST_SCENARIOS = 40  # what a bug may survive, of each of two kinds
+MOST_SCENARIOS = 30  # what a bug may survive, of each of two kinds
 
 MUTANTS = [
     Mutant("a pinned slot is given away", TIERS, "        self._idle.pop(slot, None)\n", ""),

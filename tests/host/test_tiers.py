@@ -1,4 +1,6 @@
-"""The tiers below the pool: 6,000 requests whose pages come and go, each equal to its isolated run, and the laws one by one.
+"""The tiers below the pool: 3,000 requests whose pages come and go, each equal to its isolated run, and the laws one by one.
+
+`make test-slow` lives through 80,000 more.
 
 What holds at every step (slots and pins, what a slot and a file hold, limits, nothing left behind) is asserted in simulation.py.
 """
@@ -33,24 +35,27 @@ def held(number: int, num_tokens: int = 4) -> Held:
 # --- everything at once ---
 
 
-@pytest.mark.parametrize("first", range(0, 240, 40))  # 4,800 requests
+SLOW = [pytest.param(first, marks=pytest.mark.slow) for first in range(10_000, 14_000, 40)]
+
+
+@pytest.mark.parametrize("first", [0, 40, 80, *SLOW])  # 2,400 requests
 def test_every_request_equals_its_isolated_run(first: int) -> None:
     seen: Counter = Counter()
     for seed in range(first, first + 40):
         outcome = simulate(revisits(seed, is_padded=seed % 8 == 0, with_faults=seed % 2 == 0), order="random")
         seen.update({name: count for name, count in vars(outcome).items() if isinstance(count, int)})
     for name in ("num_preemptions", "num_saved", "num_loaded", "num_spilled", "num_fetched", "num_fetch_misses", "num_idle"):
-        assert seen[name] >= 10, f"{name}: {seen[name]}, the scenarios do not reach what they are for"
+        assert seen[name] >= 5, f"{name}: {seen[name]}, the scenarios do not reach what they are for"
 
 
 def test_preemptions_resets_and_lost_steps_do_not_matter() -> None:
-    for seed in range(1000, 1060):
+    for seed in range(1000, 1020):
         scenario = revisits(seed, is_padded=seed % 8 == 0)
         assert simulate(scenario, is_perturbed=True, order="random").outputs == simulate(scenario).outputs
 
 
 def test_whatever_is_asked_of_whatever_machine() -> None:
-    for seed in range(2000, 2016):
+    for seed in range(2000, 2010):
         options = {"shares": seed % 3 > 0, "forks": seed % 4 == 0, "is_padded": seed % 8 == 0, "with_faults": seed % 2 == 0}
         simulate(random_scenario(seed, tiers=True, **options), order="random", is_perturbed=seed % 2 == 1)
 
@@ -68,7 +73,7 @@ def test_keys_of_four_bits_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> Non
             return bytes(15) + bytes([blake2b(self.data, digest_size=1).digest()[0] & 15])
 
     monkeypatch.setattr("jaxpaged.host.prefix_cache.hashlib.blake2b", Short)
-    for seed in range(3000, 3030):
+    for seed in range(3000, 3012):
         simulate(revisits(seed), order="random")
 
 
