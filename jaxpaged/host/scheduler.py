@@ -26,6 +26,7 @@ from jaxpaged.host.waiting import AGEING_STEPS, WaitingLine, by_rank
 # A sequence that has given way this often is admitted with all the pages that it can ever need, and gives way no more.
 MAX_PREEMPTIONS = 8
 PREFETCH_AHEAD = 4  # sequences that wait whose pages are fetched before there is room for them
+PREFETCH_EVERY = 8  # steps between two looks at them, which cost microseconds for every page
 DEFAULT_COSTS = SwapCosts()
 
 
@@ -263,7 +264,7 @@ class Scheduler:
     def _prefetch(self) -> None:
         """Begin the fetches of those who are next, though there is no room for them yet."""
         tier = self.pool.tier
-        if tier is None or not tier.num_on_disk:
+        if tier is None or not tier.num_on_disk or self.waiting.step % PREFETCH_EVERY:
             return
         for sequence in itertools.islice(self.waiting, PREFETCH_AHEAD):
             if not tier.may_fetch:
