@@ -107,7 +107,7 @@ def sensitivity(
 
 def other_models(assumed: RandomModel) -> list[RandomModel]:
     """Models whose beams part more seldom, more often, forget sooner, and never forget."""
-    pairs = ((assumed.open_share / 3, assumed.kinship), (2 * assumed.open_share, assumed.kinship))
+    pairs = ((round(assumed.open_share / 3, 6), assumed.kinship), (2 * assumed.open_share, assumed.kinship))
     pairs += ((assumed.open_share, 0.0), (assumed.open_share, 1.0))
     return [RandomModel(open_share=min(1.0, share), kinship=kinship, seed=assumed.seed) for share, kinship in pairs]
 
