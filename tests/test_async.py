@@ -25,7 +25,7 @@ from jaxpaged.runner import Result
 
 sys.path.insert(0, str(Path(__file__).parent / "observe"))
 sys.path.insert(0, str(Path(__file__).parent / "host"))
-from busy import PAGE, busy_day, new_engine
+from busy import PAGE, new_engine
 from fake_runner import FakeRunner
 
 
@@ -174,17 +174,6 @@ def test_a_step_that_fails_is_computed_anew(is_async: bool, error: type[BaseExce
     assert max(map(len, whole[1].values())) == 30
     replay = Replay(Recording.load(broken[0].save_recording(tmp_path / "broken.recording")))
     assert replay.run(check=True) is None and replay.num_steps > whole[0].num_steps
-
-
-def test_a_busy_day_is_the_same_for_both() -> None:
-    """Requests come by the step, so that each engine has another day; its outputs are what the fake model says of each."""
-    counts = []
-    for is_async in (False, True):
-        engine = new_engine(async_scheduling=is_async)
-        busy_day(engine, seed=5)
-        assert engine.pool.num_used == 0
-        counts.append(engine.num_steps)
-    assert counts[1] >= counts[0]
 
 
 def test_a_third_step_is_refused() -> None:
