@@ -239,6 +239,7 @@ def _run_traffic(machine: _Machine, given: dict[str, Any], *, as_json: bool) -> 
         max_concurrency=concurrency,
         max_logprobs=machine.config.max_logprobs,
         random_model=_random_model(given) if searches else None,
+        is_async=machine.config.async_scheduling,
     )
     seconds = time.process_time() - started
 

@@ -6,7 +6,7 @@ Knows the scheduler and time. Refuses to know where requests and costs come from
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -27,7 +27,14 @@ _OPTION_OF = {"page_size": "block_size", "tile": "prefill_tile"}
 OPTIONS = frozenset(
     {
         *("dtype", "kv_cache_dtype", "max_model_len", "enable_prefix_caching", "decode_row_buckets", "prefill_tile_buckets"),
-        *("num_gpu_blocks_override", "kv_cache_memory_bytes", "gpu_memory_utilization", "scheduling_policy", "ageing_steps"),
+        *(
+            "num_gpu_blocks_override",
+            "kv_cache_memory_bytes",
+            "gpu_memory_utilization",
+            "scheduling_policy",
+            "ageing_steps",
+            "async_scheduling",
+        ),
         "max_logprobs",
         *(_OPTION_OF.get(limit.name, limit.name) for limit in dataclasses.fields(Limits)),
     }
@@ -113,12 +120,14 @@ def simulate(
     max_concurrency: int | None = None,
     max_logprobs: int = EngineConfig.max_logprobs,
     random_model: RandomModel | None = None,
+    is_async: bool = False,
 ) -> Run:
     """Serve all arrivals, which come in order of time, and say how it went.
 
     A request that the engine would refuse is refused here too. What arrives during a step is added at its end, as in the engine.
 
     Args:
+      is_async: the next step is planned when one begins, not when it ends; see EngineConfig.async_scheduling.
       max_concurrency: at most so many requests are in the engine; the next one is sent when another ends, and counts from then.
       max_logprobs: as many beams can a search have at most.
       random_model: what beams choose among; one of seed 0 by default.
@@ -127,31 +136,37 @@ def simulate(
     desk = _Desk(run, max_model_len, max_concurrency, max_logprobs)
     pending = iter(arrivals)
     arrival = next(pending, None)
-    now = 0.0
+    now = free_s = 0.0  # what the host is at, and when the device has done all that it was given
+    in_flight: deque[tuple[float, StepPlan, tuple]] = deque()
     while True:
         while arrival is not None and arrival.arrival_s <= now and desk.has_room:
             desk.take(arrival, now)
             arrival = next(pending, None)
         plan = scheduler.plan()
-        if plan is None:
+        if plan is None and not in_flight:
             if scheduler.has_unfinished:
                 raise RuntimeError(f"{len(scheduler.waiting)} requests wait and nothing runs")
             if arrival is None:
                 return run
             now = max(now, arrival.arrival_s)
             continue
-        seconds = cost.step_s(plan)
-        sampling = plan.sampling()
-        token_ids, candidates = [_DUMMY_TOKEN] * len(sampling), None
-        if desk.num_several:
-            # Outputs of one prompt are not alike, or the prefix cache would take one for another.
-            token_ids = [chunk.sequence.index for chunk in sampling]
-        if desk.num_searches:
-            random_model = random_model or RandomModel()
-            candidates = random_model.candidates(sampling)
-        _observe(run, plan, seconds, has_forks=bool(desk.num_several))
-        now += seconds
-        desk.hand_out(scheduler.commit(plan, token_ids, [True] * len(sampling), candidates), now)
+        if plan is not None:
+            seconds = cost.step_s(plan)
+            sampling = plan.sampling()
+            token_ids, candidates = [_DUMMY_TOKEN] * len(sampling), None
+            if desk.num_several:
+                # Outputs of one prompt are not alike, or the prefix cache would take one for another.
+                token_ids = [chunk.sequence.index for chunk in sampling]
+            if desk.num_searches:
+                random_model = random_model or RandomModel()
+                candidates = random_model.candidates(sampling)
+            _observe(run, plan, seconds, has_forks=bool(desk.num_several))
+            free_s = max(free_s, now) + seconds
+            in_flight.append((free_s, plan, (token_ids, [True] * len(sampling), candidates)))
+            if is_async and len(in_flight) == 1:
+                continue
+        now, plan, result = in_flight.popleft()
+        desk.hand_out(scheduler.commit(plan, *result), now)
 
 
 class _Desk:

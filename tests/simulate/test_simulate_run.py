@@ -241,16 +241,17 @@ class RecordingRunner:
         pass
 
 
+@pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize("num_pages", [60, 2000])
-def test_plans_are_those_of_the_engine(num_pages: int):
+def test_plans_are_those_of_the_engine(num_pages: int, is_async: bool):
     """Equal plans, step by step, for requests that come at the same steps, with sharing and preemption."""
     options = {"block_size": 16, "max_num_seqs": 16, "max_num_batched_tokens": 128, "long_prefill_token_threshold": 100}
-    config = EngineConfig(**options, max_model_len=512, async_scheduling=False).resolved(LLAMA, "gpu")
+    config = EngineConfig(**options, max_model_len=512, async_scheduling=is_async).resolved(LLAMA, "gpu")
     lengths = {"prefix_len": 48, "num_prefixes": 4, "request_rate": 0.5, "seed": 4}
     arrivals = list(random_traffic(60, Uniform(1, 200), Uniform(1, 60), **lengths))
     price = Price(1.0)
     scheduler = build_scheduler(config, LLAMA, num_pages)
-    simulate(scheduler, arrivals, price, max_model_len=512)
+    simulate(scheduler, arrivals, price, max_model_len=512, is_async=is_async)
 
     # No model has as many tokens as the simulator takes to tell prompts apart.
     model = dataclasses.replace(LLAMA, vocab_size=2**31)
@@ -263,8 +264,9 @@ def test_plans_are_those_of_the_engine(num_pages: int):
                 params = SamplingParams(max_tokens=arrival.num_output, ignore_eos=True)
                 engine.add_request(arrival.prompt_token_ids(number), params)
             if engine.has_unfinished:
+                num_steps = engine.num_steps
                 engine.step()
-                now += 1.0
+                now += engine.num_steps - num_steps  # the first only begins one, when the next is planned ahead
             else:
                 now = pending[0][1].arrival_s
         assert runner.price.plans == price.plans
