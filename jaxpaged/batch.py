@@ -59,7 +59,7 @@ def pad(
         min_p=np.zeros(D + C, np.float32),  # type: ignore[arg-type]
         seeds=np.zeros((D + C, 2), np.uint32),  # type: ignore[arg-type]
     )
-    beam_temperature, fed = np.zeros(D + C, np.float32), np.zeros(D, np.int32)
+    beam_temperature, wants_logprobs, fed = np.zeros(D + C, np.float32), np.zeros(D + C, bool), np.zeros(D, np.int32)
     sampling_rows = []
 
     def place(row: int, at: int, chunk: Chunk, start: int, end: int) -> None:
@@ -75,6 +75,7 @@ def pad(
         if chunk.samples and end == chunk.end:
             sample_at[row] = at + count - 1
             _set_sampling(sampling, beam_temperature, row, chunk)
+            wants_logprobs[row] = chunk.sequence.request.params.wants_logprobs
             sampling_rows.append(row)
 
     for row, chunk in enumerate(plan.decodes):
@@ -91,7 +92,7 @@ def pad(
             row, at = row + 1, at + tile
 
     tokens = PagedTokens(token_ids, positions, slots, tables[:D], lens[:D], tables[D:], lens[D:])  # type: ignore[arg-type]
-    inputs = StepInputs(tokens, fed, feed.token_ids, sample_at, sampling, beam_temperature)  # type: ignore[arg-type]
+    inputs = StepInputs(tokens, fed, feed.token_ids, sample_at, sampling, beam_temperature, wants_logprobs)  # type: ignore[arg-type]
     return inputs, sampling_rows
 
 

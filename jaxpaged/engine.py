@@ -192,11 +192,12 @@ class Engine:
     def _finish_step(self, *, is_awaited: bool = True) -> list[TokenEvent]:
         plan, wait = self._in_flight.popleft()
         result: tuple[Any, ...] = wait() if is_awaited else ([0] * len(plan.sampling()), [True] * len(plan.sampling()))
-        self._eyes.ran(*result)
-        events = self.scheduler.commit(plan, *result)
+        decisive, logprobs = result[:3], result[3] if len(result) > 3 else None
+        self._eyes.ran(*decisive)
+        events = self.scheduler.commit(plan, *decisive)
         self._eyes.committed()
         self.num_steps += 1
-        return events
+        return events if logprobs is None else _with_logprobs(events, plan, logprobs)
 
     def _take_fetched(self, *, wait: bool) -> None:
         """Tell the scheduler of the pages that have come from disk since the last call."""
@@ -266,3 +267,10 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _with_logprobs(events: list[TokenEvent], plan: StepPlan, logprobs: Seq[float | None]) -> list[TokenEvent]:
+    """The events of a step with the log-probabilities of their tokens: it samples each output of a request at most once."""
+    sequences = [chunk.sequence for chunk in plan.sampling()]
+    found = {(one.request.request_id, one.index): logprob for one, logprob in zip(sequences, logprobs, strict=True)}
+    return [event if event.token_id is None else event._replace(logprob=found[event.request_id, event.index]) for event in events]

@@ -57,7 +57,10 @@ class _Output:
 
     def record(self, event: TokenEvent) -> None:
         self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
-        self.cumulative_logprob = event.cumulative_logprob
+        if event.cumulative_logprob is not None:
+            self.cumulative_logprob = event.cumulative_logprob
+        elif event.logprob is not None:
+            self.cumulative_logprob = (self.cumulative_logprob or 0.0) + event.logprob
         token_ids = event.token_ids or (() if event.token_id is None else (event.token_id,))
         self.token_ids += token_ids
         if self.detokenizer is None:
@@ -68,9 +71,9 @@ class _Output:
         if event.finish_reason is not None:
             self.detokenizer.finish()
 
-    def completion(self) -> CompletionOutput:
+    def completion(self, index: int) -> CompletionOutput:
         return CompletionOutput(
-            index=self.index,
+            index=index,
             text=self.detokenizer.text if self.detokenizer else "",
             token_ids=list(self.token_ids),
             cumulative_logprob=self.cumulative_logprob,
@@ -112,13 +115,23 @@ class _Live:
             if output.finish_reason is None:
                 self.record(TokenEvent(self.request.request_id, None, FinishReason.ABORT, index=output.index), now)
 
+    def _returned(self) -> list[_Output]:
+        """The outputs that the caller gets, in their order."""
+        params = self.request.params
+        if not params.is_ranked:
+            return self.outputs
+        # What was cut short has a high sum and is no answer. The sort is stable: of equal outputs the first is the better one.
+        is_whole = (FinishReason.STOP, FinishReason.LENGTH)
+        ranked = sorted(self.outputs, key=lambda one: (one.finish_reason not in is_whole, -(one.cumulative_logprob or 0.0)))
+        return ranked[: params.n]
+
     def output(self) -> RequestOutput:
         times = RequestStateStats(self.request.arrival_s, self.first_token_s, self.last_token_s, self.num_generated)
         return RequestOutput(
             request_id=self.request.request_id,
             prompt=self.prompt,
             prompt_token_ids=list(self.request.prompt_token_ids),
-            outputs=[output.completion() for output in self.outputs],
+            outputs=[output.completion(index) for index, output in enumerate(self._returned())],
             finished=self.is_finished,
             metrics=times,
             num_cached_tokens=self.num_cached_tokens,
@@ -268,9 +281,10 @@ class LLM:
     ) -> Generator[RequestOutput, None, None]:
         """Like `generate`, but yield each request whenever it has a new token, the last time with `finished` set.
 
-        Each RequestOutput holds everything so far (text and token ids), not the difference. Several prompts come interleaved: a
-        result's place in the list of prompts is the order of the request ids. The prompts are checked at the call and queued at
-        the first `next`; closing the iterator aborts what is unfinished. Other calls may run between two results.
+        Each RequestOutput holds everything so far (text and token ids), not the difference. With `best_of` above 1 there is one,
+        when all that was drawn has ended. Several prompts come interleaved: a result's place in the list of prompts is the order
+        of the request ids. The prompts are checked at the call and queued at the first `next`; closing the iterator aborts what
+        is unfinished. Other calls may run between two results.
 
         Raises:
           RequestError: as `generate`, at the call.
@@ -363,9 +377,9 @@ class LLM:
         )
         wants_text = self.tokenizer is not None and params.detokenize
         outputs = []
-        for index in range(params.n):
+        for index in range(params.num_drawn):
             detokenizer = self.tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens) if wants_text else None  # type: ignore[union-attr]
-            outputs.append(_Output(index, detokenizer))
+            outputs.append(_Output(index, detokenizer, cumulative_logprob=0.0 if params.wants_logprobs else None))
         live = _Live(request, checked.prompt, outputs)
         self._live[request.request_id] = live
         return live
@@ -438,7 +452,8 @@ class LLM:
                 for live in running:
                     if live.num_events > num_seen[live]:
                         num_seen[live] = live.num_events
-                        yield live.output()
+                        if live.is_finished or not live.request.params.is_ranked:
+                            yield live.output()
                 running = [live for live in running if not live.is_finished or live.num_events > num_seen[live]]
         finally:
             self._drop(lives)

@@ -27,7 +27,10 @@ class RequestStateStats:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One generated text. `cumulative_logprob`, the sum over `token_ids`, is there for the results of a beam search.
+    """One generated text.
+
+    `cumulative_logprob`, the sum over `token_ids`, is there for the results of a beam search, and with `best_of`: then it is the
+    model's own, whatever the temperature is and whatever top_k, top_p and min_p cut.
 
     `token_ids` hold the token that ended it, `text` does not. `stop_reason` is the entry of `stop_token_ids` that ended it, None
     for the model's own end of sequence. `finish_reason` is "stop", "length", "abort" or "error", None while it still grows.

@@ -47,7 +47,11 @@ class ResourceError(RuntimeError):
     """The machine has too little memory for what was asked. One line with both numbers."""
 
 
-Result = tuple[Seq[int], Seq[bool]] | tuple[Seq[int], Seq[bool], Seq[Candidates]]
+Result = (
+    tuple[Seq[int], Seq[bool]]
+    | tuple[Seq[int], Seq[bool], Seq[Candidates]]
+    | tuple[Seq[int], Seq[bool], Seq[Candidates] | None, Seq[float | None]]
+)
 
 
 class Runner(Protocol):
@@ -60,8 +64,9 @@ class Runner(Protocol):
         """Start one step, behind those before it; the call that comes back waits for it.
 
         It yields the token and whether its logits were finite, for each chunk of `plan.sampling()`, in its order. With a beam
-        among the chunks also the candidates of each, which are nothing for those that are no beams. A chunk whose token is
-        pending takes it from the step before.
+        among the chunks also the candidates of each, which are nothing for those that are no beams. With one among them that
+        wants log-probabilities also that of each token, None for those that do not; then the candidates are None without a beam.
+        A chunk whose token is pending takes it from the step before.
         """
         ...
 
@@ -134,24 +139,30 @@ class JaxRunner:
         self._feed = batch.Feed(outputs.token_ids, dict(zip((chunk.sequence for chunk in sampling), rows, strict=True)))
         outputs.token_ids.copy_to_host_async()
         outputs.is_finite.copy_to_host_async()
-        return functools.partial(self._result, outputs, rows, [chunk.sequence.group for chunk in sampling])
+        wanted = inputs.wants_logprobs[rows].tolist()
+        if any(wanted):
+            outputs.logprobs.copy_to_host_async()
+        return functools.partial(self._result, outputs, rows, [chunk.sequence.group for chunk in sampling], wanted)
 
     def fetched(self, *, wait: bool = False) -> list[tuple[bytes, bool]]:
         """See `Runner.fetched`."""
         return self.offload.fetched(wait) if self.offload is not None else []
 
     @staticmethod
-    def _result(outputs: StepOutputs, rows: list[int], groups: list[BeamGroup | None]) -> Result:
+    def _result(outputs: StepOutputs, rows: list[int], groups: list[BeamGroup | None], wanted: list[bool]) -> Result:
         token_ids, is_finite = np.asarray(outputs.token_ids), np.asarray(outputs.is_finite)
-        result = token_ids[rows].tolist(), is_finite[rows].tolist()
-        if not any(groups):
-            return result
-        ids, logprobs = np.asarray(outputs.likeliest_ids), np.asarray(outputs.likeliest_logprobs)
-        counts = [group.num_candidates if group is not None else 0 for group in groups]
-        return *result, [
-            list(zip(ids[row, :count].tolist(), logprobs[row, :count].tolist(), strict=True))
-            for row, count in zip(rows, counts, strict=True)
-        ]
+        result, candidates = (token_ids[rows].tolist(), is_finite[rows].tolist()), None
+        if any(groups):
+            ids, logprobs = np.asarray(outputs.likeliest_ids), np.asarray(outputs.likeliest_logprobs)
+            counts = [group.num_candidates if group is not None else 0 for group in groups]
+            candidates = [
+                list(zip(ids[row, :count].tolist(), logprobs[row, :count].tolist(), strict=True))
+                for row, count in zip(rows, counts, strict=True)
+            ]
+        if any(wanted):
+            found = np.asarray(outputs.logprobs)[rows].tolist()
+            return *result, candidates, [one if is_wanted else None for one, is_wanted in zip(found, wanted, strict=True)]
+        return result if candidates is None else (*result, candidates)
 
     def warm_up(self, *, use_tqdm: bool) -> None:
         """Compile every bucket, in parallel, from the persistent cache where it has them."""

@@ -101,6 +101,7 @@ def as_json(output: RequestOutput) -> dict[str, Any]:
         "stop_reason": completion.stop_reason,
         "prompt_token_ids": output.prompt_token_ids,
         "token_ids": completion.token_ids,
+        "cumulative_logprob": completion.cumulative_logprob,
     }
 
 

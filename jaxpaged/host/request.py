@@ -36,6 +36,8 @@ class SamplingParams:
 
     Args:
       n: outputs for the prompt, which is computed once; their pages are shared as far as they are equal.
+      best_of: draw so many outputs, and return the n whose tokens the model finds likeliest together, the best first, when all
+        have ended; None draws n, and none is left out.
       temperature: 0 is greedy; otherwise logits are divided by it.
       top_p: keep the smallest set of tokens whose probabilities sum to at least this; 1 keeps all.
       top_k: keep the k likeliest tokens; 0 or -1 keeps all.
@@ -58,6 +60,7 @@ class SamplingParams:
     """
 
     n: int = 1
+    best_of: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -82,6 +85,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_int("n", self.n, 1, MAX_N)
+        if self.best_of is not None:
+            check_int("best_of", self.best_of, 1, MAX_N)
+            if self.best_of < self.n:
+                raise RequestError(f"best_of: got {self.best_of}, expected at least n, which is {self.n}")
         check_number("temperature", self.temperature, 0.0, 100.0)
         check_number("top_p", self.top_p, 0.0, 1.0, exclude_low=True)
         check_number("min_p", self.min_p, 0.0, 1.0)
@@ -101,12 +108,29 @@ class SamplingParams:
         check_number("length_penalty", self.length_penalty, -10.0, 10.0)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise RequestError(f"early_stopping: got {_shown(self.early_stopping)}, expected True, False or 'never'")
-        sampling, search = ("top_p", "top_k", "min_p", "seed"), ("length_penalty", "early_stopping")
+        sampling, search = ("best_of", "top_p", "top_k", "min_p", "seed"), ("length_penalty", "early_stopping")
         defaults = {f.name: f.default for f in fields(self)}
         for name in sampling if self.use_beam_search else search:
             if getattr(self, name) != defaults[name]:
                 where = "beam search draws no tokens" if self.use_beam_search else "without use_beam_search there are no beams"
                 raise RequestError(f"{name}: got {_shown(getattr(self, name))}, expected {defaults[name]}: {where}")
+        if self.num_drawn > self.n and not self.temperature:
+            raise RequestError(f"best_of: got {self.best_of} for n {self.n} at temperature 0, where all outputs are equal")
+
+    @property
+    def num_drawn(self) -> int:
+        """Outputs that are generated, `n` of which are returned."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether it takes the end of all outputs to know which of them are returned, and in which order."""
+        return self.num_drawn > 1 and self.best_of is not None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the log-probability of each new token is wanted."""
+        return self.best_of is not None
 
 
 def check_number(name: str, value: object, low: float, high: float, *, exclude_low: bool = False) -> None:
@@ -254,7 +278,7 @@ class Sequence:
     def first(cls, request: Request, number: int = 0) -> Sequence:
         """The sequence that computes a request's prompt, and that its further outputs are forked from."""
         group, tokens = request.beam_group(), list(request.prompt_token_ids)
-        return cls(request, num_forks=0 if group else request.params.n - 1, group=group, tokens=tokens, number=number)
+        return cls(request, num_forks=0 if group else request.params.num_drawn - 1, group=group, tokens=tokens, number=number)
 
     def fork(self, index: int) -> Sequence:
         """A sequence of the same tokens that has no pages yet and so has computed nothing."""
@@ -318,7 +342,8 @@ class Sequence:
 class TokenEvent(NamedTuple):
     """One new token of one output of a request, or its end. `token_id` is None when it ends without a new one (abort, error).
 
-    Of a beam search there is one event for each output, when all of them have ended: the best has index 0.
+    Of a beam search there is one event for each output, when all of them have ended: the best has index 0. With `best_of` there
+    are those of all outputs drawn: to rank them is left to whoever gathers their tokens.
     """
 
     request_id: str
@@ -329,3 +354,4 @@ class TokenEvent(NamedTuple):
     index: int = 0  # which of the request's outputs
     token_ids: tuple[int, ...] = ()  # of a beam, all of its tokens
     cumulative_logprob: float | None = None  # of a beam, the sum over its tokens
+    logprob: float | None = None  # of `token_id` by the model alone, where the request wants it: no temperature, nothing cut

@@ -68,6 +68,19 @@ def likeliest(logits: jax.Array, temperature: jax.Array, count: int) -> tuple[ja
     return lax.cond(jnp.any(temperature > 0), search, nothing, None)
 
 
+def logprobs_of(logits: jax.Array, token_ids: jax.Array, is_wanted: jax.Array) -> jax.Array:
+    """Log-probability of one token of each row, float32 [R], by the model alone: no temperature, nothing cut.
+
+    All are 0 in a step where no row of `is_wanted` [R] asks, which does no more than look.
+    """
+
+    def compute(_: None) -> jax.Array:
+        chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=-1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    return lax.cond(jnp.any(is_wanted), compute, lambda _: jnp.zeros(len(logits), jnp.float32), None)
+
+
 def _gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
     key = jax.random.key(0)
     for word in (seed[0], seed[1], position.astype(jnp.uint32)):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxpaged.config import ModelConfig
 from jaxpaged.model.attention import PagedAttention, PagedTokens
 from jaxpaged.model.cache import KVCache
-from jaxpaged.model.sampler import SamplingInputs, likeliest, sample
+from jaxpaged.model.sampler import SamplingInputs, likeliest, logprobs_of, sample
 from jaxpaged.model.transformer import forward, logits
 from jaxpaged.model.weights import Weights
 from pallas_kernels.backends import Backend
@@ -28,6 +28,7 @@ class StepInputs:
     sample_at: jax.Array  # int32 [R], index into the step's X tokens
     sampling: SamplingInputs
     beam_temperature: jax.Array  # float32 [R], what divides a beam's logits; 0 marks a row that is no beam
+    wants_logprobs: jax.Array  # bool [R], rows whose token is wanted with its log-probability
 
     def fed_tokens(self) -> PagedTokens:
         """`tokens` with those of the step before in their places."""
@@ -44,14 +45,16 @@ class StepOutputs:
     is_finite: jax.Array  # bool [R]: every logit of the row is a finite number
     likeliest_ids: jax.Array  # int32 [R, max_logprobs or V], best first; of rows that are no beams it means nothing
     likeliest_logprobs: jax.Array  # float32, likewise
+    logprobs: jax.Array  # float32 [R], of the token by the model alone; 0 in a step where no row wants it
 
     @classmethod
     def of(cls, scores: jax.Array, inputs: StepInputs, max_logprobs: int) -> StepOutputs:
         """What follows from the logits [R, V] of the rows that may sample."""
         token_ids = sample(scores, inputs.sampling, inputs.tokens.positions[inputs.sample_at] + 1)
         best = likeliest(scores, inputs.beam_temperature, min(max_logprobs, scores.shape[1]))
+        logprobs = logprobs_of(scores, token_ids, inputs.wants_logprobs)
         token_ids = jnp.pad(token_ids, (0, len(inputs.previous) - len(token_ids)))
-        return cls(token_ids, jnp.all(jnp.isfinite(scores), axis=-1), *best)
+        return cls(token_ids, jnp.all(jnp.isfinite(scores), axis=-1), *best, logprobs)
 
 
 def step(

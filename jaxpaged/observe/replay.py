@@ -225,8 +225,9 @@ class Replay:
     def _fail(self, error: str) -> None:
         """The scheduler raised. As it did when it was recorded: then the replay has found what it was for."""
         coming = self.recording.frames[self._at - 1 : self._at + 1]
-        failures = [json.loads(frame.payload) for frame in coming if frame.kind is Kind.FAIL]
-        if any(failure["error"] == error[:MAX_ERROR] for failure in failures):
+        with readable(self.recording.path):
+            recorded_errors = [json.loads(frame.payload)["error"] for frame in coming if frame.kind is Kind.FAIL]
+        if error[:MAX_ERROR] in recorded_errors:
             self.failure = error
             return
         group = self._group() if self.recording.frames[min(self._at, len(self.recording.frames) - 1)].is_decision else []

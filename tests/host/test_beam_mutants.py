@@ -38,8 +38,8 @@ MUTANTS = [
     Mutant(
         "beams are forked with the prompt",
         REQUEST,
-        "num_forks=0 if group else request.params.n - 1",
-        "num_forks=request.params.n - 1",
+        "num_forks=0 if group else request.params.num_drawn - 1",
+        "num_forks=request.params.num_drawn - 1",
     ),
     Mutant("goes on before all beams are there", SCHEDULER, "all(beam.candidates for beam in beams)", "True"),
     Mutant("candidates serve twice", SCHEDULER, "            beam.candidates = ()\n", ""),
