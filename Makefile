@@ -11,7 +11,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 LATEST_PYTHON ?= $(shell for p in python3.12 python3.13 $(wildcard $(HOME)/.pyenv/versions/3.1[23]*/bin/python3); do \
 	"$$p" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info < (3, 14))' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: demo test test-slow test-latest lint clean
+.PHONY: demo test test-slow test-latest fuzz lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/jaxpaged demo
@@ -22,6 +22,10 @@ test: $(VENV)/.tested
 # Everything, with the long fuzzing.
 test-slow: $(VENV)/.tested
 	$(VENV)/bin/python -m pytest -n 2 --timeout 3600
+
+# The figures of pages, scheduler and prefix cache in full, as a table.
+fuzz: $(VENV)/.tested
+	$(VENV)/bin/python tests/show_figures.py
 
 test-latest:
 ifeq ($(strip $(LATEST_PYTHON)),)

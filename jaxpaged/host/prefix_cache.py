@@ -56,7 +56,7 @@ class PrefixCache:
         for index in range(self.num_shareable(sequence)):
             key, tokens = self._entry(sequence, index)
             page = self._pages.get(key)
-            if page is None or self._held[page].tokens != tokens:
+            if page is None or self._held[page][:2] != (key, tokens):
                 break
             pages.append(page)
         return pages
@@ -68,7 +68,7 @@ class PrefixCache:
     def find(self, held: Held) -> int | None:
         """The page that holds this."""
         page = self._pages.get(held.key)
-        return page if page is not None and self._held[page].tokens == held.tokens else None
+        return page if page is not None and self._held[page][:2] == held[:2] else None
 
     def wanted(self, sequence: Sequence, index: int) -> Held:
         """What a sequence's page holds once it is computed."""

@@ -50,7 +50,7 @@ class Abort:
 
 
 def some_day(seed: int, *, is_async: bool) -> Day:
-    """Six requests and hardly pages for three: prompts in chunks, equal beginnings, forks and beams."""
+    """Six requests and hardly pages for three: prompts in chunks, equal beginnings, forks, beams, often tiers below."""
     rng = random.Random(f"day {seed}")
     asks, step = [], 0
     num_pages = rng.choice((9, 12, 20))
@@ -72,6 +72,10 @@ def some_day(seed: int, *, is_async: bool) -> Day:
         "enable_prefix_caching": rng.random() < 0.7,
         "async_scheduling": is_async,
     }
+    if rng.random() < 0.5:
+        options |= {"swap_space": rng.choice((1, 1, 2, 3)) * MODEL.page_bytes(PAGE, "float32") / 2**30, "preemption_mode": "swap"}
+        if rng.random() < 0.8:
+            options["offload_dir"] = "nowhere"  # the fake runner's disk has no folder
     return Day(seed, num_pages, options, asks)
 
 
@@ -79,7 +83,7 @@ class Interrupted(FakeRunner):
     """The fake runner; somebody may be called when a step has begun and when its results are asked for."""
 
     def __init__(self, num_pages: int, page_size: int):
-        super().__init__(num_pages, page_size)
+        super().__init__(num_pages, page_size, is_slow=True)
         self.interrupt = lambda moment: None
 
     def submit(self, plan):
@@ -103,7 +107,8 @@ class Life:
         config = EngineConfig(**given).resolved(MODEL, "cpu")
         runner = Interrupted(day.num_pages, PAGE)
         runner.interrupt = self.at
-        cache = PrefixCache(PAGE) if config.enable_prefix_caching else None
+        is_private = not config.enable_prefix_caching
+        cache = None if is_private and not config.swap_space else PrefixCache(PAGE, is_private=is_private)
         pool = watched(PagePool, day.num_pages, order="newest", on_free=runner.poison, cache=cache)
         self.engine = Engine(config, MODEL, runner, pool=pool)
         self.requests: dict[str, Request] = {}
@@ -181,12 +186,17 @@ class Life:
         plans = [plan for plan, _ in self.engine._in_flight]
         in_flight = {chunk.sequence for plan in plans for chunk in plan.chunks()}
         copied = {target for plan in plans for _, target in plan.copies}
+        loaded = {page for plan in plans for _, page in plan.transfers.loads}
+        if any(sequence in self.engine.scheduler.recall._holds for sequence in sequences):
+            return "fetching"
         running = [sequence for sequence in sequences if sequence in self.engine.scheduler.running]
         where = " in flight" if in_flight.intersection(sequences) else ""
         if not running:
             return ("preempted" if any(sequence.num_preemptions for sequence in sequences) else "queued") + where
         if any(copied.intersection(sequence.pages) for sequence in running):
             return "copying" + where
+        if any(loaded.intersection(sequence.pages) for sequence in running):
+            return "loading" + where
         if any(sequence.num_computed < sequence.num_prompt for sequence in running):
             return "in a chunk" + where
         return ("search" if sequences[0].group else "forked" if len(sequences) > 1 else "decoding") + where

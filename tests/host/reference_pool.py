@@ -5,7 +5,6 @@ Knows owners, their texts and every place of every page. Refuses to know referen
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass, field
 
 
@@ -17,6 +16,7 @@ class Owner:
     pages: list[int] = field(default_factory=list)
     num_written: int = 0
     num_told: int = 0  # its first pages that `remember` has seen
+    num_behind: int = 0  # its first pages that it has given back before all others: `pages` are those after them
 
 
 class Reference:
@@ -29,7 +29,8 @@ class Reference:
         self.idle: list[int] = []
         self.places = [[0] * page_size for _ in range(num_pages)]  # what was written to the device last, page by page
         self.known: dict[int, int] = {}  # a text that ends with a page -> the page
-        self.held: dict[int, tuple[list[int], array]] = {}  # that page -> what has to be in it: its places, its token ids
+        self.held: dict[int, tuple[list[int], list[int]]] = {}  # that page -> what has to be in it: its places, its token ids
+        self.let_go: set[int] = set()  # idle pages that are not to be kept below when they are evicted
         self.num_evicted = 0
         self.step = self.num_released = self.owned_steps = self.num_reused = self.idle_steps = 0
         self.since = [-1] * num_pages
@@ -65,7 +66,7 @@ class Reference:
         self.idle = [page for page in self.idle if page not in pages]
         owner.pages += pages
 
-    def drop(self, owner: Owner, pages: list[int]) -> None:
+    def drop(self, owner: Owner, pages: list[int], *, is_kept: bool = True) -> None:
         """An owner gives pages back, the last of them first."""
         owner.pages = [page for page in owner.pages if page not in pages]
         counts = self.counts()
@@ -75,6 +76,7 @@ class Reference:
                 self.since[page] = self.step
                 if page in self.held:
                     self.idle.append(page)
+                    (self.let_go.discard if is_kept else self.let_go.add)(page)
                 else:
                     self.free.add(page)
 
@@ -93,9 +95,19 @@ class Reference:
         for index in range(owner.num_told, owner.num_written // size):
             text = owner.text[index * size : (index + 1) * size]
             if text[-1] not in self.known:
-                self.known[text[-1]] = owner.pages[index]
-                self.held[owner.pages[index]] = text, array("q", tokens[index * size : (index + 1) * size])
+                page = owner.pages[index - owner.num_behind]
+                self.known[text[-1]] = page
+                self.held[page] = text, tokens[index * size : (index + 1) * size]
         owner.num_told = owner.num_written // size
+
+    def forget(self, text: int) -> None:
+        """A text is known no more; the page that held it is free when nobody owns it."""
+        page = self.known.pop(text, None)
+        if page is not None:
+            del self.held[page]
+            if page in self.idle:
+                self.idle.remove(page)
+                self.free.add(page)
 
     def forget_all(self) -> None:
         """Nothing is known any more."""
@@ -108,3 +120,77 @@ class Reference:
             if self.since[page] >= 0:
                 self.num_reused, self.idle_steps = self.num_reused + 1, self.idle_steps + self.step - self.since[page]
             self.since[page] = self.step
+
+
+class TierReference:
+    """Host memory and a disk below the pool, by the numbers of texts: what each call of the tier has to leave behind."""
+
+    def __init__(self, num_slots: int, *, has_disk: bool):
+        self.has_disk = has_disk
+        self.slots: dict[int, int] = {}  # a text that ends with a page -> where it is, or will be when its fetch has ended
+        self.free = set(range(num_slots))
+        self.idle: list[int] = []  # slots that nobody has pinned, the least recently used first
+        self.pins = [0] * num_slots
+        self.disk: set[int] = set()
+        self.fetching: dict[int, int] = {}
+        self.lost: dict[int, int] = {}
+
+    def take(self, text: int, slot: int | None) -> None:
+        """The tier took `slot` for a text, or had none."""
+        if not self.free and not self.idle:
+            assert slot is None, "a slot out of nowhere"
+            return
+        if self.free:
+            assert slot in self.free, "another slot was free"
+            self.free.remove(slot)
+        else:
+            assert slot == self.idle.pop(0), "another slot has been used longer ago"
+            old = next(text for text, where in self.slots.items() if where == slot)
+            del self.slots[old]
+            if self.has_disk:
+                self.disk.add(old)
+        self.slots[text] = slot
+        self.pins[slot] = 1
+
+    def touch(self, text: int) -> None:
+        """A text that is here is wanted again."""
+        if self.slots[text] in self.idle:
+            self.idle.remove(self.slots[text])
+            self.idle.append(self.slots[text])
+
+    def pin(self, slot: int) -> None:
+        """One more who needs what a slot holds."""
+        self.pins[slot] += 1
+        if slot in self.idle:
+            self.idle.remove(slot)
+
+    def unpin(self, slot: int) -> None:
+        """One less."""
+        self.pins[slot] -= 1
+        if not self.pins[slot]:
+            if slot in self.slots.values():
+                self.idle.append(slot)
+            else:
+                self.free.add(slot)
+
+    def fetched(self, text: int, *, ok: bool) -> None:
+        """A fetch ends."""
+        if text in self.lost:
+            del self.lost[text]
+            return
+        del self.fetching[text]
+        if not ok:
+            self.disk.remove(text)
+            del self.slots[text]
+
+    def forget(self, text: int) -> None:
+        """Nobody asks for a text any more."""
+        self.disk.discard(text)
+        slot = self.slots.pop(text, None)
+        if slot is None:
+            return
+        if text in self.fetching:
+            self.lost[text] = self.fetching.pop(text)
+        if slot in self.idle:
+            self.idle.remove(slot)
+            self.free.add(slot)

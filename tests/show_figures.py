@@ -1,0 +1,96 @@
+"""Every figure of the page pool, the scheduler and the prefix cache, in full and as a table: `make fuzz`.
+
+    python tests/show_figures.py --only R04 R09    those figures
+    python tests/show_figures.py --share 0.01      a hundredth of the cases of those that are random
+
+The random ones are the same in every run; each failure names its seed. Slow tests run most of this too, without the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "host"))
+
+import figures
+import fuzz
+import reuse
+
+Figure = tuple[str, str, Callable[[float], int]]
+
+
+def some(count: int, share: float, first: int = 0) -> range:
+    """A share of so many seeds, one at least."""
+    return range(first, first + max(1, round(count * share)))
+
+
+def operations(share: float, *, seeds: int = 240, each: int = 4200) -> int:
+    """R01's."""
+    lives = some(seeds, share)
+    for seed in lives:
+        fuzz.live(seed, each)
+    return each * len(lives)
+
+
+def crowds(share: float) -> int:
+    """R02's on the real model, 500 requests at a time."""
+    return sum(reuse.crowd(500, seed=seed) for seed in some(4, share))
+
+
+FIGURES: list[Figure] = [
+    ("R01", "operations of pool, cache and tiers against a model, a full check after each", operations),
+    ("R02", "requests on pages of token ids, equal to isolated runs", lambda x: figures.equal_to_isolated_runs(some(1000, x))),
+    ("R02", "requests of a real model on poisoned pages, bits of each alone", crowds),
+    ("R03", "families of siblings of a real model, bits of each alone", lambda x: reuse.siblings(range(17))),
+    ("R03", "the same, pages of 16", lambda x: reuse.siblings(range(33), page_size=16)),
+    ("R03", "beam searches of a real model, each beam as without shared pages", lambda x: reuse.beams(range(17))),
+    ("R04", "prompt and cached length, pages of 4, bits of cold runs", lambda x: reuse.every_reuse(4, 16).total()),
+    ("R04", "the same, pages of 16", lambda x: reuse.every_reuse(16, 16).total()),
+    ("R05", "prompts around the limits of pools of 1 to 80 pages", lambda x: figures.pools_and_prompts(range(1, 81))),
+    ("R06", "overload schedules, at most 8 preemptions each", lambda x: figures.overloads(some(10_000, x))),
+    ("R07", "schedules by order of arrival, each end within its bound", lambda x: figures.queues(some(1000, x))),
+    ("R07", "last in priority, ageing after 100 steps", lambda x: figures.unpopular(some(1000, x), ageing_steps=100)),
+    ("R07", "last in priority, ageing by default: within 10,000 steps", lambda x: figures.unpopular(some(200, x))),
+    ("R09", "aborts, at every moment of days of an engine", lambda x: figures.abort_everywhere(every=max(1, round(1 / x)))[0]),
+    ("R43", "requests whose pages are found by 4 bits of their keys", lambda x: figures.collisions(some(1000, x))[0]),
+]
+
+
+def rows(names: list[str] | None, share: float) -> Iterator[tuple[str, bool]]:
+    """A line for each figure, and whether it is right."""
+    for name, title, count_cases in FIGURES:
+        if names and name not in names:
+            continue
+        started, computed = time.perf_counter(), time.process_time()
+        try:
+            count = f"{count_cases(share):,}"
+        except Exception:
+            traceback.print_exc()
+            count = "-"
+        seconds = f"{time.perf_counter() - started:8.1f} {time.process_time() - computed:8.1f}"
+        yield f"{name} {count:>11} {seconds}  {'WRONG' if count == '-' else 'ok':5}  {title}", count != "-"
+
+
+def main() -> int:
+    """Show them; 1 when one is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=sorted({name for name, _, _ in FIGURES}))
+    parser.add_argument("--share", type=float, default=1.0)
+    arguments = parser.parse_args()
+    logging.getLogger("jaxpaged").setLevel(logging.ERROR)  # preemptions are what most of these are about
+    is_well = True
+    print(f"{'':3} {'cases':>11} {'seconds':>8} {'of cpu':>8}")
+    for line, is_right in rows(arguments.only, arguments.share):
+        print(line, flush=True)
+        is_well &= is_right
+    return 0 if is_well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
