@@ -12,6 +12,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,11 +21,13 @@ import oracle
 import pytest
 from driving import another_engine, greedy
 from families import FAMILIES
+from safetensors.numpy import load_file
 from test_engine import compilations
-from text_model import FAST, write_text_model
+from text_model import CONFIG, write_text_model
 
 from jaxpaged import LLM, RequestError, SamplingParams
 from jaxpaged.cli import main
+from jaxpaged.config import ModelConfig
 from jaxpaged.engine import Engine
 from jaxpaged.host.pages import PagePool
 from jaxpaged.host.plan import StepPlan
@@ -74,13 +77,21 @@ def generate(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -
 
 
 @functools.cache
-def token_logprobs(prompt: tuple[int, ...], token_ids: tuple[int, ...]) -> np.ndarray:
+def tensors() -> dict[str, np.ndarray]:
+    return FAMILY.tensors()
+
+
+def by_the_oracle(tensors: oracle.Tensors, config: ModelConfig, prompt: Seq[int], token_ids: Seq[int]) -> np.ndarray:
     """What the model itself gives each of the tokens that follow a prompt."""
-    tensors = token_logprobs.tensors = getattr(token_logprobs, "tensors", None) or FAMILY.tensors()  # type: ignore[attr-defined]
-    scores = oracle.logits(tensors, FAMILY.config, [*prompt, *token_ids][:-1])[len(prompt) - 1 :]
+    scores = oracle.logits(tensors, config, [*prompt, *token_ids][:-1])[len(prompt) - 1 :]
     top = scores.max(axis=-1, keepdims=True)
     logprobs = scores - top - np.log(np.exp(scores - top).sum(axis=-1, keepdims=True))
     return logprobs[np.arange(len(token_ids)), list(token_ids)]
+
+
+@functools.cache
+def token_logprobs(prompt: tuple[int, ...], token_ids: tuple[int, ...]) -> np.ndarray:
+    return by_the_oracle(tensors(), FAMILY.config, prompt, token_ids)
 
 
 def total(prompt: list[int], token_ids: list[int]) -> float:
@@ -377,18 +388,14 @@ def test_a_choice_of_all_is_allowed_at_any_temperature() -> None:
 
 def test_the_flag_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_text_model(tmp_path / "model")
-    flags = ["--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--decode-row-buckets", "4", "--prefill-tile-buckets", "4"]
-    asked = ["--best-of", "4", "--temperature", "1.5", "--max-tokens", "5", "--ignore-eos"]
-    command = ["generate", "hello", "--model", str(folder), *flags, *asked]
-    assert main([*command, "--json"]) == 0
+    small = ["--max-num-seqs", "4", "--max-num-batched-tokens", "16", "--decode-row-buckets", "4", "--prefill-tile-buckets", "1"]
+    asked = ["--best-of", "4", "--temperature", "1.5", "--max-tokens", "5", "--ignore-eos", "--dtype", "float32"]
+    command = ["generate", "hello", "--json", "--model", str(folder), *small, *asked]
+    assert main(command) == 0
     found = json.loads(capsys.readouterr().out)
-    with LLM(folder, **FAST) as llm:
-        params = SamplingParams(n=4, best_of=4, temperature=1.5, max_tokens=5, ignore_eos=True)
-        outputs = llm.generate("hello", params, use_tqdm=False)[0].outputs
-    assert found["token_ids"] == outputs[0].token_ids != outputs[1].token_ids
-    assert found["cumulative_logprob"] == outputs[0].cumulative_logprob
-    assert main([*command, "--stream"]) == 0
-    assert capsys.readouterr().out == found["text"] + "\n"
+    ids = found["prompt_token_ids"], found["token_ids"]
+    wanted = by_the_oracle(load_file(folder / "model.safetensors"), ModelConfig.from_hf(CONFIG), *ids).sum()
+    assert len(found["token_ids"]) == 5 and found["cumulative_logprob"] == pytest.approx(wanted, abs=TOLERANCE)
     assert main([*command, "--n", "5"]) == 2
     assert "best_of: got 4, expected at least n, which is 5\n" in capsys.readouterr().err
 
