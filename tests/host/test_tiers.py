@@ -339,6 +339,14 @@ def test_requests_without_shared_prefixes_leave_nothing() -> None:
         assert not len(bench.cache) and not bench.tier.num_used and not bench.tier.num_on_disk
 
 
+def test_requests_without_shared_prefixes_share_nothing_while_they_run() -> None:
+    bench = Bench(num_pages=12, num_slots=4, is_private=True)
+    bench.add("a", prompt(1), max_tokens=4)
+    bench.step()
+    bench.add("b", prompt(1), max_tokens=4)
+    assert bench.step().num_tokens == 1 + 17 and bench.pool.refcount_hist()[1] == 10
+
+
 # --- the directory ---
 
 
