@@ -106,6 +106,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._num_added = 0
         self.num_preemptions = 0
+        self._num_looks = 0
         self.num_swaps = 0  # preemptions whose pages were to be kept
         self.num_copies = 0
         self._by_id: dict[str, list[Sequence]] = {}  # what has not ended yet of each request; beams as in their group's `running`
@@ -264,7 +265,10 @@ class Scheduler:
     def _prefetch(self) -> None:
         """Begin the fetches of those who are next, though there is no room for them yet."""
         tier = self.pool.tier
-        if tier is None or not tier.num_on_disk or self.waiting.step % PREFETCH_EVERY:
+        if tier is None or not tier.num_on_disk or not self.waiting:
+            return
+        self._num_looks += 1  # not the line's steps: a replay knows nothing of those for which nobody was there
+        if self._num_looks % PREFETCH_EVERY:
             return
         for sequence in itertools.islice(self.waiting, PREFETCH_AHEAD):
             if not tier.may_fetch:
