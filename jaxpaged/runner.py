@@ -227,6 +227,9 @@ class JaxRunner:
             (pages, self.num_pages * page_bytes),
             ("temporaries of the largest step", temporary_bytes),
         ]
+        if self.offload is not None:
+            num_slots = self.offload.host.num_slots
+            rows.append((f"host memory for pages ({num_slots:,} x {page_bytes:,} bytes)", num_slots * page_bytes))
         for what, size in rows:
             logger.info("%-60s %12s", what, f"{size / 2**20:,.1f} MiB")
         num_tokens = (self.num_pages - 1) * config.block_size  # type: ignore[operator]

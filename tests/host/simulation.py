@@ -28,6 +28,7 @@ MODULES = (
     "jaxpaged.host.preemption",
     "jaxpaged.host.recall",
     "jaxpaged.host.waiting",
+    "jaxpaged.host.searches",
     "jaxpaged.host.scheduler",
     "jaxpaged.batch",
 )

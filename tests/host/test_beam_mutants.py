@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import simulation
 from beam_simulation import beam_scenario, simulate_beams
-from test_mutants import BEAMS, REQUEST, SCHEDULER, Mutant, plant
+from test_mutants import BEAMS, REQUEST, SCHEDULER, SEARCHES, Mutant, plant
 
 MOST_SCENARIOS = 120  # what a bug may survive
 
@@ -42,12 +42,12 @@ MUTANTS = [
         "num_forks=request.params.num_drawn - 1",
     ),
     Mutant("goes on before all beams are there", SCHEDULER, "all(beam.candidates for beam in beams)", "True"),
-    Mutant("candidates serve twice", SCHEDULER, "            beam.candidates = ()\n", ""),
+    Mutant("candidates serve twice", SEARCHES, "            beam.candidates = ()\n", ""),
     Mutant(
-        "pruned beams keep their pages", SCHEDULER, "            self._leave(beam, FinishReason.PRUNED)\n", "            pass\n"
+        "pruned beams keep their pages", SEARCHES, "            self._leave(beam, FinishReason.PRUNED)\n", "            pass\n"
     ),
-    Mutant("children in the wrong order", SCHEDULER, "for parent, _ in children]\n", "for parent, _ in reversed(children)]\n"),
-    Mutant("all children are of the best beam", SCHEDULER, "beams[parent].fork(next(indices))", "beams[0].fork(next(indices))"),
+    Mutant("children in the wrong order", SEARCHES, "for parent, _ in children]\n", "for parent, _ in reversed(children)]\n"),
+    Mutant("all children are of the best beam", SEARCHES, "beams[parent].fork(next(indices))", "beams[0].fork(next(indices))"),
     Mutant(
         "a fork forgets what it has computed",
         SCHEDULER,
@@ -66,7 +66,7 @@ MUTANTS = [
         "self._end_beams(sequences, FinishReason.ABORT)",
         "self._end_beams(sequences[:1], FinishReason.ABORT)",
     ),
-    Mutant("all results have ended by length", SCHEDULER, "FinishReason.STOP if last in request.stop_ids else", ""),
+    Mutant("all results have ended by length", SEARCHES, "FinishReason.STOP if last in request.stop_ids else", ""),
     Mutant("copies count as owners", SCHEDULER, "sum(source == page for source, _ in self._copies) > 1", "0 > 1"),
     Mutant(
         "copies count twice",
@@ -76,16 +76,16 @@ MUTANTS = [
     ),
     Mutant(
         "children on the pages of the best beam",
-        SCHEDULER,
+        SEARCHES,
         "self._run_beside(beams[parent], fork)",
         "self._run_beside(beams[0], fork)",
     ),
     Mutant(
-        "a preempted beam keeps its candidates", SCHEDULER, "(*first.rank[:-1], 0), ()", "(*first.rank[:-1], 0), first.candidates"
+        "a preempted beam keeps its candidates", SEARCHES, "(*first.rank[:-1], 0), ()", "(*first.rank[:-1], 0), first.candidates"
     ),
     Mutant(
         "a search gives way beam by beam",
-        SCHEDULER,
+        SEARCHES,
         "        for beam in beams[1:]:\n            self._leave(beam, FinishReason.PRUNED)\n",
         "",
     ),
@@ -95,18 +95,18 @@ MUTANTS = [
         "if last.group is None or last.group is not sequence.group:",
         "if True:",
     ),
-    Mutant("all beams go on as the best", SCHEDULER, "            fork.tokens[fork.num_prompt :] = beam.token_ids\n", ""),
-    Mutant("all beams have the keys of the best", SCHEDULER, "            del fork.page_keys[num_common // size :]\n", ""),
+    Mutant("all beams go on as the best", SEARCHES, "            fork.tokens[fork.num_prompt :] = beam.token_ids\n", ""),
+    Mutant("all beams have the keys of the best", SEARCHES, "            del fork.page_keys[num_common // size :]\n", ""),
     Mutant(
         "beams share what is the best one's own",
-        SCHEDULER,
+        SEARCHES,
         "num_common // size * size if is_beyond else sequence.num_computed",
         "sequence.num_computed",
     ),
     Mutant("beams part a token late", BEAMS, "return sum(1 for _ in", "return 1 + sum(1 for _ in"),
     Mutant(
         "forks of a search that comes back own nothing",
-        SCHEDULER,
+        SEARCHES,
         "            self.pool.share(fork.owned_pages)\n            insort",
         "            insort",
     ),

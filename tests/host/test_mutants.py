@@ -16,7 +16,7 @@ from overload import overload, staircase
 
 from jaxpaged.host.policies import POLICIES
 
-BEAMS, REQUEST, _, PREFIX, PLAN, TIERS, PAGES, _, RECALL, WAITING, SCHEDULER, BATCH = simulation.MODULES
+BEAMS, REQUEST, _, PREFIX, PLAN, TIERS, PAGES, _, RECALL, WAITING, SEARCHES, SCHEDULER, BATCH = simulation.MODULES
 MOST_SCENARIOS = 60  # what a bug may survive
 
 
@@ -192,7 +192,6 @@ MUTANTS = [
     Mutant("the last step is advanced at every commit", SCHEDULER, "if len(self._in_flight) == 1:", "if True:"),
     Mutant("a pending token is fed from another row", BATCH, "1 + feed.rows[chunk.sequence]", "feed.rows[chunk.sequence]"),
     Mutant("a pending token is not fed", BATCH, "if chunk.start == len(chunk.sequence.tokens):", "if False:"),
-    Mutant("every decode is fed", BATCH, "if chunk.start == len(chunk.sequence.tokens):", "if chunk.sequence in feed.rows:"),
     Mutant(
         "a page is behind the window a token early",
         SCHEDULER,
