@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from jaxpaged.bench import prefix_cache, scheduling
+from jaxpaged.bench import prefix_cache, scheduling, swap
+from jaxpaged.bench.ratios import spread
 from jaxpaged.bench.stopwatch import Stopwatch
 from jaxpaged.engine import Engine
+from jaxpaged.host.pages import PagePool
+from jaxpaged.host.preemption import SwapCosts
 from jaxpaged.llm import LLM
 
 SMALL = {"max_num_seqs": 4, "max_model_len": 128, "max_num_batched_tokens": 64}
@@ -113,7 +118,74 @@ def test_parts_of_a_step_add_up(plain: Engine):
     assert "asynchronous over synchronous" in scheduling.table(rows)
 
 
-@pytest.mark.parametrize("main", [prefix_cache.main, scheduling.main])
+# --- recompute and swap ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiered() -> Iterator[Engine]:
+    with swap.open_engine("draft", "float32", 72) as found:
+        yield found
+
+
+def test_a_sequence_comes_back_by_both_ways(
+    tiered: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(swap, "open_engine", lambda *_: contextlib.nullcontext(tiered))
+    sizes = ["--models", "draft", "--lengths", "24,72", "--rounds", "4"]
+    assert swap.main([*sizes, "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    (report,) = found["reports"]
+    assert [(row["tokens"], row["pages"], row["turns"]) for row in report["rows"]] == [(24, 1, 4), (72, 4, 4)]
+    for row in report["rows"]:
+        for way in swap.WAYS:
+            assert 0 < row["device"][f"{way}_ms"] < row["request"][f"{way}_ms"]
+        assert row["is_right"] == ((row["auto"] == "swap") == (row["request"]["ratio"] < 1))
+    begins = float("inf") if report["auto_begins"] == "never" else report["auto_begins"]
+    assert [row["auto"] for row in report["rows"]] == ["swap" if tokens >= begins else "recompute" for tokens in (16, 64)]
+    assert report["auto_loss"] >= 0 and len(found["load_average"]) == 2
+    assert "swap is sooner from" in capsys.readouterr().out
+
+
+def test_pages_that_do_not_travel_are_no_measurement(tiered: Engine, monkeypatch: pytest.MonkeyPatch):
+    tiered.add_request([1] * 23)
+    tiered.step()
+    for way in swap.WAYS:
+        assert swap.come_back(tiered, way).keys() == {*swap.METRICS}
+    assert "plan" not in vars(tiered.scheduler) and "submit" not in vars(tiered.runner)
+    allocate = PagePool.allocate
+    monkeypatch.setattr(PagePool, "allocate", lambda pool, count: None if count == pool.num_usable else allocate(pool, count))
+    for way in swap.WAYS:  # nothing is evicted: the sequence finds its page where it was
+        with pytest.raises(RuntimeError, match=f"{way}: pages saved"):
+            swap.come_back(tiered, way)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ([0.9, 0.5, 0.1], "always"),
+        ([0.9, 1.0, 1.5], "never"),
+        ([1.5, 0.5, 0.1], 20),
+        ([0.9, 1.1, 0.8], 30 + 10 / 3),
+    ],
+)
+def test_where_swap_begins_to_win(ratios: list[float], expected: float | str):
+    found = swap.crossover([10, 30, 40], ratios)
+    assert found == (expected if isinstance(expected, str) else pytest.approx(expected))
+
+
+def test_what_auto_would_have_done():
+    costs = SwapCosts(token_s=1e-3, save_fixed_s=0.02, save_page_s=1e-3, load_fixed_s=0.02, load_page_s=1e-3)
+    assert swap.auto_begins(100, 16, costs) == 48  # 0.04 + 0.002 n < 0.016 n from 3 pages on
+    assert swap.auto_begins(40, 16, costs) == "never"
+    turn = {"recompute": {"request": 1.0, "device": 1.0}, "swap": {"request": 2.0, "device": 2.0}}
+    turns = [turn, turn]
+    few, many = (swap.summary(length, turns, 16, costs) for length in (48, 49))
+    assert (few["pages"], few["auto"], few["is_right"]) == (2, "recompute", True)
+    assert (many["pages"], many["auto"], many["is_right"], many["is_clear"]) == (3, "swap", False, True)
+    assert many["request"]["ratio"] == 2 and spread([3.0])["quartiles"] == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("main", [prefix_cache.main, scheduling.main, swap.main])
 def test_nothing_cannot_be_measured(main, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="2"):
         main(["--rounds", "0"])

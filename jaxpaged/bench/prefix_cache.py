@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from jaxpaged.bench.ratios import spread
 from jaxpaged.bench.stopwatch import Stopwatch
 from jaxpaged.engine import Engine
 from jaxpaged.host.request import SamplingParams
@@ -105,10 +106,8 @@ def summary(turns: dict[bool, list[dict[str, float]]]) -> dict[str, Any]:
     found: dict[str, Any] = {"hits": statistics.median(turn["hits"] for turn in turns[True])}
     for metric in METRICS:
         on, off = ([turn[metric] for turn in turns[is_on]] for is_on in (True, False))
-        ratios = sorted(a / b for a, b in zip(on, off, strict=True))
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        found[metric] = {"on": statistics.median(on), "off": statistics.median(off), "ratio": middle}
-        found[metric] |= {"quartiles": [low, high], "lowest": ratios[0], "highest": ratios[-1]}
+        found[metric] = {"on": statistics.median(on), "off": statistics.median(off)}
+        found[metric] |= spread([a / b for a, b in zip(on, off, strict=True)])
     return found
 
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from jaxpaged.bench.ratios import spread
 from jaxpaged.bench.stopwatch import Stopwatch
 from jaxpaged.engine import Engine
 from jaxpaged.host.request import SamplingParams
@@ -91,14 +92,12 @@ def compare(
 
 def summary(count: int, turns: dict[bool, list[dict[str, float]]]) -> dict[str, Any]:
     """Medians of both engines, and of the ratio of each turn's tokens/s the median, the quartiles, the lowest and the highest."""
-    ratios = sorted(a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(turns[True], turns[False], strict=True))
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(turns[True], turns[False], strict=True)]
     medians = {
         NAMES[is_async]: {name: statistics.median(turn[name] for turn in several) for name in several[0]}
         for is_async, several in turns.items()
     }
-    ratio = {"ratio": middle, "quartiles": [low, high], "lowest": ratios[0], "highest": ratios[-1]}
-    return {"num_seqs": count, **medians, **ratio}
+    return {"num_seqs": count, **medians, **spread(ratios)}
 
 
 def table(rows: Seq[dict[str, Any]]) -> str:
