@@ -42,23 +42,24 @@ def take_turn(engine: Engine, prompts: Seq[list[int]], num_tokens: int) -> dict[
     """Tokens per second while all of them decode, and milliseconds of each part of a step."""
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     begun = {engine.add_request(prompt, params).request_id: False for prompt in prompts}
-    while not all(begun.values()):
-        for event in engine.step():
-            begun[event.request_id] = True
-            if event.finish_reason is not None:
-                raise RuntimeError("the sequences never decoded together: raise --output-len")
-    num_tokens = num_steps = 0
     with Stopwatch() as watch:
-        watch_parts(engine, watch)
+        watch_parts(engine, watch)  # before what counts, so that the wait for a step that is then in flight is timed
+        while not all(begun.values()):
+            for event in engine.step():
+                begun[event.request_id] = True
+                if event.finish_reason is not None:
+                    raise RuntimeError("the sequences never decoded together: raise --output-len")
+        num_tokens = num_steps = 0
+        watch.seconds.clear()
         started = time.perf_counter()
         events = []
         while not any(event.finish_reason for event in events):
             events = engine.step()
             num_tokens, num_steps = num_tokens + len(events), num_steps + 1
         seconds = time.perf_counter() - started
+        parts = dict(watch.seconds)
     while engine.has_unfinished:
         engine.step()
-    parts = dict(watch.seconds)
     parts["dispatch"] = parts["submit"] - parts["pad"]
     parts["other"] = seconds - sum(parts[name] for name in ("plan", "submit", "wait", "commit"))
     found = {f"{name}_ms": 1e3 * parts[name] / num_steps for name in PARTS}
