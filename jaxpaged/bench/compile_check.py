@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from jaxpaged.batch import pad
+from jaxpaged.batch import Feed, pad
 from jaxpaged.config import Bucket, ModelConfig
 from jaxpaged.host.plan import StepPlan
 from jaxpaged.model import weights
@@ -55,7 +56,8 @@ TEMPORARY_SHARE = 0.05
 
 def arguments(config: ModelConfig, bucket: Bucket) -> dict[str, Any]:
     """The shapes of a step's arguments."""
-    inputs, _ = pad(StepPlan((), ()), bucket, tile=TILE, page_size=PAGE_SIZE, max_blocks_per_seq=8192 // PAGE_SIZE)
+    feed = Feed(np.zeros(bucket.decode_rows + bucket.prefill_tiles, np.int32), {})
+    inputs, _ = pad(StepPlan((), ()), bucket, feed, tile=TILE, page_size=PAGE_SIZE, max_blocks_per_seq=8192 // PAGE_SIZE)
     return {
         "weights": jax.eval_shape(functools.partial(weights.init, config, dtype="bfloat16"), jax.random.key(0)),
         "cache": jax.eval_shape(functools.partial(init_cache, config, NUM_PAGES, PAGE_SIZE, "bfloat16")),
