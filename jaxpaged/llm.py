@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -331,9 +331,25 @@ class LLM:
             raise RequestError(f"sampling_params: got {type(params).__name__}, expected SamplingParams")
         engine = self._open_engine()
         text, token_ids = self._tokens(prompt)
+        params = self._with_bad_words(params)
         options = {**options, "cache_salt": prompt.get("cache_salt") if isinstance(prompt, Mapping) else None}
         engine.check_request(token_ids, params, request_id="prompt", **options)
         return _Checked(text, token_ids, params, options)
+
+    def _with_bad_words(self, params: SamplingParams) -> SamplingParams:
+        """Parameters whose bad words are token ids too, as vLLM makes them of the words."""
+        if not params.bad_words or self.tokenizer is None:  # the engine refuses the latter
+            return params
+        found: list[tuple[int, ...]] = []
+        for word in params.bad_words:
+            plain, spaced = (tuple(self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False)) for space in ("", " "))
+            if not plain:
+                raise RequestError(f"bad_words: {word[:32]!a} has no tokens")
+            found.append(plain)
+            # Where the space is a token of its own, the word after it is the one without a space.
+            if spaced[:1] != plain[:1] and len(spaced) == len(plain):
+                found.append(spaced)
+        return replace(params, bad_words_token_ids=(*params.bad_words_token_ids, *found))
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, Seq[int]]:
         """The text of a prompt, when it has one, and its ids."""

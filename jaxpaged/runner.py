@@ -23,6 +23,7 @@ import psutil
 from tqdm import tqdm
 
 from jaxpaged import batch, duel
+from jaxpaged.adjuster import Adjuster
 from jaxpaged.config import Bucket, ConfigError, EngineConfig, ModelConfig
 from jaxpaged.host.beams import BeamGroup, Candidates
 from jaxpaged.host.plan import StepPlan
@@ -31,7 +32,7 @@ from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import duel as model_duel
 from jaxpaged.model import step as model_step
 from jaxpaged.model import weights as model_weights
-from jaxpaged.model.step import StepOutputs
+from jaxpaged.model.step import StepInputs, StepOutputs
 from jaxpaged.model.weights import Weights
 from jaxpaged.offload.transfer import Offload
 from pallas_kernels import backends
@@ -100,6 +101,8 @@ class JaxRunner:
         self._pad = functools.partial(batch.pad, **sizes)  # type: ignore[arg-type]
         num_rows = self.buckets[-1].decode_rows + self.buckets[-1].prefill_tiles
         self._feed = batch.Feed(np.zeros(num_rows, np.int32), {})
+        limits = {"num_sequences": config.max_num_seqs, "max_model_len": config.max_model_len, "num_fed": num_rows}
+        self.adjuster = Adjuster(vocab_size=model.vocab_size, **limits)  # type: ignore[arg-type]
         self.duel = None
         backend = attention_backend(config, model)
         options = {"config": model, "backend": backend, "max_logprobs": config.max_logprobs}
@@ -131,6 +134,7 @@ class JaxRunner:
         inputs, rows = self._pad(plan, bucket, self._feed)
         if bucket not in self.compiled:  # enforce_eager
             self.compiled[bucket] = self._compile(bucket)
+        inputs = inputs.replace(adjustments=self.adjuster.adjustments(plan, rows, len(inputs.sample_at), self._feed))  # type: ignore[attr-defined]
         outputs, self.cache = self.compiled[bucket](self.weights, self.cache, inputs)
         if self.duel is not None:
             outputs, evidence = outputs
@@ -176,6 +180,7 @@ class JaxRunner:
             copiers = executor.map(self._compile_copier, self._copy_sizes)
             self.compiled = dict(zip(self.buckets, progress, strict=True))
             self._copiers = dict(zip(self._copy_sizes, copiers, strict=True))
+        self.adjuster.warm_up()
         if self.offload is not None:
             self.offload.warm_up()
         logger.info("Compiled %d steps in %.1f s.", len(self.buckets), time.perf_counter() - started)
@@ -189,7 +194,7 @@ class JaxRunner:
             return None
         moves, self.cache = self.offload.measure(self.cache)
         bucket = max(self.compiled, key=lambda bucket: (bucket.prefill_tiles, -bucket.decode_rows))
-        inputs, _ = self._pad(StepPlan((), ()), bucket, self._feed)
+        inputs = self._padding(bucket)
         seconds = []
         for _ in range(MEASURED_STEPS):
             started = time.perf_counter()
@@ -200,8 +205,12 @@ class JaxRunner:
         return SwapCosts(token_s, *moves)
 
     def _compile(self, bucket: Bucket) -> jax.stages.Compiled:
+        return self._jitted.lower(self.weights, self.cache, self._padding(bucket)).compile()
+
+    def _padding(self, bucket: Bucket) -> StepInputs:
+        """A step of nothing."""
         inputs, _ = self._pad(StepPlan((), ()), bucket, self._feed)
-        return self._jitted.lower(self.weights, self.cache, inputs).compile()
+        return inputs.replace(adjustments=self.adjuster.plain(len(inputs.sample_at)))  # type: ignore[attr-defined]
 
     def _copy(self, copies: Seq[tuple[int, int]]) -> None:
         """Copy pages of all layers onto others, in one call; the rest of its size is the null page onto itself."""
@@ -225,6 +234,7 @@ class JaxRunner:
         rows = [
             (f"weights ({config.dtype})", model_weights.num_bytes(model, config.dtype)),
             (pages, self.num_pages * page_bytes),
+            (f"marks for penalties ({config.max_num_seqs:,} sequences)", _marks_bytes(config, model)),
             ("temporaries of the largest step", temporary_bytes),
         ]
         if self.offload is not None:
@@ -241,6 +251,7 @@ class JaxRunner:
         """See `Runner.close`."""
         if self.offload is not None:
             self.offload.close()
+        self.adjuster.close()
         for array in jax.tree.leaves((self.weights, self.cache)):
             if not array.is_deleted():
                 array.delete()
@@ -300,7 +311,12 @@ def _spare_bytes(config: EngineConfig, model: ModelConfig) -> int:
         return min(_CPU_POOL_BYTES, free // 4)
     share = config.gpu_memory_utilization or 0.92
     # The weights are on the device already when this is asked on a GPU; a twentieth is left for the step's temporaries.
-    return int(min(total * share - model_weights.num_bytes(model, config.dtype), free) * 0.95)
+    spare = min(total * share - model_weights.num_bytes(model, config.dtype), free) - _marks_bytes(config, model)
+    return int(spare * 0.95)
+
+
+def _marks_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    return Adjuster.num_bytes(config.max_num_seqs, model.vocab_size)  # type: ignore[arg-type]
 
 
 def _memory() -> tuple[int, int]:

@@ -20,6 +20,7 @@ FLOORS = (
     ("jaxpaged.version", "jaxpaged.config", "jaxpaged.outputs", "pallas_kernels"),
     ("jaxpaged.host", "jaxpaged.model"),
     ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel", "jaxpaged.observe", "jaxpaged.offload"),
+    ("jaxpaged.adjuster",),
     ("jaxpaged.runner", "jaxpaged.tokenizer", "jaxpaged.demo", "convert"),
     ("jaxpaged.engine",),
     ("jaxpaged.llm",),

@@ -114,6 +114,22 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(whole_number(part) for part in text.split(","))
 
 
+def words(text: str) -> tuple[str, ...]:
+    """Words with commas between them."""
+    return tuple(text.split(","))
+
+
+def number_lists(text: str) -> tuple[tuple[int, ...], ...]:
+    """Lists of whole numbers with semicolons between them."""
+    return tuple(whole_numbers(part) for part in text.split(";"))
+
+
+def numbers_by_number(text: str) -> tuple[tuple[int, float], ...]:
+    """Whole numbers, each with a colon and a decimal number, and commas between these pairs."""
+    pairs = [part.partition(":") for part in text.split(",")]
+    return tuple((whole_number(key), number(value)) for key, _, value in pairs)
+
+
 def switch_or_word(text: str) -> bool | str:
     """true and false, or a word whose meaning is the dataclass's business."""
     return {"true": True, "false": False}.get(text.lower(), text)
@@ -125,6 +141,9 @@ _KINDS = {
     "str": (str, "TEXT"),
     "bool | str": (switch_or_word, "true|false|WORD"),
     "tuple[int, ...]": (whole_numbers, "N,N,..."),
+    "tuple[str, ...]": (words, "TEXT,TEXT,..."),
+    "tuple[tuple[int, ...], ...]": (number_lists, "N,N;N,..."),
+    "Mapping[int, float] | tuple[tuple[int, float], ...]": (numbers_by_number, "N:X,N:X,..."),
 }
 _KINDS["str | Callable[..., Any]"] = _KINDS["str"]  # a function can only be given in Python
 

@@ -6,13 +6,17 @@ Knows tokens and their limits. Refuses to know text, arrays and pages' contents.
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from jaxpaged.config import nearest
 from jaxpaged.host.beams import BeamGroup, Candidates
 
+MAX_RULES = 1024  # token ids whose logits a request may change by name in one step: what a row of a compiled step has room for
+MAX_BAD_WORD_LEN = 64  # in tokens; each word is compared with the end of the output in every step
 MAX_N = 128  # outputs of one request, as many as OpenAI's API has: one request must not be able to fill the engine
 
 
@@ -54,6 +58,17 @@ class SamplingParams:
       length_penalty: beams compete by their log-probability over length ** length_penalty; above 0 favours long ones.
       early_stopping: True ends the search when n beams have ended; False when the best running one, at its length, is behind all
         of these; "never" when it cannot get ahead of them.
+      presence_penalty: taken off the logits of tokens that the output has; below 0 favours them.
+      frequency_penalty: taken off the logits of tokens as often as the output has them.
+      repetition_penalty: logits of tokens that prompt or output have are divided by it if positive, else multiplied; 1 is neutral.
+      min_tokens: no end-of-sequence id and none of stop_token_ids before so many new tokens.
+      logit_bias: token id -> what is added to its logit.
+      allowed_token_ids: no token but these; None is all of them.
+      bad_words: words whose last token is not chosen after their others; with and without a space before them. Text, so for
+        `LLM` alone.
+      bad_words_token_ids: the same as token ids, for `Engine`.
+
+    With best_of, log-probabilities are those before any of these. Beam search takes none of them, as in vLLM.
 
     Raises:
       RequestError: a value is out of range or of the wrong type.
@@ -74,6 +89,14 @@ class SamplingParams:
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
     def __new__(cls, *args: object, **options: object) -> SamplingParams:
         # A misspelt option must name its neighbour; the generated __init__ would only say "unexpected keyword argument".
@@ -108,7 +131,9 @@ class SamplingParams:
         check_number("length_penalty", self.length_penalty, -10.0, 10.0)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise RequestError(f"early_stopping: got {_shown(self.early_stopping)}, expected True, False or 'never'")
-        sampling, search = ("best_of", "top_p", "top_k", "min_p", "seed"), ("length_penalty", "early_stopping")
+        for name, value in _checked_logit_options(self).items():
+            object.__setattr__(self, name, value)
+        sampling, search = ("best_of", "top_p", "top_k", "min_p", "seed", *_LOGIT_OPTIONS), ("length_penalty", "early_stopping")
         defaults = {f.name: f.default for f in fields(self)}
         for name in sampling if self.use_beam_search else search:
             if getattr(self, name) != defaults[name]:
@@ -131,6 +156,96 @@ class SamplingParams:
     def wants_logprobs(self) -> bool:
         """Whether the log-probability of each new token is wanted."""
         return self.best_of is not None
+
+    @cached_property
+    def has_penalties(self) -> bool:
+        """Whether it matters which tokens have been."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+
+    @cached_property
+    def changes_logits(self) -> bool:
+        """Whether any logit is changed before a token is chosen."""
+        named = self.logit_bias, self.bad_words_token_ids, self.min_tokens
+        return self.has_penalties or self.allowed_token_ids is not None or any(named)
+
+
+_LOGIT_OPTIONS = (
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens"),
+    *("logit_bias", "allowed_token_ids", "bad_words", "bad_words_token_ids"),
+)
+
+
+def _checked_logit_options(params: SamplingParams) -> dict[str, object]:
+    """Those of the options that change logits that are lists, as tuples: a request never changes once it is checked."""
+    check_number("presence_penalty", params.presence_penalty, -2.0, 2.0)
+    check_number("frequency_penalty", params.frequency_penalty, -2.0, 2.0)
+    # Both bounds keep every product with a finite logit finite.
+    check_number("repetition_penalty", params.repetition_penalty, 1e-3, 1e3)
+    check_int("min_tokens", params.min_tokens, 0, 2**31 - 1)
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        raise RequestError(f"min_tokens: got {params.min_tokens}, expected at most max_tokens, which is {params.max_tokens}")
+
+    bias: object = () if params.logit_bias is None else params.logit_bias  # None is vLLM's way to say nothing
+    pairs = tuple(bias.items() if isinstance(bias, Mapping) else _listed("logit_bias", bias, "a dict of token ids and numbers"))
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise RequestError(f"logit_bias: got {_shown(pair)}, expected a token id and a number")
+        check_int("logit_bias", pair[0], 0, 2**31 - 1)
+        check_number("logit_bias", pair[1], -100.0, 100.0)
+    if len(dict(pairs)) < len(pairs):
+        raise RequestError("logit_bias: a token id is in it twice")
+
+    allowed = params.allowed_token_ids
+    if allowed is not None:
+        allowed = _checked_ids("allowed_token_ids", allowed)
+        if not allowed:
+            raise RequestError("allowed_token_ids: got an empty list, expected at least one token id, or None for all")
+
+    words = _listed("bad_words", () if params.bad_words is None else params.bad_words, "a list of words")
+    for word in words:
+        if not isinstance(word, str) or not word.strip():
+            raise RequestError(f"bad_words: got {_shown(word)}, expected a word")
+    ids = tuple(_checked_ids("bad_words_token_ids", one) for one in _listed("bad_words_token_ids", params.bad_words_token_ids))
+    for one in ids:
+        if not 1 <= len(one) <= MAX_BAD_WORD_LEN:
+            raise RequestError(f"bad_words_token_ids: got a word of {len(one)} tokens, expected 1 to {MAX_BAD_WORD_LEN}")
+    return {"logit_bias": pairs, "allowed_token_ids": allowed, "bad_words": words, "bad_words_token_ids": ids}
+
+
+def _listed(name: str, value: object, expected: str = "a list of lists of token ids") -> tuple:
+    if isinstance(value, (str, bytes, bytearray)) or not isinstance(value, Seq):
+        raise RequestError(f"{name}: got {_shown(value)}, expected {expected}")
+    return tuple(value)
+
+
+def _checked_ids(name: str, value: object) -> tuple[int, ...]:
+    token_ids = _listed(name, value, "a list of token ids")
+    for token_id in token_ids:
+        check_int(name, token_id, 0, 2**31 - 1)
+    return token_ids
+
+
+def _check_logit_rules(params: SamplingParams, vocab_size: int, eos_token_ids: Seq[int]) -> None:
+    """Refuse ids that the model does not have, more of them than a step has room for, and what leaves no token to choose."""
+    if params.bad_words and not params.bad_words_token_ids:
+        raise RequestError("bad_words: this engine takes no text; give bad_words_token_ids")
+    named = {
+        "logit_bias": [token_id for token_id, _ in params.logit_bias],
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "bad_words_token_ids": [token_id for word in params.bad_words_token_ids for token_id in word],
+    }
+    for name, token_ids in named.items():
+        if token_ids and max(token_ids) >= vocab_size:
+            raise RequestError(f"{name}: got {max(token_ids)}, expected token ids in [0, {vocab_size - 1}]")
+    ends = {*params.stop_token_ids, *eos_token_ids} if params.min_tokens else set()
+    num_rules = len(params.logit_bias) + len(params.bad_words_token_ids) + len(ends)
+    if num_rules > MAX_RULES:
+        what = "ids of logit_bias, words of bad_words and, with min_tokens, ids that end the output"
+        raise RequestError(f"logit_bias: got {num_rules:,} {what}, the limit is {MAX_RULES:,}")
+    never = ends | {word[0] for word in params.bad_words_token_ids if len(word) == 1}
+    allowed = range(vocab_size) if params.allowed_token_ids is None else params.allowed_token_ids
+    if len(never) >= len(set(allowed)) and never.issuperset(allowed):
+        raise RequestError("allowed_token_ids: bad_words and min_tokens leave no token to choose")
 
 
 def check_number(name: str, value: object, low: float, high: float, *, exclude_low: bool = False) -> None:
@@ -169,6 +284,7 @@ class Request:
     cache_salt: str | None = None  # requests share cached prefixes only within one salt
     priority: int = 0  # lower is earlier
     tenant: str = ""  # whose it is, for policies that share between tenants
+    eos_token_ids: tuple[int, ...] = ()  # the model's; with min_tokens they are not chosen early, even where they end nothing
 
     @classmethod
     def checked(
@@ -213,6 +329,8 @@ class Request:
         for token_id in params.stop_token_ids:
             if token_id >= vocab_size:
                 raise RequestError(f"stop_token_ids: got {token_id}, expected token ids in [0, {vocab_size - 1}]")
+        if params.changes_logits or params.bad_words:
+            _check_logit_rules(params, vocab_size, eos_token_ids)
         num_prompt = len(prompt_token_ids)
         # One place must be left for the first new token.
         if num_prompt >= max_model_len:
@@ -235,6 +353,7 @@ class Request:
             cache_salt=cache_salt,
             priority=priority,
             tenant=tenant,
+            eos_token_ids=tuple(eos_token_ids),
         )
 
     def beam_group(self) -> BeamGroup | None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.config import ModelConfig
+from jaxpaged.model.adjust import Adjustments, adjust
 from jaxpaged.model.attention import PagedAttention, PagedTokens
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.sampler import SamplingInputs, likeliest, logprobs_of, sample
@@ -29,6 +30,7 @@ class StepInputs:
     sampling: SamplingInputs
     beam_temperature: jax.Array  # float32 [R], what divides a beam's logits; 0 marks a row that is no beam
     wants_logprobs: jax.Array  # bool [R], rows whose token is wanted with its log-probability
+    adjustments: Adjustments | None = None  # of the logits that tokens are chosen by; None for a step that never changes them
 
     def fed_tokens(self) -> PagedTokens:
         """`tokens` with those of the step before in their places."""
@@ -42,7 +44,7 @@ class StepOutputs:
     """What a step yields, one entry per row that may sample; rows that the plan does not sample mean nothing."""
 
     token_ids: jax.Array  # int32 [R of the largest bucket], so that any step can take it as its `previous`
-    is_finite: jax.Array  # bool [R]: every logit of the row is a finite number
+    is_finite: jax.Array  # bool [R]: every logit of the row is a finite number, and its request left a token to choose
     likeliest_ids: jax.Array  # int32 [R, max_logprobs or V], best first; of rows that are no beams it means nothing
     likeliest_logprobs: jax.Array  # float32, likewise
     logprobs: jax.Array  # float32 [R], of the token by the model alone; 0 in a step where no row wants it
@@ -50,11 +52,15 @@ class StepOutputs:
     @classmethod
     def of(cls, scores: jax.Array, inputs: StepInputs, max_logprobs: int) -> StepOutputs:
         """What follows from the logits [R, V] of the rows that may sample."""
-        token_ids = sample(scores, inputs.sampling, inputs.tokens.positions[inputs.sample_at] + 1)
+        is_finite, chosen_by = jnp.all(jnp.isfinite(scores), axis=-1), scores
+        if inputs.adjustments is not None:
+            chosen_by, has_choice = adjust(scores, inputs.adjustments, inputs.fed_tokens().token_ids[inputs.sample_at])
+            is_finite &= has_choice
+        token_ids = sample(chosen_by, inputs.sampling, inputs.tokens.positions[inputs.sample_at] + 1)
         best = likeliest(scores, inputs.beam_temperature, min(max_logprobs, scores.shape[1]))
         logprobs = logprobs_of(scores, token_ids, inputs.wants_logprobs)
         token_ids = jnp.pad(token_ids, (0, len(inputs.previous) - len(token_ids)))
-        return cls(token_ids, jnp.all(jnp.isfinite(scores), axis=-1), *best, logprobs)
+        return cls(token_ids, is_finite, *best, logprobs)
 
 
 def step(

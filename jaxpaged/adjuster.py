@@ -1,0 +1,202 @@
+"""What a plan's requests want of their logits, as arrays for the step, and the marks that penalties need, kept on the device.
+
+Knows both requests and arrays, as `batch` does. Refuses to know what is done with them: that is `jaxpaged.model.adjust`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpaged.batch import Feed
+from jaxpaged.host.plan import Chunk, StepPlan
+from jaxpaged.host.request import MAX_RULES, Sequence
+from jaxpaged.model import adjust
+from jaxpaged.model.adjust import Adjustments
+
+_RULES = ("rule_ids", "rule_after", "rule_values")
+
+
+class _Marked(NamedTuple):
+    place: int
+    num_tokens: int  # of the sequence, that its line tells of
+
+
+class Adjuster:
+    """Owns a line of marks for each sequence that can run at a time.
+
+    A line is written from the tokens that the host knows when a sequence comes, and from then on each step that decodes the
+    sequence counts one token, which may be one that only the device knows. Whenever a sequence does not go on exactly where its
+    line ends (it was preempted, a step failed, its line was given to another), the line is written anew; nobody has to tell.
+
+    Memory is taken at the start and never again: no request can be the one for which there is none.
+
+    Invariant: the line of a sequence in `_marked` tells of its first `num_tokens` tokens, once the steps in flight have run.
+    """
+
+    def __init__(self, *, num_sequences: int, vocab_size: int, max_model_len: int, num_fed: int):
+        """`num_fed`: tokens that a step hands to the next."""
+        self.num_sequences, self.vocab_size, self.max_model_len = num_sequences, vocab_size, max_model_len
+        self.num_fed = num_fed
+        self.marks = jnp.zeros((num_sequences, vocab_size), jnp.int32)
+        self._marked: OrderedDict[Sequence, _Marked] = OrderedDict()  # the one that ran longest ago first
+        self._plain: dict[int, Adjustments] = {}
+
+    @staticmethod
+    def num_bytes(num_sequences: int, vocab_size: int) -> int:
+        """What the marks take on the device."""
+        return num_sequences * vocab_size * 4
+
+    @functools.cached_property
+    def _begin(self) -> jax.stages.Compiled:
+        tokens, lens, refused = np.zeros(self.max_model_len, np.int32), np.zeros(2, np.int32), np.zeros(self.vocab_size, bool)
+        jitted = jax.jit(adjust.begin, donate_argnums=0)
+        return jitted.lower(self.marks, np.int32(0), tokens, lens, refused).compile()
+
+    @functools.cached_property
+    def _count_last(self) -> jax.stages.Compiled:
+        numbers, previous = np.zeros(self.num_sequences, np.int32), np.zeros(self.num_fed, np.int32)
+        jitted = jax.jit(adjust.count_last, donate_argnums=0)
+        return jitted.lower(self.marks, numbers, numbers, numbers, previous, numbers > 0).compile()
+
+    def warm_up(self) -> None:
+        """Compile everything that a request can need."""
+        _ = self._begin, self._count_last
+
+    def plain(self, num_rows: int) -> Adjustments:
+        """Those of a step whose rows keep their logits. They stay on the device, so that such a step sends nothing there."""
+        if num_rows not in self._plain:
+            self._plain[num_rows] = jax.device_put(_nothing(num_rows))
+        return self._plain[num_rows].replace(marks=self.marks)  # type: ignore[attr-defined]
+
+    def adjustments(self, plan: StepPlan, rows: Seq[int], num_rows: int, feed: Feed) -> Adjustments:
+        """Those of a step, whose marks are brought up to date.
+
+        Args:
+          rows: of the chunks of `plan.sampling()`.
+          num_rows: of the step that may sample.
+          feed: as the step's.
+        """
+        chunks = [(row, chunk) for row, chunk in zip(rows, plan.sampling(), strict=True) if _is_changed(chunk)]
+        if not chunks:
+            return self.plain(num_rows)
+        wanted = _nothing(num_rows)
+        arrays: dict[str, np.ndarray] = vars(wanted)  # type: ignore[assignment]
+        for row, chunk in chunks:
+            params, found = chunk.sequence.request.params, list(rules(chunk))
+            arrays["num_rules"][row] = len(found)
+            for name, values in zip(_RULES, zip(*found, strict=True), strict=False):  # nothing to put where there is none
+                arrays[name][row, : len(found)] = values
+            arrays["repetition"][row] = params.repetition_penalty
+            arrays["frequency"][row] = params.frequency_penalty
+            arrays["presence"][row] = params.presence_penalty
+        marked = [(row, chunk) for row, chunk in chunks if _needs_marks(chunk)]
+        for (row, _), place in zip(marked, self._mark([chunk for _, chunk in marked], feed), strict=True):
+            arrays["places"][row] = 1 + place
+        if not arrays["num_rules"].any():  # these are large, and those of nobody are on the device already
+            wanted = wanted.replace(**{name: getattr(self.plain(num_rows), name) for name in _RULES})  # type: ignore[attr-defined]
+        return wanted.replace(marks=self.marks)  # type: ignore[attr-defined]
+
+    def _mark(self, chunks: Seq[Chunk], feed: Feed) -> list[int]:
+        """Bring the lines of these up to date, and say which they are."""
+        for chunk in chunks:
+            if chunk.sequence in self._marked:
+                self._marked.move_to_end(chunk.sequence)
+        R = self.num_sequences
+        places, known, fed, is_new = np.zeros(R, np.int32), np.zeros(R, np.int32), np.zeros(R, np.int32), np.zeros(R, bool)
+        for index, chunk in enumerate(chunks):
+            sequence = chunk.sequence
+            found = self._marked.get(sequence)
+            # A line is written whole where the host knows all tokens and counts one where it may not.
+            is_counted = chunk.num_tokens == 1 and chunk.start >= sequence.num_prompt
+            if found is None or not is_counted or found.num_tokens != chunk.start:
+                place = found.place if found is not None else self._free_place()
+                self._write(place, sequence, chunk.start if is_counted else chunk.end)
+            else:
+                place = found.place
+            self._marked[sequence] = _Marked(place, chunk.end)
+            places[index] = place
+            if is_counted:
+                is_new[index] = True
+                if chunk.start == len(sequence.tokens):  # its token is the pending one
+                    fed[index] = 1 + feed.rows[sequence]
+                else:
+                    known[index] = sequence.tokens[chunk.start]
+        if is_new.any():
+            self.marks = self._count_last(self.marks, places, known, fed, feed.token_ids, is_new)
+        return places[: len(chunks)].tolist()
+
+    def _free_place(self) -> int:
+        """A line that nobody has, or that of the sequence that ran longest ago: a step has no more sequences than there are."""
+        taken = {marked.place for marked in self._marked.values()}
+        if len(taken) < self.num_sequences:
+            return next(place for place in range(self.num_sequences) if place not in taken)
+        return self._marked.popitem(last=False)[1].place
+
+    def _write(self, place: int, sequence: Sequence, num_tokens: int) -> None:
+        tokens = np.zeros(self.max_model_len, np.int32)
+        tokens[:num_tokens] = sequence.tokens[:num_tokens]
+        lens = np.array([min(sequence.num_prompt, num_tokens), num_tokens], np.int32)
+        allowed = sequence.request.params.allowed_token_ids
+        refused = np.full(self.vocab_size, allowed is not None)
+        refused[list(allowed or ())] = False
+        self.marks = self._begin(self.marks, np.int32(place), tokens, lens, refused)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._marked.clear()
+        for array in (self.marks, *jax.tree.leaves(list(self._plain.values()))):
+            if isinstance(array, jax.Array) and not array.is_deleted():
+                array.delete()
+        self._plain.clear()
+
+
+def rules(chunk: Chunk) -> Iterator[tuple[int, int, float]]:
+    """What counts for the token after a chunk by id: (whose logit, after which token or -1 for any, what is added).
+
+    The last token of the chunk may be known to the device alone: which one it has to be is part of the rule.
+    """
+    sequence, request = chunk.sequence, chunk.sequence.request
+    params, num_outputs = request.params, chunk.end - sequence.num_prompt
+    if num_outputs < params.min_tokens:
+        for token_id in {*request.eos_token_ids, *params.stop_token_ids}:
+            yield token_id, -1, -np.inf
+    for *before, last in params.bad_words_token_ids:
+        if not before:
+            yield last, -1, -np.inf
+        elif len(before) <= num_outputs and sequence.tokens[chunk.end - len(before) : chunk.end - 1] == before[:-1]:
+            yield last, before[-1], -np.inf
+    for token_id, bias in params.logit_bias:
+        yield token_id, -1, bias
+
+
+def _is_changed(chunk: Chunk) -> bool:
+    return chunk.sequence.request.params.changes_logits
+
+
+def _needs_marks(chunk: Chunk) -> bool:
+    params = chunk.sequence.request.params
+    return params.has_penalties or params.allowed_token_ids is not None
+
+
+def _nothing(num_rows: int) -> Adjustments:
+    """As numpy arrays that can be written to, without marks."""
+    R = num_rows
+    return Adjustments(
+        num_rules=np.zeros(R, np.int32),  # type: ignore[arg-type]
+        rule_ids=np.zeros((R, MAX_RULES), np.int32),  # type: ignore[arg-type]
+        rule_after=np.full((R, MAX_RULES), -1, np.int32),  # type: ignore[arg-type]
+        rule_values=np.zeros((R, MAX_RULES), np.float32),  # type: ignore[arg-type]
+        places=np.zeros(R, np.int32),  # type: ignore[arg-type]
+        repetition=np.ones(R, np.float32),  # type: ignore[arg-type]
+        frequency=np.zeros(R, np.float32),  # type: ignore[arg-type]
+        presence=np.zeros(R, np.float32),  # type: ignore[arg-type]
+        marks=None,  # type: ignore[arg-type]
+    )
