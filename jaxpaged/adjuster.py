@@ -173,7 +173,7 @@ def rules(chunk: Chunk) -> Iterator[tuple[int, int, float]]:
             yield last, -1, -np.inf
         elif len(before) <= num_outputs and sequence.tokens[chunk.end - len(before) : chunk.end - 1] == before[:-1]:
             yield last, before[-1], -np.inf
-    for token_id, bias in params.logit_bias:
+    for token_id, bias in params.biases:
         yield token_id, -1, bias
 
 

@@ -60,7 +60,7 @@ class SamplingParams:
         of these; "never" when it cannot get ahead of them.
       presence_penalty: taken off the logits of tokens that the output has; below 0 favours them.
       frequency_penalty: taken off the logits of tokens as often as the output has them.
-      repetition_penalty: logits of tokens that prompt or output have are divided by it if positive, else multiplied; 1 is neutral.
+      repetition_penalty: logits of tokens that prompt or output have are divided by it if positive, else multiplied; 1 is none.
       min_tokens: no end-of-sequence id and none of stop_token_ids before so many new tokens.
       logit_bias: token id -> what is added to its logit.
       allowed_token_ids: no token but these; None is all of them.
@@ -157,6 +157,11 @@ class SamplingParams:
         """Whether the log-probability of each new token is wanted."""
         return self.best_of is not None
 
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """`logit_bias` as it is kept: (token id, bias)."""
+        return self.logit_bias  # type: ignore[return-value]
+
     @cached_property
     def has_penalties(self) -> bool:
         """Whether it matters which tokens have been."""
@@ -165,7 +170,7 @@ class SamplingParams:
     @cached_property
     def changes_logits(self) -> bool:
         """Whether any logit is changed before a token is chosen."""
-        named = self.logit_bias, self.bad_words_token_ids, self.min_tokens
+        named = self.biases, self.bad_words_token_ids, self.min_tokens
         return self.has_penalties or self.allowed_token_ids is not None or any(named)
 
 
@@ -230,7 +235,7 @@ def _check_logit_rules(params: SamplingParams, vocab_size: int, eos_token_ids: S
     if params.bad_words and not params.bad_words_token_ids:
         raise RequestError("bad_words: this engine takes no text; give bad_words_token_ids")
     named = {
-        "logit_bias": [token_id for token_id, _ in params.logit_bias],
+        "logit_bias": [token_id for token_id, _ in params.biases],
         "allowed_token_ids": params.allowed_token_ids or (),
         "bad_words_token_ids": [token_id for word in params.bad_words_token_ids for token_id in word],
     }
@@ -238,7 +243,7 @@ def _check_logit_rules(params: SamplingParams, vocab_size: int, eos_token_ids: S
         if token_ids and max(token_ids) >= vocab_size:
             raise RequestError(f"{name}: got {max(token_ids)}, expected token ids in [0, {vocab_size - 1}]")
     ends = {*params.stop_token_ids, *eos_token_ids} if params.min_tokens else set()
-    num_rules = len(params.logit_bias) + len(params.bad_words_token_ids) + len(ends)
+    num_rules = len(params.biases) + len(params.bad_words_token_ids) + len(ends)
     if num_rules > MAX_RULES:
         what = "ids of logit_bias, words of bad_words and, with min_tokens, ids that end the output"
         raise RequestError(f"logit_bias: got {num_rules:,} {what}, the limit is {MAX_RULES:,}")

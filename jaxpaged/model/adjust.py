@@ -31,6 +31,10 @@ class Adjustments:
     presence: jax.Array  # float32 [R], 0 does nothing
     marks: jax.Array  # int32 [sequences, V], up to and with the tokens of this step
 
+    def is_wanted(self) -> jax.Array:
+        """Whether any row's logits change, bool []."""
+        return jnp.any((self.num_rules > 0) | (self.places > 0))
+
 
 def adjust(logits: jax.Array, wanted: Adjustments, last: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The logits [R, V] that tokens are chosen by, and whether there is one left to choose, bool [R].
@@ -68,13 +72,9 @@ def adjust(logits: jax.Array, wanted: Adjustments, last: jax.Array) -> tuple[jax
         changed = jnp.where((marks & REFUSED) != 0, -jnp.inf, changed)
         return jnp.where(wanted.places[:, None] > 0, changed, scores)
 
-    def change(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-        changed = lax.cond(jnp.any(wanted.num_rules > 0), by_rules, lambda x: x, scores)
-        changed = lax.cond(jnp.any(wanted.places > 0), by_marks, lambda x: x, changed)
-        return changed, jnp.max(changed, axis=-1) > -jnp.inf
-
-    is_wanted = jnp.any((wanted.num_rules > 0) | (wanted.places > 0))
-    return lax.cond(is_wanted, change, lambda scores: (scores, jnp.ones(len(scores), bool)), logits)
+    changed = lax.cond(jnp.any(wanted.num_rules > 0), by_rules, lambda x: x, logits)
+    changed = lax.cond(jnp.any(wanted.places > 0), by_marks, lambda x: x, changed)
+    return changed, jnp.max(changed, axis=-1) > -jnp.inf
 
 
 def begin(marks: jax.Array, place: jax.Array, tokens: jax.Array, lens: jax.Array, refused: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxpaged.config import ModelConfig
 from jaxpaged.model.adjust import Adjustments, adjust
@@ -52,15 +53,30 @@ class StepOutputs:
     @classmethod
     def of(cls, scores: jax.Array, inputs: StepInputs, max_logprobs: int) -> StepOutputs:
         """What follows from the logits [R, V] of the rows that may sample."""
-        is_finite, chosen_by = jnp.all(jnp.isfinite(scores), axis=-1), scores
-        if inputs.adjustments is not None:
-            chosen_by, has_choice = adjust(scores, inputs.adjustments, inputs.fed_tokens().token_ids[inputs.sample_at])
-            is_finite &= has_choice
-        token_ids = sample(chosen_by, inputs.sampling, inputs.tokens.positions[inputs.sample_at] + 1)
+        token_ids, has_choice = _choose(scores, inputs)
+        is_finite = jnp.all(jnp.isfinite(scores), axis=-1) & has_choice
         best = likeliest(scores, inputs.beam_temperature, min(max_logprobs, scores.shape[1]))
         logprobs = logprobs_of(scores, token_ids, inputs.wants_logprobs)
         token_ids = jnp.pad(token_ids, (0, len(inputs.previous) - len(token_ids)))
         return cls(token_ids, is_finite, *best, logprobs)
+
+
+def _choose(scores: jax.Array, inputs: StepInputs) -> tuple[jax.Array, jax.Array]:
+    """A token for each row, and whether its request leaves it one."""
+    positions, adjustments = inputs.tokens.positions[inputs.sample_at] + 1, inputs.adjustments
+
+    def plainly(_: None) -> tuple[jax.Array, jax.Array]:
+        return sample(scores, inputs.sampling, positions), jnp.ones(len(scores), bool)
+
+    if adjustments is None:
+        return plainly(None)
+
+    def adjusted(_: None) -> tuple[jax.Array, jax.Array]:
+        changed, has_choice = adjust(scores, adjustments, inputs.fed_tokens().token_ids[inputs.sample_at])
+        return sample(changed, inputs.sampling, positions), has_choice
+
+    # Tokens come out of the branches and not logits, which a step that changes none would copy.
+    return lax.cond(adjustments.is_wanted(), adjusted, plainly, None)
 
 
 def step(
