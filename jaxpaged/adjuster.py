@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,7 @@ class Adjuster:
         self.num_fed = num_fed
         self.marks = jnp.zeros((num_sequences, vocab_size), jnp.int32)
         self._marked: OrderedDict[Sequence, _Marked] = OrderedDict()  # the one that ran longest ago first
+        self._biases: WeakKeyDictionary[Sequence, tuple[np.ndarray, np.ndarray]] = WeakKeyDictionary()
         self._plain: dict[int, Adjustments] = {}
 
     @staticmethod
@@ -91,9 +93,13 @@ class Adjuster:
         arrays: dict[str, np.ndarray] = vars(wanted)  # type: ignore[assignment]
         for row, chunk in chunks:
             params, found = chunk.sequence.request.params, list(rules(chunk))
-            arrays["num_rules"][row] = len(found)
             for name, values in zip(_RULES, zip(*found, strict=True), strict=False):  # nothing to put where there is none
                 arrays[name][row, : len(found)] = values
+            num_rules = len(found) + len(params.biases)
+            if params.biases:
+                biased = slice(len(found), num_rules)
+                arrays["rule_ids"][row, biased], arrays["rule_values"][row, biased] = self._biases_of(chunk.sequence)
+            arrays["num_rules"][row] = num_rules
             arrays["repetition"][row] = params.repetition_penalty
             arrays["frequency"][row] = params.frequency_penalty
             arrays["presence"][row] = params.presence_penalty
@@ -103,6 +109,13 @@ class Adjuster:
         if not arrays["num_rules"].any():  # these are large, and those of nobody are on the device already
             wanted = wanted.replace(**{name: getattr(self.plain(num_rows), name) for name in _RULES})  # type: ignore[attr-defined]
         return wanted.replace(marks=self.marks)  # type: ignore[attr-defined]
+
+    def _biases_of(self, sequence: Sequence) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and what is added to their logits, in every step of the sequence."""
+        if sequence not in self._biases:
+            token_ids, values = zip(*sequence.request.params.biases, strict=True)
+            self._biases[sequence] = np.array(token_ids, np.int32), np.array(values, np.float32)
+        return self._biases[sequence]
 
     def _mark(self, chunks: Seq[Chunk], feed: Feed) -> list[int]:
         """Bring the lines of these up to date, and say which they are."""
@@ -159,7 +172,7 @@ class Adjuster:
 
 
 def rules(chunk: Chunk) -> Iterator[tuple[int, int, float]]:
-    """What counts for the token after a chunk by id: (whose logit, after which token or -1 for any, what is added).
+    """What counts for the token after a chunk by id, but biases: (whose logit, after which token or -1 for any, what is added).
 
     The last token of the chunk may be known to the device alone: which one it has to be is part of the rule.
     """
@@ -173,8 +186,6 @@ def rules(chunk: Chunk) -> Iterator[tuple[int, int, float]]:
             yield last, -1, -np.inf
         elif len(before) <= num_outputs and sequence.tokens[chunk.end - len(before) : chunk.end - 1] == before[:-1]:
             yield last, before[-1], -np.inf
-    for token_id, bias in params.biases:
-        yield token_id, -1, bias
 
 
 def _is_changed(chunk: Chunk) -> bool:

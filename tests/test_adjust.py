@@ -432,5 +432,5 @@ def test_bad_words_are_tokens_with_and_without_a_space(tmp_path: Path) -> None:
         said, unsaid = (llm.generate("x", one, use_tqdm=False)[0].outputs[0].text for one in (wanted, banned))
         assert "hello" in said and "hello" not in unsaid
         llm.tokenizer = None
-        with pytest.raises(RequestError, match="^bad_words: "):
+        with pytest.raises(RequestError, match=r"^bad_words: "):
             llm.generate([1, 2], banned, use_tqdm=False)
