@@ -42,8 +42,8 @@ def adjust(logits: jax.Array, wanted: Adjustments, last: jax.Array) -> tuple[jax
     Args:
       last: int32 [R], the last token of each row's sequence.
 
-    In vLLM's order: what is not allowed, rules (bad words, ends that come too early, biases), then penalties for repetition,
-    frequency and presence. Rules come first here: what is taken away stays away under anything that follows.
+    As in vLLM: rules (bad words, ends that come too early, biases), then penalties for repetition, frequency and presence. vLLM
+    takes away what is not allowed before all these, and here it is last: what is -inf stays so under anything that is finite.
     """
 
     def by_rules(scores: jax.Array) -> jax.Array:
