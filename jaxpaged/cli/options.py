@@ -126,6 +126,7 @@ _KINDS = {
     "bool | str": (switch_or_word, "true|false|WORD"),
     "tuple[int, ...]": (whole_numbers, "N,N,..."),
 }
+_KINDS["str | tuple[str, ...]"] = _KINDS["str"]  # a list can only be given in Python
 _KINDS["str | Callable[..., Any]"] = _KINDS["str"]  # a function can only be given in Python
 
 
