@@ -1,4 +1,4 @@
-"""Laws of stop strings: found as by looking through the whole text, whatever the pieces; nothing is shown that goes away again."""
+"""Laws of stop strings: found as by looking everywhere, whatever the pieces; nothing is shown that goes away again."""
 
 from __future__ import annotations
 
