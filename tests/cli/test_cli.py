@@ -90,7 +90,7 @@ def test_every_field_is_a_flag_with_the_text_of_its_declaration(run):
         assert described.keys() == {field.name for field in dataclasses.fields(kind)}
         for name, text in described.items():
             # The engine has a --seed of its own.
-            assert (f"--{name.replace('_', '-')} " in shown) is (kind is not SamplingParams or name not in LEFT_OUT[1:])
+            assert (f"--{name.replace('_', '-')}" in shown) is (kind is not SamplingParams or name not in LEFT_OUT[1:])
             if (kind, name) not in [(SamplingParams, one) for one in LEFT_OUT]:
                 assert text.split(";")[0] in shown
 
