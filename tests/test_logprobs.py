@@ -130,6 +130,18 @@ def test_a_prompt_that_is_given_up_leaves_nothing_behind(llm: LLM) -> None:
     assert not engine._prompts and engine.pool.num_used == 0
 
 
+def test_a_prompt_is_told_once_though_it_is_computed_again(llm: LLM) -> None:
+    engine = another(llm, num_pages=FEW_PAGES).engine
+    params = SamplingParams(seed=1, max_tokens=30, logprobs=1, prompt_logprobs=1)
+    for index, prompt in enumerate(PROMPTS):
+        engine.add_request(prompt, params, request_id=str(index))
+    told = [0] * len(PROMPTS)
+    while engine.has_unfinished:
+        for event in engine.step():
+            told[int(event.request_id)] += len(event.prompt_likelihoods)
+    assert told == [len(prompt) - 1 for prompt in PROMPTS] and engine.scheduler.num_preemptions > 2
+
+
 def test_deltas_add_up_to_the_whole(llm: LLM) -> None:
     params = SamplingParams(seed=3, n=2, max_tokens=9, logprobs=2, prompt_logprobs=1, output_kind=RequestOutputKind.DELTA)
     whole = llm.generate(PROMPTS[2], params, use_tqdm=False)[0]
