@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from jaxpaged.config import EngineConfig as EngineArgs
     from jaxpaged.engine import Engine
     from jaxpaged.host.beam_params import BeamSearchParams
-    from jaxpaged.host.request import RequestError, SamplingParams
+    from jaxpaged.host.request import RequestError, RequestOutputKind, SamplingParams
     from jaxpaged.llm import LLM, load_weights
     from jaxpaged.model.cache import init_cache
     from jaxpaged.model.step import decode, prefill
-    from jaxpaged.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, RequestOutput
+    from jaxpaged.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Logprob, RequestOutput, ScoreOutput
     from jaxpaged.tokenizer import Tokenizer
 
 __all__ = [
@@ -49,10 +49,13 @@ __all__ = [
     "Engine",
     "EngineArgs",
     "EngineConfig",
+    "Logprob",
     "ModelConfig",
     "RequestError",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
+    "ScoreOutput",
     "Tokenizer",
     "__version__",
     "decode",
@@ -72,10 +75,13 @@ _LAZY = {
     "Engine": ("jaxpaged.engine", "Engine"),
     "EngineArgs": ("jaxpaged.config", "EngineConfig"),  # vLLM's name for it
     "EngineConfig": ("jaxpaged.config", "EngineConfig"),
+    "Logprob": ("jaxpaged.outputs", "Logprob"),
     "ModelConfig": ("jaxpaged.config", "ModelConfig"),
     "RequestError": ("jaxpaged.host.request", "RequestError"),
     "RequestOutput": ("jaxpaged.outputs", "RequestOutput"),
+    "RequestOutputKind": ("jaxpaged.host.request", "RequestOutputKind"),
     "SamplingParams": ("jaxpaged.host.request", "SamplingParams"),
+    "ScoreOutput": ("jaxpaged.outputs", "ScoreOutput"),
     "Tokenizer": ("jaxpaged.tokenizer", "Tokenizer"),
     "decode": ("jaxpaged.model.step", "decode"),
     "init_cache": ("jaxpaged.model.cache", "init_cache"),

@@ -60,6 +60,7 @@ def pad(
         seeds=np.zeros((D + C, 2), np.uint32),  # type: ignore[arg-type]
     )
     beam_temperature, wants_logprobs, fed = np.zeros(D + C, np.float32), np.zeros(D + C, bool), np.zeros(D, np.int32)
+    prompt_targets = np.zeros(C * tile, np.int32)
     sampling_rows = []
 
     def place(row: int, at: int, chunk: Chunk, start: int, end: int) -> None:
@@ -87,13 +88,22 @@ def pad(
     for chunk in plan.prefills:
         for start in range(chunk.start, chunk.end, tile):
             place(row, at, chunk, start, min(start + tile, chunk.end))
+            if wanted := prompt_targets_of(chunk, start, min(start + tile, chunk.end)):
+                prompt_targets[at - D : at - D + len(wanted)] = np.asarray(wanted, np.int32) + 1
             # A tile's padding keeps counting, so that its first position alone tells all of them.
             positions[at : at + tile] = np.arange(start, start + tile)
             row, at = row + 1, at + tile
 
     tokens = PagedTokens(token_ids, positions, slots, tables[:D], lens[:D], tables[D:], lens[D:])  # type: ignore[arg-type]
-    inputs = StepInputs(tokens, fed, feed.token_ids, sample_at, sampling, beam_temperature, wants_logprobs)  # type: ignore[arg-type]
+    asked = beam_temperature, wants_logprobs, prompt_targets
+    inputs = StepInputs(tokens, fed, feed.token_ids, sample_at, sampling, *asked)  # type: ignore[arg-type]
     return inputs, sampling_rows
+
+
+def prompt_targets_of(chunk: Chunk, start: int, end: int) -> list[int]:
+    """The tokens after those from `start` to `end` whose log-probabilities are wanted: of the prompt, by the output that asks."""
+    sequence = chunk.sequence
+    return sequence.tokens[start + 1 : min(end + 1, sequence.num_prompt)] if sequence.needs_prompt_logprobs else []
 
 
 def _set_sampling(sampling: SamplingInputs, beam_temperature: np.ndarray, row: int, chunk: Chunk) -> None:
@@ -102,6 +112,8 @@ def _set_sampling(sampling: SamplingInputs, beam_temperature: np.ndarray, row: i
     if params.use_beam_search:  # it draws no token, and as for sampling 0 leaves the logits as they are
         beam_temperature[row] = params.temperature or 1.0
         return
+    if params.logprobs:
+        beam_temperature[row] = 1.0
     arrays["temperature"][row] = params.temperature
     arrays["top_k"][row] = params.top_k
     arrays["top_p"][row] = params.top_p

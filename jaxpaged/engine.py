@@ -25,7 +25,7 @@ from jaxpaged.host.beam_params import check_room
 from jaxpaged.host.pages import PagePool
 from jaxpaged.host.plan import StepPlan
 from jaxpaged.host.preemption import SwapCosts
-from jaxpaged.host.request import Request, RequestError, SamplingParams, TokenEvent
+from jaxpaged.host.request import Likelihood, Request, RequestError, SamplingParams, TokenEvent
 from jaxpaged.observe import eyes
 from jaxpaged.runner import JaxRunner, Result, Runner, plan_memory, use_compilation_cache
 
@@ -50,6 +50,7 @@ class Engine:
         self.config, self.model, self.runner, self.clock = config, model, runner, clock
         self.pool = pool if pool is not None else PagePool(runner.num_pages)
         self.scheduler = scheduler.build(config, model, self.pool, costs=costs)
+        self._prompts: dict[str, dict[int, Likelihood]] = {}  # of running requests that want them: by place in the prompt
         self._eyes = eyes.Eyes(config, self.scheduler, clock)
         self.num_steps = 0
         self.num_prompt_tokens = 0
@@ -133,6 +134,10 @@ class Engine:
             priority=priority,
             tenant=tenant,
         )
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted, limit = getattr(request.params, name) or 0, self.config.max_logprobs
+            if wanted > limit:
+                raise RequestError(f"{name}: got {wanted}, the limit is max_logprobs {limit}")
         check_room(
             request,
             vocab_size=self.model.vocab_size,
@@ -152,7 +157,18 @@ class Engine:
         self._eyes.changing()
         events = self.scheduler.abort(request_id)
         self._eyes.aborted(request_id, bool(events))
+        self._prompts.pop(request_id, None)
         return events
+
+    def stop(self, request_id: str, index: int = 0) -> bool:
+        """End one output now because of what its text says, its last event the one that came; its pages are free when this
+        returns. False when it has ended already. An output that has no token yet, and a beam, cannot be stopped.
+        """
+        self._eyes.changing()
+        was_live = self.scheduler.stop(request_id, index)
+        if was_live:
+            self._eyes.stopped(request_id, index)
+        return was_live
 
     @property
     def has_unfinished(self) -> bool:
@@ -192,12 +208,28 @@ class Engine:
     def _finish_step(self, *, is_awaited: bool = True) -> list[TokenEvent]:
         plan, wait = self._in_flight.popleft()
         result: tuple[Any, ...] = wait() if is_awaited else ([0] * len(plan.sampling()), [True] * len(plan.sampling()))
-        decisive, logprobs = result[:3], result[3] if len(result) > 3 else None
+        decisive, (likelihoods, prompts) = result[:3], result[3:] or (None, ())
+        for chunk, found in prompts:
+            sequence = chunk.sequence
+            if sequence.finish_reason is None:
+                # What has come first stays: a prompt that gave way begins again.
+                known = self._prompts.setdefault(sequence.request.request_id, {})
+                for place, likelihood in enumerate(found, chunk.start + 1):
+                    known.setdefault(place, likelihood)
         self._eyes.ran(*decisive)
         events = self.scheduler.commit(plan, *decisive)
         self._eyes.committed()
         self.num_steps += 1
-        return events if logprobs is None else _with_logprobs(events, plan, logprobs)
+        if likelihoods is not None:
+            events = _with_likelihoods(events, plan, likelihoods)
+        return [self._with_prompt(event) for event in events] if self._prompts else events
+
+    def _with_prompt(self, event: TokenEvent) -> TokenEvent:
+        """The first event of a request's first output with what was found of its prompt."""
+        found = self._prompts.pop(event.request_id, None) if event.index == 0 else None
+        if found is None or event.token_id is None:
+            return event
+        return event._replace(prompt_likelihoods=tuple(found[place] for place in sorted(found)))
 
     def _take_fetched(self, *, wait: bool) -> None:
         """Tell the scheduler of the pages that have come from disk since the last call."""
@@ -269,8 +301,11 @@ class Engine:
         self.close()
 
 
-def _with_logprobs(events: list[TokenEvent], plan: StepPlan, logprobs: Seq[float | None]) -> list[TokenEvent]:
+def _with_likelihoods(events: list[TokenEvent], plan: StepPlan, likelihoods: Seq[Likelihood | None]) -> list[TokenEvent]:
     """The events of a step with the log-probabilities of their tokens: it samples each output of a request at most once."""
     sequences = [chunk.sequence for chunk in plan.sampling()]
-    found = {(one.request.request_id, one.index): logprob for one, logprob in zip(sequences, logprobs, strict=True)}
-    return [event if event.token_id is None else event._replace(logprob=found[event.request_id, event.index]) for event in events]
+    found = {(one.request.request_id, one.index): likelihood for one, likelihood in zip(sequences, likelihoods, strict=True)}
+    # An event of a beam is not of this step alone, and has no token id.
+    return [
+        event if event.token_id is None else event._replace(likelihood=found[event.request_id, event.index]) for event in events
+    ]

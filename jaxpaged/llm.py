@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from jaxpaged.config import EngineConfig, ModelConfig
 from jaxpaged.demo import MODEL_DIR
 from jaxpaged.duel import Duel
 from jaxpaged.engine import Engine
+from jaxpaged.growing import GrowingRequest
 from jaxpaged.host.beam_params import BeamSearchParams
-from jaxpaged.host.request import FinishReason, Request, RequestError, SamplingParams, TokenEvent
+from jaxpaged.host.request import RequestError, RequestOutputKind, SamplingParams
 from jaxpaged.model.weights import Weights
-from jaxpaged.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Metric, RequestOutput, RequestStateStats
+from jaxpaged.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Metric, RequestOutput, ScoreOutput
 from jaxpaged.runner import attention_backend
-from jaxpaged.tokenizer import Detokenizer, Tokenizer
+from jaxpaged.tokenizer import Tokenizer
 
 logger = logging.getLogger("jaxpaged")
 
@@ -42,100 +43,6 @@ Message = Mapping[str, Any]
 
 # generation_config.json's name -> ours. Its do_sample is not read, as in vLLM: a temperature that is written down is meant.
 _GENERATION_FIELDS = {name: name for name in ("temperature", "top_p", "top_k", "min_p")} | {"max_new_tokens": "max_tokens"}
-
-
-@dataclass(eq=False)
-class _Output:
-    """One output of a request so far. `detokenizer` is None when no text is wanted."""
-
-    index: int
-    detokenizer: Detokenizer | None
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    stop_reason: int | None = None
-    cumulative_logprob: float | None = None
-
-    def record(self, event: TokenEvent) -> None:
-        self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
-        if event.cumulative_logprob is not None:
-            self.cumulative_logprob = event.cumulative_logprob
-        elif event.logprob is not None:
-            self.cumulative_logprob = (self.cumulative_logprob or 0.0) + event.logprob
-        token_ids = event.token_ids or (() if event.token_id is None else (event.token_id,))
-        self.token_ids += token_ids
-        if self.detokenizer is None:
-            return
-        # The token that stops a request is no part of its text, as in vLLM.
-        for token_id in token_ids[:-1] if event.finish_reason is FinishReason.STOP else token_ids:
-            self.detokenizer.add(token_id)
-        if event.finish_reason is not None:
-            self.detokenizer.finish()
-
-    def completion(self, index: int) -> CompletionOutput:
-        return CompletionOutput(
-            index=index,
-            text=self.detokenizer.text if self.detokenizer else "",
-            token_ids=list(self.token_ids),
-            cumulative_logprob=self.cumulative_logprob,
-            finish_reason=self.finish_reason.value if self.finish_reason else None,
-            stop_reason=self.stop_reason,
-        )
-
-
-@dataclass(eq=False)
-class _Live:
-    """A request in the engine, and its outputs so far."""
-
-    request: Request
-    prompt: str | None
-    outputs: list[_Output]
-    num_events: int = 0
-    first_token_s: float = 0.0
-    last_token_s: float = 0.0
-    num_cached_tokens: int = 0
-
-    @property
-    def is_finished(self) -> bool:
-        return all(output.finish_reason is not None for output in self.outputs)
-
-    @property
-    def num_generated(self) -> int:
-        return sum(len(output.token_ids) for output in self.outputs)
-
-    def record(self, event: TokenEvent, now: float) -> None:
-        self.outputs[event.index].record(event)
-        self.num_events += 1
-        if event.token_id is not None or event.token_ids:
-            self.first_token_s, self.last_token_s = self.first_token_s or now, now
-            self.num_cached_tokens = event.num_cached_tokens
-
-    def end(self, now: float) -> None:
-        """Someone else took it out of the engine."""
-        for output in self.outputs:
-            if output.finish_reason is None:
-                self.record(TokenEvent(self.request.request_id, None, FinishReason.ABORT, index=output.index), now)
-
-    def _returned(self) -> list[_Output]:
-        """The outputs that the caller gets, in their order."""
-        params = self.request.params
-        if not params.is_ranked:
-            return self.outputs
-        # What was cut short has a high sum and is no answer. The sort is stable: of equal outputs the first is the better one.
-        is_whole = (FinishReason.STOP, FinishReason.LENGTH)
-        ranked = sorted(self.outputs, key=lambda one: (one.finish_reason not in is_whole, -(one.cumulative_logprob or 0.0)))
-        return ranked[: params.n]
-
-    def output(self) -> RequestOutput:
-        times = RequestStateStats(self.request.arrival_s, self.first_token_s, self.last_token_s, self.num_generated)
-        return RequestOutput(
-            request_id=self.request.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=list(self.request.prompt_token_ids),
-            outputs=[output.completion(index) for index, output in enumerate(self._returned())],
-            finished=self.is_finished,
-            metrics=times,
-            num_cached_tokens=self.num_cached_tokens,
-        )
 
 
 @dataclass(frozen=True)
@@ -181,7 +88,7 @@ class LLM:
         self.warm_up_s = time.perf_counter() - started - self.load_s
         self.config: EngineConfig = self.engine.config
         self.model_config: ModelConfig = checkpoint.config
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, GrowingRequest] = {}
         self._ids = itertools.count()
         self._is_closed = False
 
@@ -271,6 +178,25 @@ class LLM:
         outputs = self._run(self._checked(prompts, params.sampling_params(), priority, tenant), use_tqdm=use_tqdm)
         return [BeamSearchOutput([self._beam(output, one, params) for one in output.outputs]) for output in outputs]
 
+    def score(self, prompts: Prompt | Seq[Prompt], *, use_tqdm: bool = False) -> list[ScoreOutput]:
+        """How likely the model finds each of some texts, token by token; results in the texts' order.
+
+        One place must be left after a text, as for `generate`. Nothing is drawn that the result depends on.
+
+        Raises:
+          RequestError: a text cannot be computed; nothing has been computed for any of them.
+        """
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        outputs = self._run(self._checked(prompts, params, None, None), use_tqdm=use_tqdm)
+        if failed := [index for index, output in enumerate(outputs) if output.prompt_logprobs is None]:
+            raise RequestError(f"prompts[{failed[0]}]: {outputs[failed[0]].outputs[0].finish_reason}")
+        scores = []
+        for output in outputs:
+            places = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)  # type: ignore[index]
+            found = [place[token_id].logprob for token_id, place in places]  # type: ignore[index]
+            scores.append(ScoreOutput(output.prompt_token_ids, found))
+        return scores
+
     def stream(
         self,
         prompts: Prompt | Seq[Prompt],
@@ -281,10 +207,13 @@ class LLM:
     ) -> Generator[RequestOutput, None, None]:
         """Like `generate`, but yield each request whenever it has a new token, the last time with `finished` set.
 
-        Each RequestOutput holds everything so far (text and token ids), not the difference. With `best_of` above 1 there is one,
-        when all that was drawn has ended. Several prompts come interleaved: a result's place in the list of prompts is the order
-        of the request ids. The prompts are checked at the call and queued at the first `next`; closing the iterator aborts what
-        is unfinished. Other calls may run between two results.
+        Each RequestOutput holds everything so far (text and token ids), not the difference. With output_kind DELTA it holds what
+        is new of the outputs that have something new. With FINAL_ONLY there is one, at the end, and so with `best_of` above 1,
+        when all that was drawn has ended. Text that may turn out to be the beginning of a string of `stop` is held back.
+
+        Several prompts come interleaved: a result's place in the list of prompts is the order of the request ids. The prompts are
+        checked at the call and queued at the first `next`; closing the iterator aborts what is unfinished. Other calls may run
+        between two results.
 
         Raises:
           RequestError: as `generate`, at the call.
@@ -334,6 +263,8 @@ class LLM:
         params = self._with_bad_words(params)
         options = {**options, "cache_salt": prompt.get("cache_salt") if isinstance(prompt, Mapping) else None}
         engine.check_request(token_ids, params, request_id="prompt", **options)
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop: strings need the tokenizer, and skip_tokenizer_init is set: use stop_token_ids")
         return _Checked(text, token_ids, params, options)
 
     def _with_bad_words(self, params: SamplingParams) -> SamplingParams:
@@ -386,29 +317,25 @@ class LLM:
             raise RequestError("the LLM is closed")
         return self.engine
 
-    def _queue(self, checked: _Checked) -> _Live:
+    def _queue(self, checked: _Checked) -> GrowingRequest:
         params = checked.params
         request = self._open_engine().add_request(
             checked.prompt_token_ids, params, request_id=str(next(self._ids)), **checked.options
         )
-        wants_text = self.tokenizer is not None and params.detokenize
-        outputs = []
-        for index in range(params.num_drawn):
-            detokenizer = self.tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens) if wants_text else None  # type: ignore[union-attr]
-            outputs.append(_Output(index, detokenizer, cumulative_logprob=0.0 if params.wants_logprobs else None))
-        live = _Live(request, checked.prompt, outputs)
+        live = GrowingRequest(request, checked.prompt, self.tokenizer)
         self._live[request.request_id] = live
         return live
 
-    def _step(self) -> list[_Live]:
+    def _step(self) -> list[GrowingRequest]:
         """One step of the engine, whoever's requests it serves: those that it changed."""
         engine = self._open_engine()
-        changed: dict[str, _Live] = {}
+        changed: dict[str, GrowingRequest] = {}
         for event in engine.step():
             live = self._live.get(event.request_id)
             if live is None:  # someone drives the engine beside this LLM
                 continue
-            live.record(event, engine.clock())
+            if live.record(event, engine.clock()):
+                engine.stop(event.request_id, event.index)
             changed[event.request_id] = live
             if live.is_finished:
                 del self._live[event.request_id]
@@ -420,7 +347,7 @@ class LLM:
             self._live.clear()
         return list(changed.values())
 
-    def _drop(self, lives: Seq[_Live]) -> None:
+    def _drop(self, lives: Seq[GrowingRequest]) -> None:
         """Take what is unfinished out of the engine."""
         for live in lives:
             if self._live.pop(live.request.request_id, None) is not None:
@@ -434,7 +361,7 @@ class LLM:
             disable=not use_tqdm,
             postfix="est. speed input: 0.00 toks/s, output: 0.00 toks/s",
         )
-        lives: list[_Live] = []
+        lives: list[GrowingRequest] = []
         started, num_input, num_output = time.perf_counter(), 0, 0
         try:
             for one in checked:
@@ -455,7 +382,7 @@ class LLM:
         return [live.output() for live in lives]
 
     def _stream(self, checked: Seq[_Checked]) -> Generator[RequestOutput, None, None]:
-        lives: list[_Live] = []
+        lives: list[GrowingRequest] = []
         try:
             for one in checked:
                 lives.append(self._queue(one))
@@ -468,8 +395,10 @@ class LLM:
                 for live in running:
                     if live.num_events > num_seen[live]:
                         num_seen[live] = live.num_events
-                        if live.is_finished or not live.request.params.is_ranked:
-                            yield live.output()
+                        params = live.request.params
+                        if live.is_finished or not (params.is_ranked or params.output_kind is RequestOutputKind.FINAL_ONLY):
+                            is_delta = params.output_kind is RequestOutputKind.DELTA
+                            yield live.news() if is_delta else live.output()
                 running = [live for live in running if not live.is_finished or live.num_events > num_seen[live]]
         finally:
             self._drop(lives)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,36 @@ class RequestStateStats:
         return max(0.0, self.first_token_ts - self.arrival_time)
 
 
+class Logprob(NamedTuple):
+    """How likely the model finds a token; `rank` 1 is the likeliest. `decoded_token` is None where no text is wanted."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+PositionLogprobs = dict[int, Logprob]
+"""By token id: the token that is there, and the likeliest ones."""
+
+
 @dataclass(frozen=True)
 class CompletionOutput:
     """One generated text.
 
-    `cumulative_logprob`, the sum over `token_ids`, is there for the results of a beam search, and with `best_of`: then it is the
-    model's own, whatever the temperature is and whatever top_k, top_p and min_p cut.
+    `cumulative_logprob`, the sum over `token_ids`, is there for the results of a beam search, with `best_of` and with `logprobs`:
+    then it is the model's own, whatever the temperature is and whatever top_k, top_p and min_p cut. So are `logprobs`, one entry
+    for each of `token_ids`.
 
-    `token_ids` hold the token that ended it, `text` does not. `stop_reason` is the entry of `stop_token_ids` that ended it, None
-    for the model's own end of sequence. `finish_reason` is "stop", "length", "abort" or "error", None while it still grows.
+    `token_ids` hold the tokens that ended it, `text` does not unless include_stop_str_in_output is set. `stop_reason` is the
+    entry of `stop` or `stop_token_ids` that ended it, None for the model's own end of sequence. `finish_reason` is "stop",
+    "length", "abort" or "error", None while it still grows.
     """
 
     index: int
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
-    logprobs: list[dict[int, float]] | None = None
+    logprobs: list[PositionLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -60,7 +74,7 @@ class RequestOutput:
     finished: bool
     metrics: RequestStateStats | None = None
     num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache
-    prompt_logprobs: list[dict[int, float]] | None = None
+    prompt_logprobs: list[PositionLogprobs | None] | None = None  # one for each token of the prompt; the first has none
 
     def _repr_html_(self) -> str:
         prompt = self.prompt if self.prompt is not None else f"{len(self.prompt_token_ids):,} token ids"
@@ -73,6 +87,19 @@ class RequestOutput:
         )
         head = f"<tr><th>request {html.escape(self.request_id)}</th><th></th><th>tokens</th><th>finish</th></tr>"
         return f"<table><thead>{head}</thead><tbody>{cells}</tbody></table>"
+
+
+@dataclass(frozen=True)
+class ScoreOutput:
+    """How likely the model finds a given text: of each token but the first, after those before it."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+    @property
+    def cumulative_logprob(self) -> float:
+        """Of the whole text after its first token."""
+        return sum(self.logprobs)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,14 +25,15 @@ from tqdm import tqdm
 from jaxpaged import batch, duel
 from jaxpaged.adjuster import Adjuster
 from jaxpaged.config import Bucket, ConfigError, EngineConfig, ModelConfig
-from jaxpaged.host.beams import BeamGroup, Candidates
-from jaxpaged.host.plan import StepPlan
+from jaxpaged.host.beams import Candidates
+from jaxpaged.host.plan import Chunk, StepPlan
 from jaxpaged.host.preemption import SwapCosts
+from jaxpaged.host.request import Likelihood, Sequence
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import duel as model_duel
 from jaxpaged.model import step as model_step
 from jaxpaged.model import weights as model_weights
-from jaxpaged.model.step import StepInputs, StepOutputs
+from jaxpaged.model.step import PromptLogprobs, StepInputs, StepOutputs
 from jaxpaged.model.weights import Weights
 from jaxpaged.offload.transfer import Offload
 from pallas_kernels import backends
@@ -48,10 +49,11 @@ class ResourceError(RuntimeError):
     """The machine has too little memory for what was asked. One line with both numbers."""
 
 
+Prompts = list[tuple[Chunk, list[Likelihood]]]
 Result = (
     tuple[Seq[int], Seq[bool]]
     | tuple[Seq[int], Seq[bool], Seq[Candidates]]
-    | tuple[Seq[int], Seq[bool], Seq[Candidates] | None, Seq[float | None]]
+    | tuple[Seq[int], Seq[bool], Seq[Candidates] | None, Seq[Likelihood | None] | None, Prompts]
 )
 
 
@@ -66,7 +68,8 @@ class Runner(Protocol):
 
         It yields the token and whether its logits were finite, for each chunk of `plan.sampling()`, in its order. With a beam
         among the chunks also the candidates of each, which are nothing for those that are no beams. With one among them that
-        wants log-probabilities also that of each token, None for those that do not; then the candidates are None without a beam.
+        wants log-probabilities, of its token or of its prompt, also that of each token, None for those that do not, and those of
+        the prompt's tokens from `chunk.start + 1` on for each chunk that has some; then what nobody wants is None.
         A chunk whose token is pending takes it from the step before.
         """
         ...
@@ -144,16 +147,27 @@ class JaxRunner:
         outputs.token_ids.copy_to_host_async()
         outputs.is_finite.copy_to_host_async()
         wanted = inputs.wants_logprobs[rows].tolist()
-        if any(wanted):
-            outputs.logprobs.copy_to_host_async()
-        return functools.partial(self._result, outputs, rows, [chunk.sequence.group for chunk in sampling], wanted)
+        prompts = [one for one in _prompt_places(plan, self.config.prefill_tile) if one[1]]  # type: ignore[arg-type]
+        asked = [outputs.logprobs, outputs.ranks] if any(wanted) else []
+        if any(chunk.sequence.request.params.logprobs for chunk in sampling):
+            asked += [outputs.likeliest_ids, outputs.likeliest_logprobs]
+        for array in asked + (jax.tree.leaves(outputs.prompt) if prompts else []):
+            array.copy_to_host_async()
+        return functools.partial(self._result, outputs, rows, [chunk.sequence for chunk in sampling], wanted, prompts)
 
     def fetched(self, *, wait: bool = False) -> list[tuple[bytes, bool]]:
         """See `Runner.fetched`."""
         return self.offload.fetched(wait) if self.offload is not None else []
 
     @staticmethod
-    def _result(outputs: StepOutputs, rows: list[int], groups: list[BeamGroup | None], wanted: list[bool]) -> Result:
+    def _result(
+        outputs: StepOutputs,
+        rows: list[int],
+        sequences: list[Sequence],
+        wanted: list[bool],
+        prompts: list[tuple[Chunk, list[int]]],
+    ) -> Result:
+        groups = [sequence.group for sequence in sequences]
         token_ids, is_finite = np.asarray(outputs.token_ids), np.asarray(outputs.is_finite)
         result, candidates = (token_ids[rows].tolist(), is_finite[rows].tolist()), None
         if any(groups):
@@ -163,9 +177,17 @@ class JaxRunner:
                 list(zip(ids[row, :count].tolist(), logprobs[row, :count].tolist(), strict=True))
                 for row, count in zip(rows, counts, strict=True)
             ]
-        if any(wanted):
-            found = np.asarray(outputs.logprobs)[rows].tolist()
-            return *result, candidates, [one if is_wanted else None for one, is_wanted in zip(found, wanted, strict=True)]
+        if any(wanted) or prompts:
+            likelihoods = None
+            if any(wanted):
+                counts = [sequence.request.params.logprobs or 0 for sequence in sequences]
+                found = _likelihoods(outputs, rows, counts)
+                likelihoods = [one if is_wanted else None for one, is_wanted in zip(found, wanted, strict=True)]
+            of_prompts = [
+                (chunk, _likelihoods(outputs.prompt, places, [chunk.sequence.request.params.prompt_logprobs or 0] * len(places)))  # type: ignore[arg-type]
+                for chunk, places in prompts
+            ]
+            return *result, candidates, likelihoods, of_prompts
         return result if candidates is None else (*result, candidates)
 
     def warm_up(self, *, use_tqdm: bool) -> None:
@@ -258,6 +280,27 @@ class JaxRunner:
         self._feed = self._feed._replace(token_ids=np.zeros(0, np.int32), rows={})
         self.compiled.clear()
         self._copiers.clear()
+
+
+def _prompt_places(plan: StepPlan, tile: int) -> Iterator[tuple[Chunk, list[int]]]:
+    """Each prefill with the places, among the tokens of the tiles, of those whose targets are wanted."""
+    at = 0
+    for chunk in plan.prefills:
+        yield chunk, list(range(at, at + len(batch.prompt_targets_of(chunk, chunk.start, chunk.end))))
+        at += -(-chunk.num_tokens // tile) * tile
+
+
+def _likelihoods(outputs: StepOutputs | PromptLogprobs, places: list[int], counts: list[int]) -> list[Likelihood]:
+    """What a step has found of one token at each place, with so many likeliest ones."""
+    logprobs, ranks = np.asarray(outputs.logprobs)[places].tolist(), np.asarray(outputs.ranks)[places].tolist()
+    most = max(counts, default=0)
+    if not most:
+        return [Likelihood(*found) for found in zip(logprobs, ranks, strict=True)]
+    ids, best = (np.asarray(array)[places, :most].tolist() for array in (outputs.likeliest_ids, outputs.likeliest_logprobs))
+    return [
+        Likelihood(logprob, rank, tuple(itertools.islice(zip(*likeliest, strict=True), count)))
+        for logprob, rank, count, *likeliest in zip(logprobs, ranks, counts, ids, best, strict=True)
+    ]
 
 
 def attention_backend(config: EngineConfig, model: ModelConfig, option: str = "attention_backend") -> backends.Backend:

@@ -234,10 +234,10 @@ class Heard:
     def hear(self, events: list[TokenEvent]) -> None:
         for event in events:
             key = event.request_id, event.index
-            assert (event.token_id is None) is (event.logprob is None), "a token without its log-probability, or the reverse"
-            if event.token_id is not None and event.logprob is not None:
+            assert (event.token_id is None) is (event.likelihood is None), "a token without its log-probability, or the reverse"
+            if event.token_id is not None and event.likelihood is not None:
                 self.tokens.setdefault(key, []).append(event.token_id)
-                self.logprobs.setdefault(key, []).append(event.logprob)
+                self.logprobs.setdefault(key, []).append(event.likelihood.logprob)
 
     def check(self, prompt: list[int], key: tuple[str, int]) -> None:
         wanted = token_logprobs(tuple(prompt), tuple(self.tokens[key]))
@@ -293,9 +293,10 @@ def test_logprobs_of_is_the_models_own_and_nothing_when_nobody_asks() -> None:
     wide = logits.astype(np.float64)
     wanted = wide[np.arange(6), token_ids] - np.logaddexp.reduce(wide, axis=-1)
     asks = np.arange(6) == 4
-    found = logprobs_of(jnp.asarray(logits), jnp.asarray(token_ids), jnp.asarray(asks))
+    found = logprobs_of(jnp.asarray(logits), jnp.asarray(token_ids), jnp.asarray(asks))[0]
     np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
-    assert not np.any(logprobs_of(jnp.asarray(logits), jnp.asarray(token_ids), jnp.zeros(6, bool)))
+    found = logprobs_of(jnp.asarray(logits), jnp.asarray(token_ids), jnp.zeros(6, bool))
+    assert not any(map(np.any, found))
 
 
 def test_nothing_compiles_for_it(llm: LLM) -> None:

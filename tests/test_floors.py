@@ -17,12 +17,13 @@ LIBRARY = ("jaxpaged", "pallas_kernels", "convert")
 
 # From the ground up. A room imports from floors below its own; rooms of one floor never see each other.
 FLOORS = (
-    ("jaxpaged.version", "jaxpaged.config", "jaxpaged.outputs", "pallas_kernels"),
+    ("jaxpaged.version", "jaxpaged.config", "jaxpaged.outputs", "jaxpaged.stop_strings", "pallas_kernels"),
     ("jaxpaged.host", "jaxpaged.model"),
     ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel", "jaxpaged.observe", "jaxpaged.offload"),
     ("jaxpaged.adjuster",),
     ("jaxpaged.runner", "jaxpaged.tokenizer", "jaxpaged.demo", "convert"),
     ("jaxpaged.engine",),
+    ("jaxpaged.growing",),
     ("jaxpaged.llm",),
     ("jaxpaged",),  # the public names; nothing below asks it for them
     ("jaxpaged.server", "jaxpaged.bench", "jaxpaged.simulate"),
@@ -35,6 +36,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {
     "jaxpaged.version": (),
     "jaxpaged.config": (),
+    "jaxpaged.stop_strings": (),
     "jaxpaged.host": ("jaxpaged.config", "jaxpaged.host"),
     "jaxpaged.observe": ("jaxpaged.config", "jaxpaged.host", "jaxpaged.observe", "jaxpaged.version"),
     "jaxpaged.simulate": ("jaxpaged.config", "jaxpaged.host", "jaxpaged.simulate"),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from jaxpaged.cli.generate import SAMPLING_TITLE, SEED, open_llm, with_defaults
+from jaxpaged.cli.generate import LEFT_OUT, SAMPLING_TITLE, open_llm, with_defaults
 from jaxpaged.cli.options import Parser, add_fields, add_verbose, given_fields, set_up_logging
 from jaxpaged.config import EngineConfig
 from jaxpaged.host.request import RequestError, SamplingParams
@@ -34,13 +34,13 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("-q", "--quick", metavar="MESSAGE", help="answer this one message and leave")
     parser.add_argument("--system-prompt", metavar="TEXT", help="how the model should behave, before all messages")
     add_verbose(parser)
-    add_fields(parser, SamplingParams, SAMPLING_TITLE, leave_out=SEED, defaults={"max_tokens": "up to the model's limit"})
+    add_fields(parser, SamplingParams, SAMPLING_TITLE, leave_out=LEFT_OUT, defaults={"max_tokens": "up to the model's limit"})
     add_fields(parser, EngineConfig, "model and engine", leave_out=("skip_tokenizer_init",))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Talk until the input ends; the exit code."""
-    sampling = given_fields(arguments, SamplingParams, leave_out=SEED)
+    sampling = given_fields(arguments, SamplingParams, leave_out=LEFT_OUT)
     SamplingParams(**sampling)  # refuses bad values before anything is loaded
     set_up_logging(arguments)
     system = [{"role": "system", "content": arguments.system_prompt}] if arguments.system_prompt is not None else []

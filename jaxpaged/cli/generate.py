@@ -28,7 +28,8 @@ The texts go to stdout, everything else to stderr. Numbers may end in k = 1000 o
 
 MAX_TOKENS = 128  # where neither a flag nor the model's generation_config.json says anything; 16 is short for a reader
 SAMPLING_TITLE = "sampling (the model's generation_config.json comes before these defaults)"
-SEED = ("seed",)  # of the engine; requests from one command line need none of their own
+# The seed is the engine's: requests from one command line need none of their own. Nothing is printed of the others.
+LEFT_OUT = ("seed", "logprobs", "prompt_logprobs", "output_kind")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -39,7 +40,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt and line, with token ids")
     add_verbose(parser)
     defaults = {"max_tokens": str(MAX_TOKENS)}
-    add_fields(parser, SamplingParams, SAMPLING_TITLE, leave_out=SEED, defaults=defaults)
+    add_fields(parser, SamplingParams, SAMPLING_TITLE, leave_out=LEFT_OUT, defaults=defaults)
     add_fields(parser, EngineConfig, "model and engine")
 
 
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--stream: not with --json, whose lines are whole results")
     if arguments.prompts.count("-") > 1:
         raise UsageError("PROMPT: - is given twice")
-    sampling = given_fields(arguments, SamplingParams, leave_out=SEED)
+    sampling = given_fields(arguments, SamplingParams, leave_out=LEFT_OUT)
     SamplingParams(**sampling)  # refuses bad values before anything is loaded
     set_up_logging(arguments)
     # A few prompts need a few rows: half as many steps to compile at the first run.

@@ -145,6 +145,7 @@ _KINDS = {
     "tuple[tuple[int, ...], ...]": (number_lists, "N,N;N,..."),
     "Mapping[int, float] | tuple[tuple[int, float], ...]": (numbers_by_number, "N:X,N:X,..."),
 }
+_KINDS["str | tuple[str, ...]"] = _KINDS["str"]  # a list can only be given in Python
 _KINDS["str | Callable[..., Any]"] = _KINDS["str"]  # a function can only be given in Python
 
 

@@ -62,8 +62,8 @@ class PrefixCache:
         return pages
 
     def num_shareable(self, sequence: Sequence) -> int:
-        """Full pages that leave at least the last token to compute."""
-        return (len(sequence.tokens) - 1) // self.page_size
+        """Full pages that leave at least the last token to compute; none where log-probabilities of the prompt are wanted."""
+        return 0 if sequence.needs_prompt_logprobs else (len(sequence.tokens) - 1) // self.page_size
 
     def find(self, held: Held) -> int | None:
         """The page that holds this."""

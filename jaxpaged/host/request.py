@@ -17,11 +17,22 @@ from jaxpaged.host.beams import BeamGroup, Candidates
 
 MAX_RULES = 1024  # token ids whose logits a request may change by name in one step: what a row of a compiled step has room for
 MAX_BAD_WORD_LEN = 64  # in tokens; each word is compared with the end of the output in every step
+MAX_STOP_STRINGS = 64  # each new character is compared with one of each
+MAX_STOP_LEN = 256  # characters of one
+_OF_TEXTS = "include_stop_str_in_output", "logprobs", "prompt_logprobs"
 MAX_N = 128  # outputs of one request, as many as OpenAI's API has: one request must not be able to fill the engine
 
 
 class RequestError(ValueError):
     """A request that cannot be served. One line: which field, what it got, what is allowed. Nothing was taken for it."""
+
+
+class RequestOutputKind(enum.Enum):
+    """What a streamed output holds; the names and values are vLLM's."""
+
+    CUMULATIVE = 0  # everything so far
+    DELTA = 1  # what is new
+    FINAL_ONLY = 2  # everything, once
 
 
 class FinishReason(enum.StrEnum):
@@ -67,6 +78,13 @@ class SamplingParams:
       bad_words: words whose last token is not chosen after their others; with and without a space before them. Text, so for
         `LLM` alone.
       bad_words_token_ids: the same as token ids, for `Engine`.
+      stop: end where one of these strings ends in the text, which is cut before it; a string or a list of them. Of several the
+        one that ends first counts, of those that end there the longest. An `Engine` knows no text: see `Engine.stop`.
+      include_stop_str_in_output: the text keeps the string, or the token, that ended it.
+      logprobs: return the log-probability of each new token, and those of so many likeliest ones; at most max_logprobs.
+      prompt_logprobs: likewise of each token of the prompt but the first. Such a prompt is computed as a whole: pages of the
+        prefix cache know no log-probabilities.
+      output_kind: what `LLM.stream` yields: everything so far, what is new, or the end alone. `LLM.generate` returns the end.
 
     With best_of, log-probabilities are those before any of these. Beam search takes none of them, as in vLLM.
 
@@ -97,6 +115,11 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    stop: str | tuple[str, ...] | None = ()
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __new__(cls, *args: object, **options: object) -> SamplingParams:
         # A misspelt option must name its neighbour; the generated __init__ would only say "unexpected keyword argument".
@@ -128,12 +151,14 @@ class SamplingParams:
         for token_id in self.stop_token_ids:
             check_int("stop_token_ids", token_id, 0, 2**31 - 1)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._check_texts()
         check_number("length_penalty", self.length_penalty, -10.0, 10.0)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise RequestError(f"early_stopping: got {_shown(self.early_stopping)}, expected True, False or 'never'")
         for name, value in _checked_logit_options(self).items():
             object.__setattr__(self, name, value)
-        sampling, search = ("best_of", "top_p", "top_k", "min_p", "seed", *_LOGIT_OPTIONS), ("length_penalty", "early_stopping")
+        sampling = "best_of", "top_p", "top_k", "min_p", "seed", "stop", *_OF_TEXTS, *_LOGIT_OPTIONS
+        search = "length_penalty", "early_stopping"
         defaults = {f.name: f.default for f in fields(self)}
         for name in sampling if self.use_beam_search else search:
             if getattr(self, name) != defaults[name]:
@@ -141,6 +166,33 @@ class SamplingParams:
                 raise RequestError(f"{name}: got {_shown(getattr(self, name))}, expected {defaults[name]}: {where}")
         if self.num_drawn > self.n and not self.temperature:
             raise RequestError(f"best_of: got {self.best_of} for n {self.n} at temperature 0, where all outputs are equal")
+
+    def _check_texts(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
+        if isinstance(stop, (bytes, bytearray)) or not isinstance(stop, Seq):
+            raise RequestError(f"stop: got {_shown(stop)}, expected a string or a list of strings")
+        if len(stop) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop: got {len(stop)} strings, the limit is {MAX_STOP_STRINGS}")
+        for string in stop:
+            if not isinstance(string, str) or not string:
+                raise RequestError(f"stop: got {_shown(string)}, expected strings that are not empty")
+            if len(string) > MAX_STOP_LEN:
+                raise RequestError(f"stop: got a string of {len(string):,} characters, the limit is {MAX_STOP_LEN}")
+        object.__setattr__(self, "stop", tuple(stop))
+        if stop and not self.detokenize:
+            raise RequestError("stop: strings are found in the text, and detokenize is False: set it, or use stop_token_ids")
+        if not isinstance(self.include_stop_str_in_output, bool):
+            got = _shown(self.include_stop_str_in_output)
+            raise RequestError(f"include_stop_str_in_output: got {got}, expected True or False")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 0, 2**31 - 1)
+        kind = self.output_kind
+        if isinstance(kind, int) and not isinstance(kind, bool) and kind in [one.value for one in RequestOutputKind]:
+            kind = RequestOutputKind(kind)  # as a recording has it
+        if not isinstance(kind, RequestOutputKind):
+            raise RequestError(f"output_kind: got {_shown(kind)}, expected a RequestOutputKind")
+        object.__setattr__(self, "output_kind", kind)
 
     @property
     def num_drawn(self) -> int:
@@ -154,8 +206,8 @@ class SamplingParams:
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether the log-probability of each new token is wanted."""
-        return self.best_of is not None
+        """Whether the log-probability of each new token is wanted, be it for their sum alone."""
+        return self.best_of is not None or self.logprobs is not None
 
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:
@@ -416,6 +468,12 @@ class Sequence:
         return fork
 
     @property
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether what it computes of the prompt is wanted with log-probabilities: the first output has them for all."""
+        is_wanted = self.request.params.prompt_logprobs is not None and not self.index
+        return is_wanted and len(self.tokens) == self.num_prompt and not self.num_pending
+
+    @property
     def owned_pages(self) -> list[int]:
         """`pages` without those that were given back."""
         return self.pages[self.num_behind :] if self.num_behind else self.pages
@@ -463,6 +521,14 @@ class Sequence:
         return self.tokens[self.num_prompt :]
 
 
+class Likelihood(NamedTuple):
+    """How likely the model alone finds a token: no temperature, nothing cut."""
+
+    logprob: float
+    rank: int  # 1 is the likeliest; of equal ones all have the last one's
+    likeliest: tuple[tuple[int, float], ...] = ()  # (token id, log-probability), best first, as many as are wanted
+
+
 class TokenEvent(NamedTuple):
     """One new token of one output of a request, or its end. `token_id` is None when it ends without a new one (abort, error).
 
@@ -478,4 +544,5 @@ class TokenEvent(NamedTuple):
     index: int = 0  # which of the request's outputs
     token_ids: tuple[int, ...] = ()  # of a beam, all of its tokens
     cumulative_logprob: float | None = None  # of a beam, the sum over its tokens
-    logprob: float | None = None  # of `token_id` by the model alone, where the request wants it: no temperature, nothing cut
+    likelihood: Likelihood | None = None  # of `token_id`, where the request wants it
+    prompt_likelihoods: tuple[Likelihood, ...] = ()  # of the prompt's tokens but the first; with output 0's first token

@@ -1,7 +1,8 @@
 """The scheduler: which sequences run in the next step, which of their tokens, on which pages.
 
-A state machine: `add` and `abort` are its events, `plan` decides one step, `commit` records what came of it. The next step may be
-planned before the last one is committed. Knows tokens, pages and limits. Refuses to know arrays, text, time and the device.
+A state machine: `add`, `abort` and `stop` are its events, `plan` decides one step, `commit` records what came of it. The next
+step may be planned before the last one is committed. Knows tokens, pages and limits. Refuses to know arrays, text, time and the
+device.
 """
 
 from __future__ import annotations
@@ -136,6 +137,17 @@ class Scheduler(Searches):
                 events.append(TokenEvent(request_id, None, FinishReason.ABORT, index=index))
             self._finish(sequence, FinishReason.ABORT)
         return events
+
+    def stop(self, request_id: str, index: int) -> bool:
+        """End one output that has tokens now, because of what its text says, and free its pages; False when it has ended.
+
+        No event tells of it. What a step in flight samples for it is thrown away.
+        """
+        for sequence in self._by_id.get(request_id, ()):
+            if sequence.index == index and sequence.group is None and len(sequence.tokens) > sequence.num_prompt:
+                self._finish(sequence, FinishReason.STOP)
+                return True
+        return False
 
     def fetched(self, key: bytes, ok: bool) -> None:
         """A page has come from disk into its slot of host memory, or has not: then it is computed."""

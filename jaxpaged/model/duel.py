@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxpaged.config import ModelConfig
 from jaxpaged.model.attention import PagedAttention, PagedTokens
 from jaxpaged.model.cache import KVCache
-from jaxpaged.model.step import StepInputs, StepOutputs
+from jaxpaged.model.step import PromptLogprobs, StepInputs, StepOutputs
 from jaxpaged.model.transformer import forward, logits
 from jaxpaged.model.weights import Weights
 from pallas_kernels.backends import Backend
@@ -65,6 +65,7 @@ def step(
     hidden, (cache, errors, queries) = forward(weights, config, ids, positions, _Duellists(attention, opponent), (cache, (), ()))
     scores = logits(weights, config, hidden[inputs.sample_at])
     outputs = StepOutputs.of(scores, inputs, max_logprobs)
+    outputs = outputs.replace(prompt=PromptLogprobs.of(weights, config, hidden, inputs, max_logprobs))  # type: ignore[attr-defined]
 
     def read_only(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         return opponent.read(layer, q, cache), cache

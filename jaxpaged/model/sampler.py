@@ -52,8 +52,8 @@ def sample(logits: jax.Array, sampling: SamplingInputs, positions: jax.Array) ->
 def likeliest(logits: jax.Array, temperature: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Each row's `count` likeliest tokens, int32 [R, count], best first, and their log-probabilities, float32 [R, count].
 
-    `temperature` [R] divides a beam's logits and is 0 for a row that is no beam. Of equal tokens the lower id comes first. All
-    are 0 in a step without beams, which does no more than ask whether there are any.
+    `temperature` [R] divides the logits and is 0 for a row that does not ask. Of equal tokens the lower id comes first. All are 0
+    in a step where no row asks, which does no more than look.
     """
 
     def search(_: None) -> tuple[jax.Array, jax.Array]:
@@ -68,17 +68,22 @@ def likeliest(logits: jax.Array, temperature: jax.Array, count: int) -> tuple[ja
     return lax.cond(jnp.any(temperature > 0), search, nothing, None)
 
 
-def logprobs_of(logits: jax.Array, token_ids: jax.Array, is_wanted: jax.Array) -> jax.Array:
-    """Log-probability of one token of each row, float32 [R], by the model alone: no temperature, nothing cut.
+def logprobs_of(logits: jax.Array, token_ids: jax.Array, is_wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of one token of each row, float32 [R], and its rank, int32 [R], by the model alone: no temperature, nothing
+    cut. The likeliest has rank 1; of equal ones all have the rank of the last, as in vLLM.
 
     All are 0 in a step where no row of `is_wanted` [R] asks, which does no more than look.
     """
 
-    def compute(_: None) -> jax.Array:
-        chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=-1)[:, 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+    def compute(_: None) -> tuple[jax.Array, jax.Array]:
+        chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=-1)
+        ranks = jnp.sum(logits >= chosen, axis=-1, dtype=jnp.int32)
+        return chosen[:, 0] - jax.nn.logsumexp(logits, axis=-1), ranks
 
-    return lax.cond(jnp.any(is_wanted), compute, lambda _: jnp.zeros(len(logits), jnp.float32), None)
+    def nothing(_: None) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros(len(logits), jnp.float32), jnp.zeros(len(logits), jnp.int32)
+
+    return lax.cond(jnp.any(is_wanted), compute, nothing, None)
 
 
 def _gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:

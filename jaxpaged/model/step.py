@@ -29,8 +29,9 @@ class StepInputs:
     previous: jax.Array  # int32 [R of the largest bucket], token_ids of the step before
     sample_at: jax.Array  # int32 [R], index into the step's X tokens
     sampling: SamplingInputs
-    beam_temperature: jax.Array  # float32 [R], what divides a beam's logits; 0 marks a row that is no beam
+    beam_temperature: jax.Array  # float32 [R], what divides the logits of a beam; 1 where the likeliest are wanted, else 0
     wants_logprobs: jax.Array  # bool [R], rows whose token is wanted with its log-probability
+    prompt_targets: jax.Array  # int32 [C*T], 1 + the prompt's token after each of the tiles' tokens; 0 where none is wanted
     adjustments: Adjustments | None = None  # of the logits that tokens are chosen by; None for a step that never changes them
 
     def fed_tokens(self) -> PagedTokens:
@@ -41,14 +42,58 @@ class StepInputs:
 
 
 @flax.struct.dataclass
+class PromptLogprobs:
+    """How likely the prompt's tokens are after those before them; 0 in tiles where nobody asks."""
+
+    logprobs: jax.Array  # float32 [C*T], of each token's target
+    ranks: jax.Array  # int32 [C*T], likewise
+    likeliest_ids: jax.Array  # int32 [C*T, max_logprobs or V], best first
+    likeliest_logprobs: jax.Array  # float32, likewise
+
+    @classmethod
+    def of(
+        cls, weights: Weights, config: ModelConfig, hidden: jax.Array, inputs: StepInputs, max_logprobs: int
+    ) -> PromptLogprobs | None:
+        """What follows from the hidden states [X, D] of a step's tokens; None in a step without tiles.
+
+        A tile at a time, so that there are never logits of more than one, and only of those that ask.
+        """
+        tokens = inputs.tokens
+        C, D = tokens.num_tiles, tokens.num_rows
+        if not C:
+            return None
+        T, count = tokens.tile, min(max_logprobs, config.vocab_size)
+
+        def compute(tile: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+            states, targets = tile
+            scores, is_wanted = logits(weights, config, states), targets > 0
+            best = likeliest(scores, jnp.ones(T, jnp.float32), count)
+            return *logprobs_of(scores, jnp.maximum(targets - 1, 0), is_wanted), *best
+
+        def nothing(num_tokens: int) -> tuple[jax.Array, ...]:
+            one, many = (num_tokens,), (num_tokens, count)
+            kinds = (one, jnp.float32), (one, jnp.int32), (many, jnp.int32), (many, jnp.float32)
+            return tuple(jnp.zeros(*kind) for kind in kinds)
+
+        def each(_: None) -> tuple[jax.Array, ...]:
+            tiles = hidden[D:].reshape(C, T, -1), inputs.prompt_targets.reshape(C, T)
+            found = lax.map(lambda tile: lax.cond(jnp.any(tile[1] > 0), compute, lambda _: nothing(T), tile), tiles)
+            return tuple(part.reshape(C * T, *part.shape[2:]) for part in found)
+
+        return cls(*lax.cond(jnp.any(inputs.prompt_targets > 0), each, lambda _: nothing(C * T), None))
+
+
+@flax.struct.dataclass
 class StepOutputs:
     """What a step yields, one entry per row that may sample; rows that the plan does not sample mean nothing."""
 
     token_ids: jax.Array  # int32 [R of the largest bucket], so that any step can take it as its `previous`
     is_finite: jax.Array  # bool [R]: every logit of the row is a finite number, and its request left a token to choose
-    likeliest_ids: jax.Array  # int32 [R, max_logprobs or V], best first; of rows that are no beams it means nothing
+    likeliest_ids: jax.Array  # int32 [R, max_logprobs or V], best first; of rows that do not ask it means nothing
     likeliest_logprobs: jax.Array  # float32, likewise
     logprobs: jax.Array  # float32 [R], of the token by the model alone; 0 in a step where no row wants it
+    ranks: jax.Array  # int32 [R], of the token, likewise
+    prompt: PromptLogprobs | None = None
 
     @classmethod
     def of(cls, scores: jax.Array, inputs: StepInputs, max_logprobs: int) -> StepOutputs:
@@ -56,9 +101,9 @@ class StepOutputs:
         token_ids, has_choice = _choose(scores, inputs)
         is_finite = jnp.all(jnp.isfinite(scores), axis=-1) & has_choice
         best = likeliest(scores, inputs.beam_temperature, min(max_logprobs, scores.shape[1]))
-        logprobs = logprobs_of(scores, token_ids, inputs.wants_logprobs)
+        logprobs, ranks = logprobs_of(scores, token_ids, inputs.wants_logprobs)
         token_ids = jnp.pad(token_ids, (0, len(inputs.previous) - len(token_ids)))
-        return cls(token_ids, is_finite, *best, logprobs)
+        return cls(token_ids, is_finite, *best, logprobs, ranks)
 
 
 def _choose(scores: jax.Array, inputs: StepInputs) -> tuple[jax.Array, jax.Array]:
@@ -91,7 +136,8 @@ def step(
     """Compute the step's tokens, write their keys and values, and sample. Donate `cache`: it is updated in place."""
     hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), config=config, backend=backend)
     scores = logits(weights, config, hidden[inputs.sample_at])
-    return StepOutputs.of(scores, inputs, max_logprobs), cache
+    outputs = StepOutputs.of(scores, inputs, max_logprobs)
+    return outputs.replace(prompt=PromptLogprobs.of(weights, config, hidden, inputs, max_logprobs)), cache  # type: ignore[attr-defined]
 
 
 def forward_paged(

@@ -72,6 +72,12 @@ class Eyes:
             self._recorder.aborted(request_id)
         self._end()
 
+    def stopped(self, request_id: str, index: int) -> None:
+        """The scheduler has ended an output for its text."""
+        if self._recorder is not None:
+            self._recorder.stopped(request_id, index)
+        self._end()
+
     def fetched(self, key: bytes, ok: bool) -> None:
         """The scheduler was told of a page that has come from disk, or has not."""
         if self._recorder is not None:

@@ -19,7 +19,17 @@ from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.observe import state
 from jaxpaged.observe.encoder import Encoder, pack_plan
 from jaxpaged.observe.recording import write
-from jaxpaged.observe.records import FRAME, MAX_ERROR, Kind, RecordingError, pack_commit, pack_fetched, pack_request, words
+from jaxpaged.observe.records import (
+    FRAME,
+    MAX_ERROR,
+    Kind,
+    RecordingError,
+    pack_commit,
+    pack_fetched,
+    pack_request,
+    pack_stop,
+    words,
+)
 
 _LATE = 64  # plans and commits that are written down together; one at a time, each would find the processor's caches cold
 _SEGMENTS = 8  # of a full ring, were states nothing: what is dropped at a time, and how often the state is written down
@@ -62,6 +72,12 @@ class Recorder:
     def aborted(self, request_id: str) -> None:
         """The scheduler has ended a request that was live."""
         self._put(Kind.ABORT, request_id.encode())
+        self._encoder.find_finished()
+        self._settle()
+
+    def stopped(self, request_id: str, index: int) -> None:
+        """The scheduler has ended an output that was live, for its text."""
+        self._put(Kind.STOP, pack_stop(request_id, index))
         self._encoder.find_finished()
         self._settle()
 

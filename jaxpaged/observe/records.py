@@ -37,6 +37,7 @@ class Kind(enum.IntEnum):
     COMMIT = 4
     FAIL = 5
     FETCHED = 6
+    STOP = 7
     SEGMENT = 8
     DECISION = 16
     ADMIT = 17
@@ -132,11 +133,23 @@ def unpack_request(payload: bytes) -> Request:
 def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
+    if isinstance(value, enum.Enum):
+        return value.value
     return repr(value)
 
 
 def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def pack_stop(request_id: str, index: int) -> bytes:
+    """An output whose text says that it is over."""
+    return words(index) + request_id.encode()
+
+
+def unpack_stop(payload: bytes) -> tuple[str, int]:
+    """Inverse of `pack_stop`."""
+    return payload[4:].decode(), unwords(payload[:4])[0]
 
 
 def pack_fetched(key: bytes, ok: bool) -> bytes:

@@ -35,6 +35,7 @@ from jaxpaged.observe.records import (
     unpack_commit,
     unpack_fetched,
     unpack_request,
+    unpack_stop,
 )
 from jaxpaged.version import __version__
 
@@ -161,6 +162,9 @@ class Replay:
             scheduler.add(self._request(frame))
         elif kind is Kind.ABORT:
             scheduler.abort(frame.payload.decode())
+            self._encoder.find_finished()
+        elif kind is Kind.STOP:
+            scheduler.stop(*unpack_stop(frame.payload))
             self._encoder.find_finished()
         elif kind is Kind.FETCHED:
             scheduler.fetched(*unpack_fetched(frame.payload))

@@ -22,6 +22,7 @@ from text_model import FAST, write_text_model
 import jaxpaged.llm
 from jaxpaged import cli
 from jaxpaged.cli import demo, options
+from jaxpaged.cli.generate import LEFT_OUT
 from jaxpaged.config import EngineConfig
 from jaxpaged.host.request import SamplingParams
 from jaxpaged.version import __version__
@@ -88,8 +89,9 @@ def test_every_field_is_a_flag_with_the_text_of_its_declaration(run):
         described = options.described_fields(kind)
         assert described.keys() == {field.name for field in dataclasses.fields(kind)}
         for name, text in described.items():
-            assert f"--{name.replace('_', '-')}" in shown
-            if (kind, name) != (SamplingParams, "seed"):  # the engine's --seed is enough
+            # The engine has a --seed of its own.
+            assert (f"--{name.replace('_', '-')}" in shown) is (kind is not SamplingParams or name not in LEFT_OUT[1:])
+            if (kind, name) not in [(SamplingParams, one) for one in LEFT_OUT]:
                 assert text.split(";")[0] in shown
 
 
@@ -138,7 +140,7 @@ def parsed(*argv: str) -> dict[str, Any]:
     parser = options.Parser("test", "", "")
     parser.add_argument("words", nargs="*")
     options.add_fields(parser, EngineConfig, "engine")
-    options.add_fields(parser, SamplingParams, "sampling", leave_out=("seed",))
+    options.add_fields(parser, SamplingParams, "sampling", leave_out=LEFT_OUT)
     return vars(parser.parse(list(argv)))
 
 
