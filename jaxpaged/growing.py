@@ -138,9 +138,9 @@ class GrowingRequest:
         params, text = self.request.params, None
         if self.tokenizer is not None:
             detokenizer = self.tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
-            text = GrowingText(
-                detokenizer, params.stop, is_stop_included=params.include_stop_str_in_output, min_tokens=params.min_tokens
-            )  # type: ignore[arg-type]
+            stop: tuple[str, ...] = params.stop  # type: ignore[assignment]
+            rules = {"is_stop_included": params.include_stop_str_in_output, "min_tokens": params.min_tokens}
+            text = GrowingText(detokenizer, stop, **rules)  # type: ignore[arg-type]
         options = {"is_stop_included": params.include_stop_str_in_output, "tokenizer": self.tokenizer}
         options["cumulative_logprob"] = 0.0 if params.wants_logprobs else None
         return GrowingOutput(index, text, params.logprobs, **options)

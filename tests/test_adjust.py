@@ -228,7 +228,7 @@ def test_the_log_probabilities_of_best_of_are_those_of_the_model(engine: Engine)
         tokens = [event.token_id for event in mine]
         scores = oracle.logits(tensors(), MODEL, [*PROMPT, *tokens])[len(PROMPT) - 1 : -1]
         wanted = scores[np.arange(8), tokens] - np.logaddexp.reduce(scores, axis=-1)
-        np.testing.assert_allclose([event.logprob for event in mine], wanted, atol=1e-4)
+        np.testing.assert_allclose([event.likelihood.logprob for event in mine], wanted, atol=1e-4)
 
 
 # --- whatever else goes on --------------------------------------------------------------------------------------------
