@@ -51,11 +51,6 @@ class Adjuster:
         self._biases: WeakKeyDictionary[Sequence, tuple[np.ndarray, np.ndarray]] = WeakKeyDictionary()
         self._plain: dict[int, Adjustments] = {}
 
-    @staticmethod
-    def num_bytes(num_sequences: int, vocab_size: int) -> int:
-        """What the marks take on the device."""
-        return num_sequences * vocab_size * 4
-
     @functools.cached_property
     def _begin(self) -> jax.stages.Compiled:
         tokens, lens, refused = np.zeros(self.max_model_len, np.int32), np.zeros(2, np.int32), np.zeros(self.vocab_size, bool)

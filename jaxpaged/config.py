@@ -512,6 +512,10 @@ class EngineConfig:
             prefill_tile_buckets=self.prefill_tile_buckets or _default_tiles(max_tiles, on_cpu),
         )
 
+    def marks_bytes(self, model: ModelConfig) -> int:
+        """What the marks of tokens that penalties count take on the device; see jaxpaged/adjuster.py. For resolved options."""
+        return self.max_num_seqs * model.vocab_size * 4  # type: ignore[operator]
+
     def num_host_pages(self, model: ModelConfig) -> int:
         """Pages of host memory below the pool. For resolved options.
 

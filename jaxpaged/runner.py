@@ -256,7 +256,7 @@ class JaxRunner:
         rows = [
             (f"weights ({config.dtype})", model_weights.num_bytes(model, config.dtype)),
             (pages, self.num_pages * page_bytes),
-            (f"marks for penalties ({config.max_num_seqs:,} sequences)", _marks_bytes(config, model)),
+            (f"marks for penalties ({config.max_num_seqs:,} sequences)", config.marks_bytes(model)),
             ("temporaries of the largest step", temporary_bytes),
         ]
         if self.offload is not None:
@@ -354,12 +354,8 @@ def _spare_bytes(config: EngineConfig, model: ModelConfig) -> int:
         return min(_CPU_POOL_BYTES, free // 4)
     share = config.gpu_memory_utilization or 0.92
     # The weights are on the device already when this is asked on a GPU; a twentieth is left for the step's temporaries.
-    spare = min(total * share - model_weights.num_bytes(model, config.dtype), free) - _marks_bytes(config, model)
+    spare = min(total * share - model_weights.num_bytes(model, config.dtype), free) - config.marks_bytes(model)
     return int(spare * 0.95)
-
-
-def _marks_bytes(config: EngineConfig, model: ModelConfig) -> int:
-    return Adjuster.num_bytes(config.max_num_seqs, model.vocab_size)  # type: ignore[arg-type]
 
 
 def _memory() -> tuple[int, int]:

@@ -92,7 +92,7 @@ def plan_pages(config: EngineConfig, model: ModelConfig, gpu: Gpu) -> int:
         share = config.gpu_memory_utilization or 0.92
         useful = config.max_num_seqs * config.max_blocks_per_seq + 1  # type: ignore[operator]
         # The engine leaves a twentieth for the step's temporaries; see jaxpaged/runner.py.
-        num_pages = min(useful, int((gpu.memory_bytes * share - weight_bytes) * 0.95) // page_bytes)
+        num_pages = min(useful, int((gpu.memory_bytes * share - weight_bytes - config.marks_bytes(model)) * 0.95) // page_bytes)
         room = f"{gpu.name}: {gpu.memory_gib:g} GiB x {share:g} less {weight_bytes / 2**30:,.1f} GiB of weights"
     if num_pages < 2:
         raise ConfigError(f"{room} leaves room for {max(0, num_pages)} pages of {page_bytes:,} bytes, at least 2 are needed")

@@ -97,7 +97,7 @@ class Machine:
             salt = SALTS[self.choose(len(SALTS))]
         room = self.page_size * (self.pool.num_pages - 1) - len(tokens)
         more = 1 + self.choose(max(1, min(room, 3 * self.page_size) // (1 + self.choose(3))))
-        request = SimpleNamespace(cache_salt=salt, request_id="")
+        request = SimpleNamespace(cache_salt=salt, request_id="", params=SimpleNamespace(prompt_logprobs=None))
         sequence, owner = self.Sequence(request, number=self.num_operations.total()), Owner([])
         self.extend(sequence, owner, tokens + self.some_tokens(more))
         self.sequences.append(sequence)
