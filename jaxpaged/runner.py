@@ -148,9 +148,11 @@ class JaxRunner:
         outputs.is_finite.copy_to_host_async()
         wanted = inputs.wants_logprobs[rows].tolist()
         prompts = [one for one in _prompt_places(plan, self.config.prefill_tile) if one[1]]  # type: ignore[arg-type]
-        asked = [outputs.logprobs, outputs.ranks] if any(wanted) else []
-        if any(chunk.sequence.request.params.logprobs for chunk in sampling):
-            asked += [outputs.likeliest_ids, outputs.likeliest_logprobs]
+        asked = []
+        if any(wanted):
+            asked = [outputs.logprobs, outputs.ranks]
+            if any(chunk.sequence.request.params.logprobs for chunk in sampling):
+                asked += [outputs.likeliest_ids, outputs.likeliest_logprobs]
         for array in asked + (jax.tree.leaves(outputs.prompt) if prompts else []):
             array.copy_to_host_async()
         return functools.partial(self._result, outputs, rows, [chunk.sequence for chunk in sampling], wanted, prompts)

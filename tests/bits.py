@@ -23,8 +23,8 @@ from jaxpaged import config as config_module
 from jaxpaged.config import EngineConfig, ModelConfig
 from jaxpaged.engine import Engine
 from jaxpaged.host.plan import StepPlan
+from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.model import transformer
-from jaxpaged.model import weights as model_weights
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.step import StepOutputs, forward_paged
 from jaxpaged.runner import JaxRunner, attention_backend
@@ -83,25 +83,26 @@ class KeepingRunner(JaxRunner):
     def submit(self, plan: StepPlan):
         """See JaxRunner.submit."""
         if self.scheduler is not None:
-            self.cache = _plant(self.cache, self._unused())
+            self.cache = plant_nan(self.cache, self, self.scheduler)
         return super().submit(plan)
-
-    def _unused(self) -> np.ndarray:
-        size: int = self.config.block_size  # type: ignore[assignment]
-        unused = np.ones((self.model.num_layers, self.num_pages, size), bool)
-        pool = self.scheduler.pool  # type: ignore[attr-defined]
-        for sequence in self.scheduler.running:  # type: ignore[attr-defined]
-            places = np.arange(sequence.num_computed)
-            unused[:, np.array(sequence.pages, int)[places // size], places % size] = False
-        if pool.cache is not None:
-            unused[:, [page for page in range(self.num_pages) if page in pool.cache]] = False
-        return unused.reshape(-1, size)
 
     def guard_is_untouched(self) -> bool:
         """Whether the last page of each layer is NaN all over, as it was."""
         pages = np.asarray(self.cache.k_pages), np.asarray(self.cache.v_pages)
         at = np.arange(self.model.num_layers) * self.num_pages + self.num_pages - 1
         return all(np.isnan(one[at]).all() for one in pages)
+
+
+def plant_nan(cache: KVCache, runner: JaxRunner, scheduler: Scheduler) -> KVCache:
+    """The cache with NaN in every slot that holds no token of a running sequence or of the prefix cache."""
+    size: int = runner.config.block_size  # type: ignore[assignment]
+    unused = np.ones((runner.model.num_layers, runner.num_pages, size), bool)
+    for sequence in scheduler.running:
+        places = np.arange(sequence.num_computed)
+        unused[:, np.array(sequence.pages, int)[places // size], places % size] = False
+    if scheduler.pool.cache is not None:
+        unused[:, [page for page in range(runner.num_pages) if page in scheduler.pool.cache]] = False
+    return _plant(cache, unused.reshape(-1, size))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -117,13 +118,12 @@ def new_runner(
     Page sizes below the engine's smallest are for tests.
     """
     (found,) = [one for one in families.FAMILIES if one.name == family]
-    model, tensors = found.config, found.tensors()
-    weights = model_weights.build(model, lambda p: jnp.asarray(p.pack([tensors[name] for name, _ in p.parts])))
+    model = found.config
     options = {"max_num_seqs": rows, "max_num_batched_tokens": max(rows, tile * tiles), "prefill_tile": tile}
     buckets = {"decode_row_buckets": (1, rows), "prefill_tile_buckets": (1, tiles)}
     with mock.patch.object(config_module, "BLOCK_SIZES", (page_size,)):
         given = EngineConfig(dtype="float32", block_size=page_size, num_gpu_blocks_override=num_pages, **options, **buckets)
-        runner = KeepingRunner(given.resolved(model, "cpu"), model, weights, num_pages=num_pages)
+        runner = KeepingRunner(given.resolved(model, "cpu"), model, found.weights(), num_pages=num_pages)
     if not has_buckets:
         runner.buckets = runner.buckets[-1:]
     runner.warm_up(use_tqdm=False)

@@ -65,6 +65,18 @@ def another_engine(engine: Engine, *, num_pages: int | None = None, **options) -
     return Engine(config, engine.model, runner, pool=ShuffledPool(num_pages or runner.num_pages))
 
 
+def outputs_of(engine: Engine, asks: Iterable[Ask]) -> dict[tuple[str, int], list]:
+    """All outputs of requests that come together, each request named by its number: tokens, and why it ended with the last."""
+    found: dict[tuple[str, int], list] = {}
+    for number, ask in enumerate(asks):
+        engine.add_request(ask.prompt, ask.params, request_id=str(number))
+    while engine.has_unfinished:
+        for event in engine.step():
+            found.setdefault((event.request_id, event.index), []).append((event.token_id, event.finish_reason))
+        engine.scheduler.check()
+    return found
+
+
 def run(engine: Engine, asks: Iterable[Ask], *, arrivals: Callable[[int], int] = lambda index: 0) -> list[Answer]:
     """Run requests to their end, the i-th added before step `arrivals(i)`; every invariant is checked after every step."""
     asks = list(asks)

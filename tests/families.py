@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
 from jaxpaged.config import ModelConfig
-from jaxpaged.model.weights import declare
+from jaxpaged.model.weights import Weights, build, declare
 
 COMMON = {
     "vocab_size": 96,
@@ -72,6 +73,11 @@ class Family:
                     tensor = rng.normal(0.0, 0.2, shape)
                 tensors[name] = tensor.astype(np.float32)
         return tensors
+
+    def weights(self) -> Weights:
+        """The same tensors as the arrays of the engine."""
+        tensors = self.tensors()
+        return build(self.config, lambda parameter: jnp.asarray(parameter.pack([tensors[name] for name, _ in parameter.parts])))
 
     def save(self, directory: Path) -> Path:
         """Write a checkpoint without torch and transformers."""

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from driving import Ask, ShuffledPool, another_engine, greedy, run
-from test_engine import FAMILY, FEW_PAGES, MODEL, OPTIONS, V, compilations, new_weights
+from driving import Ask, ShuffledPool, another_engine, greedy, outputs_of, run
+from test_engine import FAMILY, FEW_PAGES, MODEL, OPTIONS, V, compilations
 from text_model import FAST, write_text_model
 
 from jaxpaged import LLM
@@ -38,7 +38,7 @@ PROMPT = [5, 9, 11, 5, 5, 30, 2]
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with Engine.from_weights(EngineConfig(**{**OPTIONS, **FEW_STEPS}), MODEL, new_weights(), pool_type=ShuffledPool) as engine:
+    with Engine.from_weights(EngineConfig(**{**OPTIONS, **FEW_STEPS}), MODEL, FAMILY.weights(), pool_type=ShuffledPool) as engine:
         yield engine
 
 
@@ -94,18 +94,6 @@ def random_asks(count: int, seed: int) -> list[Ask]:
         params = SamplingParams(max_tokens=length, stop_token_ids=stops, ignore_eos=rng.random() < 0.5, **sampling, **options)
         asks.append(Ask([rng.randrange(12) for _ in range(rng.randint(1, 60))], params))
     return asks
-
-
-def outputs(engine: Engine, asks: list[Ask]) -> dict[tuple[str, int], list]:
-    """All tokens of all outputs and why they ended."""
-    found: dict[tuple[str, int], list] = {}
-    for number, ask in enumerate(asks):
-        engine.add_request(ask.prompt, ask.params, request_id=str(number))
-    while engine.has_unfinished:
-        for event in engine.step():
-            found.setdefault((event.request_id, event.index), []).append((event.token_id, event.finish_reason))
-        engine.scheduler.check()
-    return found
 
 
 # --- what they mean ---------------------------------------------------------------------------------------------------
@@ -250,7 +238,7 @@ def alone(engine: Engine) -> dict[tuple[str, int], list]:
         for index in range(ask.params.n):
             params = dataclasses.replace(ask.params, n=1, seed=ask.params.seed + index)
             one = another_engine(engine, async_scheduling=False, enable_prefix_caching=False)
-            found[str(number), index] = outputs(one, [Ask(ask.prompt, params)])["0", 0]
+            found[str(number), index] = outputs_of(one, [Ask(ask.prompt, params)])["0", 0]
     return found
 
 
@@ -269,11 +257,11 @@ def test_nobody_notices_the_others_nor_how_it_is_scheduled(engine: Engine, alone
     """Outputs of one request count for themselves; half of the requests change no logits."""
     one = another_engine(engine, **options)
     with compilations() as seen:
-        assert outputs(one, list(crowd())) == alone
+        assert outputs_of(one, list(crowd())) == alone
     assert seen == [], "something compiled"
     assert "num_pages" not in options or one.scheduler.num_preemptions > 0
     if options.get("enable_prefix_caching", True) and "num_pages" not in options:
-        assert outputs(one, list(crowd())) == alone, "not the same from the prefix cache"
+        assert outputs_of(one, list(crowd())) == alone, "not the same from the prefix cache"
         assert one.stats()["prefix_cache_hits"] > 0, one.stats()
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from driving import ShuffledPool, another_engine, greedy, run
-from test_engine import FEW_PAGES, MODEL, OPTIONS, new_weights, random_asks
+from driving import ShuffledPool, another_engine, greedy, outputs_of, run
+from test_engine import FAMILY, FEW_PAGES, MODEL, OPTIONS, random_asks
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine import Engine
@@ -31,7 +31,7 @@ from fake_runner import FakeRunner
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with Engine.from_weights(EngineConfig(**OPTIONS), MODEL, new_weights(), pool_type=ShuffledPool) as engine:
+    with Engine.from_weights(EngineConfig(**OPTIONS), MODEL, FAMILY.weights(), pool_type=ShuffledPool) as engine:
         yield engine
 
 
@@ -43,15 +43,8 @@ def test_outputs_are_those_of_synchronous_scheduling(engine: Engine, num_pages: 
     found = []
     for is_async in (False, True):
         one = another_engine(engine, num_pages=num_pages, async_scheduling=is_async)
-        outputs: dict[tuple[str, int], list] = {}
-        for number, ask in enumerate(asks):
-            one.add_request(ask.prompt, ask.params, request_id=str(number))
-        while one.has_unfinished:
-            for event in one.step():
-                outputs.setdefault((event.request_id, event.index), []).append((event.token_id, event.finish_reason))
-            one.scheduler.check()
+        found.append(outputs_of(one, asks))
         assert one.pool.num_used == 0 and (num_pages is None or one.scheduler.num_preemptions > 0)
-        found.append(outputs)
     assert found[0] == found[1] and len(found[0]) == 24 + 6 * 2
 
 

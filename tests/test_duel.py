@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import families
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from driving import Ask, greedy, run
 
 from jaxpaged.config import ConfigError, EngineConfig
 from jaxpaged.engine import Engine
-from jaxpaged.model import weights as model_weights
 from pallas_kernels import operations
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
@@ -40,12 +38,8 @@ PROMPT = [5 + i % 40 for i in range(20)]
 
 
 def new_engine(folder: Path, rival: str = "reference", **options) -> Engine:
-    tensors = FAMILY.tensors()
-    weights = model_weights.build(
-        FAMILY.config, lambda parameter: jnp.asarray(parameter.pack([tensors[name] for name, _ in parameter.parts]))
-    )
     config = EngineConfig(**{**OPTIONS, "compare_with": rival, "compare_dir": str(folder), **options})
-    return Engine.from_weights(config, FAMILY.config, weights)
+    return Engine.from_weights(config, FAMILY.config, FAMILY.weights())
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import random
 from collections.abc import Iterator
 
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bits import plant_nan
 from driving import Answer, Ask, ShuffledPool, another_engine, greedy, run
 
 from jaxpaged import batch
@@ -53,16 +53,9 @@ OPTIONS = {
 FEW_PAGES = MAX_LEN // PAGE + 8
 
 
-def new_weights() -> Weights:
-    tensors = FAMILY.tensors()
-    return model_weights.build(
-        MODEL, lambda parameter: jnp.asarray(parameter.pack([tensors[name] for name, _ in parameter.parts]))
-    )
-
-
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with Engine.from_weights(EngineConfig(**OPTIONS), MODEL, new_weights(), pool_type=ShuffledPool) as engine:
+    with Engine.from_weights(EngineConfig(**OPTIONS), MODEL, FAMILY.weights(), pool_type=ShuffledPool) as engine:
         yield engine
 
 
@@ -122,7 +115,7 @@ def test_nothing_compiles_after_warm_up(engine: Engine) -> None:
 
 
 def test_enforce_eager_compiles_a_bucket_at_its_first_use() -> None:
-    with Engine.from_weights(EngineConfig(**OPTIONS, enforce_eager=True), MODEL, new_weights()) as lazy:
+    with Engine.from_weights(EngineConfig(**OPTIONS, enforce_eager=True), MODEL, FAMILY.weights()) as lazy:
         compiled = lazy.runner.compiled
         assert not compiled
         run(lazy, [Ask([1, 2, 3], greedy(1))])
@@ -171,23 +164,10 @@ class WatchedRunner(JaxRunner):
 
     def submit(self, plan: StepPlan):
         if self.plants_nan:
-            self.cache = _plant(self.cache, self._unused())
+            self.cache = plant_nan(self.cache, self, self.scheduler)
         inputs, rows = self._pad(plan, batch.fit(plan, self.buckets, self.config.prefill_tile), self._feed)
         self.logits.append(np.asarray(_logits(self.weights, self.cache, inputs))[rows].tobytes())
         return super().submit(plan)
-
-    def _unused(self) -> np.ndarray:
-        unused = np.ones((MODEL.num_layers, self.num_pages, PAGE), bool)
-        for sequence in self.scheduler.running:
-            places = np.arange(sequence.num_computed)
-            unused[:, np.array(sequence.pages, int)[places // PAGE], places % PAGE] = False
-        unused[:, [page for page in range(self.num_pages) if page in self.scheduler.pool.cache]] = False
-        return unused.reshape(-1, PAGE)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _plant(cache: KVCache, unused: jax.Array) -> KVCache:
-    return jax.tree.map(lambda pages: jnp.where(unused[:, None, :, None], jnp.nan, pages), cache)
 
 
 @jax.jit
@@ -415,7 +395,7 @@ def test_what_cannot_be_served_is_refused_before_it_takes_a_page(engine: Engine)
 
 
 def test_close_ends_requests_and_deletes_arrays() -> None:
-    weights = new_weights()
+    weights = FAMILY.weights()
     engine = Engine.from_weights(EngineConfig(**OPTIONS, enforce_eager=True), MODEL, weights)
     engine.add_request(PROMPT, greedy(50))
     engine.step()
@@ -515,7 +495,7 @@ def test_a_bad_option_is_named(name: str, value: object) -> None:
 @pytest.mark.parametrize("name", ["fast", "", None, 3])
 def test_an_unknown_backend_is_refused_before_anything_compiles(name: object) -> None:
     with pytest.raises(ConfigError, match=r"attention_backend: .*expected one of auto"):
-        Engine.from_weights(EngineConfig(**OPTIONS, attention_backend=name), MODEL, new_weights())
+        Engine.from_weights(EngineConfig(**OPTIONS, attention_backend=name), MODEL, FAMILY.weights())
 
 
 def test_an_unknown_option_names_its_neighbour() -> None:

@@ -7,14 +7,12 @@ import random
 from pathlib import Path
 
 import families
-import jax.numpy as jnp
 import pytest
 from driving import Ask, ShuffledPool, greedy, run
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine import Engine
 from jaxpaged.host.preemption import SwapCosts
-from jaxpaged.model import weights as model_weights
 
 (FAMILY,) = [family for family in families.FAMILIES if family.name == "qwen2-window"]
 MODEL = FAMILY.config
@@ -27,12 +25,8 @@ OPTIONS = {
 
 
 def new_engine(*, num_slots: int = 0, **options) -> Engine:
-    tensors = FAMILY.tensors()
-    weights = model_weights.build(
-        MODEL, lambda parameter: jnp.asarray(parameter.pack([tensors[name] for name, _ in parameter.parts]))
-    )
     config = EngineConfig(**{**OPTIONS, "swap_space": num_slots * MODEL.page_bytes(PAGE, "float32") / 2**30, **options})
-    return Engine.from_weights(config, MODEL, weights, pool_type=ShuffledPool)
+    return Engine.from_weights(config, MODEL, FAMILY.weights(), pool_type=ShuffledPool)
 
 
 def asks(seed: int) -> list[Ask]:

@@ -69,7 +69,7 @@ def measure(engine: Engine, contexts: Seq[int], rounds: int) -> list[dict[str, f
             started = time.perf_counter()
             engine.runner.submit(plan)()
             taken = time.perf_counter() - started
-            chunks = (*plan.decodes, *plan.prefills)
+            chunks = plan.chunks()
             give_back(engine, chunks)
             if turn:  # the first does not count: it compiles where the engine compiles late
                 seconds.setdefault((bucket, sum(chunk.end for chunk in chunks)), []).append(taken)

@@ -48,7 +48,7 @@ class Encoder:
         if plan is None:
             self.put(Kind.IDLE, b"")
             return
-        if self.has_news or any(chunk.sequence not in self.rows for chunk in (*plan.decodes, *plan.prefills)):
+        if self.has_news or any(chunk.sequence not in self.rows for chunk in plan.chunks()):
             self._admit(plan)
         self.put(Kind.PLAN, pack_plan(plan, *self.look(plan), self.page_size, self.rows))
         self.in_flight.append(plan)
@@ -97,7 +97,7 @@ class Encoder:
         return self.rows.pop(sequence)
 
     def _admit(self, plan: StepPlan) -> None:
-        planned = (chunk.sequence for chunk in (*plan.decodes, *plan.prefills))
+        planned = (chunk.sequence for chunk in plan.chunks())
         for sequence in (*self.scheduler.running, *planned):
             if sequence in self.rows:
                 continue

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpaged.observe.recording import Recording, Segment
-from jaxpaged.observe.records import Admission, Decision, Kind, RecordingError, Work, readable, unpack_request, unwords, words
+from jaxpaged.observe.records import Admission, Decision, Kind, RecordingError, Work, readable, unpack_request, unwords
 
 _ENGINE, _REQUESTS = 1, 2  # the trace's two processes
 
@@ -45,7 +45,8 @@ class _Tracer:
         self.recording = recording
         self.start_s = recording.frames[0].time_s if recording.frames else 0.0
         self.tracks: dict[str, int] = {}
-        self.rows: dict[int, str] = {}
+        self.rows: dict[int, str] = {}  # all there have been: a step may end after they have left
+        self.staying: set[int] = set()  # those of them that have not left
         self.waits: dict[str, float] = {}  # request -> since when
         self.in_flight: list[tuple[int, float, Decision]] = []
         self.num_planned = 0
@@ -68,9 +69,9 @@ class _Tracer:
                 case Kind.COMMIT:
                     yield from self._commit(now)
                 case Kind.PREEMPT:
-                    yield from self._leave(frame.payload, "preempted", now)
+                    yield from self._leave(unwords(frame.payload[:4])[0], "preempted", now)
                 case Kind.FINISH:
-                    yield from self._leave(frame.payload, frame.payload[4:].decode(), now)
+                    yield from self._leave(unwords(frame.payload[:4])[0], frame.payload[4:].decode(), now)
                 case Kind.ABORT:
                     yield from self._give_up(frame.payload.decode(), now)
                 case Kind.RESET:
@@ -78,8 +79,8 @@ class _Tracer:
                 case Kind.FAIL:
                     failure = json.loads(frame.payload)
                     self.in_flight = []
-                    for row in list(self.rows):
-                        yield from self._leave(words(row), "set back", now)
+                    for row in sorted(self.staying):
+                        yield from self._leave(row, "set back", now)
                     yield self._instant(f"failed: {failure['error']}", now)
 
     def _at(self, time_s: float) -> float:
@@ -99,9 +100,11 @@ class _Tracer:
         self.num_planned = segment.num_steps
         for row in segment.rows:
             self.rows[row["row"]] = Admission(**row).name
+            self.staying.add(row["row"])
 
     def _admit(self, admitted: Admission, now: float) -> Iterator[dict[str, Any]]:
         self.rows[admitted.row] = admitted.name
+        self.staying.add(admitted.row)
         since = self.waits.pop(admitted.name, None)
         if since is not None:
             yield from self._slice("waiting", admitted.name, since, now)
@@ -139,8 +142,8 @@ class _Tracer:
         if track in self.waits:  # it gave way while this ran
             self.waits[track] = max(self.waits[track], end)
 
-    def _leave(self, payload: bytes, reason: str, now: float) -> Iterator[dict[str, Any]]:
-        row = unwords(payload[:4])[0]
+    def _leave(self, row: int, reason: str, now: float) -> Iterator[dict[str, Any]]:
+        self.staying.discard(row)
         name = self.rows.get(row, f"row {row}")
         if reason in ("preempted", "set back"):
             self.waits[name] = now

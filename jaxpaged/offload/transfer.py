@@ -8,12 +8,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 
 from jaxpaged.config import ModelConfig
+from jaxpaged.host.plan import Transfers
 from jaxpaged.model.cache import KVCache
 from jaxpaged.offload.disk_pages import DiskPages
 from jaxpaged.offload.files import Files
@@ -22,19 +22,6 @@ from jaxpaged.offload.trouble import Trouble
 
 STALL_S = 1e-3  # a shorter wait is no line in the log
 MEASURED_TURNS = 5
-
-
-class Transfers(Protocol):
-    """`jaxpaged.host.plan.Transfers`: pairs of page or slot numbers and keys."""
-
-    @property
-    def spills(self) -> Seq[tuple[int, bytes]]: ...
-    @property
-    def saves(self) -> Seq[tuple[int, int]]: ...
-    @property
-    def loads(self) -> Seq[tuple[int, int]]: ...
-    @property
-    def fetches(self) -> Seq[tuple[bytes, int]]: ...
 
 
 class Costs(NamedTuple):

@@ -163,7 +163,7 @@ class MeasuredSteps:
     def step_s(self, plan: StepPlan) -> float:
         """See `CostModel.step_s`."""
         points = self._points[_bucket(plan, self._buckets, self._tile)]
-        num_context = sum(chunk.end for chunk in (*plan.decodes, *plan.prefills))
+        num_context = sum(chunk.end for chunk in plan.chunks())
         if num_context <= points[0][0] or len(points) == 1:
             return points[0][1]
         at = min(bisect_left(points, (num_context, 0.0)), len(points) - 1)

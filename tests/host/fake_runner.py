@@ -193,7 +193,7 @@ class FakeRunner(FakeTiers):
         """One step: all writes come before its reads."""
         size, places = self.page_size, self.places
         self.move(plan)
-        for chunk in (*plan.decodes, *plan.prefills):
+        for chunk in plan.chunks():
             pages, tokens = chunk.sequence.pages, chunk.sequence.tokens
             for position in range(chunk.start, chunk.end):
                 is_known = position < len(tokens)

@@ -429,7 +429,7 @@ class Simulation:
     def look_at(self, plan, waiting_before: set[str]) -> None:
         """Is this plan within the limits, fair, and does it get on with the work?"""
         limits = self.scheduler.limits
-        chunks = (*plan.decodes, *plan.prefills)
+        chunks = plan.chunks()
         ids = [chunk.sequence.request.request_id for chunk in chunks]
         assert 0 <= plan.num_tokens == sum(chunk.num_tokens for chunk in chunks) <= limits.max_num_batched_tokens
         assert chunks or plan.transfers.fetches, "a step for nothing"

@@ -109,7 +109,7 @@ class Service:
     def step(self) -> None:
         plan = self.scheduler.plan()
         assert plan is not None
-        for chunk in (*plan.decodes, *plan.prefills):
+        for chunk in plan.chunks():
             request = chunk.sequence.request
             self.advanced.setdefault(request.request_id, []).append(self.num_steps)
             fresh = max(0, min(chunk.end, chunk.sequence.num_prompt) - chunk.start)

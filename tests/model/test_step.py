@@ -6,14 +6,13 @@ import functools
 
 import families
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import Family
 
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import step as model_step
-from jaxpaged.model.weights import Weights, build
+from jaxpaged.model.weights import Weights
 
 PAGE, LEN, M = 8, 40, 6
 SOME = [family for family in families.FAMILIES if family.name in ("llama-biases", "qwen2-window", "qwen3")]
@@ -22,8 +21,7 @@ each_family = pytest.mark.parametrize("family", SOME, ids=lambda family: family.
 
 @functools.cache
 def weights_of(family: Family) -> Weights:
-    tensors = family.tensors()
-    return build(family.config, lambda parameter: jnp.asarray(parameter.pack([tensors[name] for name, _ in parameter.parts])))
+    return family.weights()
 
 
 @functools.cache

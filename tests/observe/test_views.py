@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
-from busy import PAGE, busy_day, new_engine
+from busy import PAGE, FakeRunner, busy_day, new_engine
 
 from jaxpaged import SamplingParams, cli
 from jaxpaged.engine import Engine
@@ -147,6 +147,34 @@ def test_a_picture_without_matplotlib_or_steps(day: Recording, monkeypatch: pyte
 
 
 # --- views -------------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_ran_is_set_back_when_a_step_fails(tmp_path: Path) -> None:
+    class Flaky(FakeRunner):
+        def submit(self, plan):
+            if is_failing:
+                raise OSError("gone")
+            return super().submit(plan)
+
+    is_failing = False
+    engine = new_engine(runner=Flaky(41, PAGE))
+    engine.add_request([1] * 20, SamplingParams(max_tokens=2, ignore_eos=True), request_id="over")
+    while engine.has_unfinished:
+        engine.step()
+    engine.add_request([2] * 20, SamplingParams(max_tokens=9, ignore_eos=True), request_id="running")
+    engine.step()
+    is_failing = True
+    with pytest.raises(OSError, match="gone"):
+        engine.step()
+    is_failing = False
+    while engine.has_unfinished:
+        engine.step()
+    recording = Recording.load(engine.save_recording(tmp_path / "failed.recording"))
+    events = json.loads(save_trace(recording, tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert [names[event["tid"]] for event in events if event["name"] == "set back"] == ["running"]
+    waits = [names[event["tid"]] for event in events if event["name"] == "waiting"]
+    assert sorted(waits) == ["over", "running", "running"]
 
 
 def working(num_steps: int = 30, **options) -> Engine:

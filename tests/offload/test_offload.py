@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import random
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +12,7 @@ import pytest
 from faulty_files import FaultyFiles
 
 from jaxpaged.config import ModelConfig
+from jaxpaged.host.plan import Transfers
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model.cache import KVCache
 from jaxpaged.offload import host_pages, transfer
@@ -31,11 +30,6 @@ MODEL = ModelConfig(
     max_position_embeddings=64,
 )
 NUM_PAGES, NUM_SLOTS, PAGE_SIZE = 10, 5, 4
-
-
-def transfers(**parts: Any) -> SimpleNamespace:
-    """A plan's transfers; what is not named is empty."""
-    return SimpleNamespace(**{**dict.fromkeys(("spills", "saves", "loads", "fetches"), ()), **parts})
 
 
 def filled_cache(dtype: str = "bfloat16") -> KVCache:
@@ -94,7 +88,7 @@ class Scheduler:
                 fetches.append((key, slot))
                 self.fetching[key] = slot
                 self.slots.pop(slot, None)
-        self.cache = self.offload.transfer(self.cache, transfers(spills=spills, saves=saves, loads=loads, fetches=fetches))
+        self.cache = self.offload.transfer(self.cache, Transfers(spills=spills, saves=saves, loads=loads, fetches=fetches))
         for page in rng.sample(pages, min(2, len(pages))):
             self._next += 1
             self.cache = self._write(self.cache, np.int32(page), np.float32(self._next % 120 + 8))
@@ -154,29 +148,29 @@ def test_random_plans_end_as_in_the_model(late: float, fault: str, tmp_path: Pat
 def test_the_order_is_spills_saves_loads_fetches(tmp_path: Path) -> None:
     """One slot takes part in all four: what it held is spilled, a page is saved to it, loaded from it, and another fetched."""
     offload, cache = Offload(filled_cache(), MODEL, num_slots=2, offload_dir=str(tmp_path)), filled_cache()
-    cache = offload.transfer(cache, transfers(saves=[(1, 0), (2, 1)]))
-    cache = offload.transfer(cache, transfers(spills=[(1, b"two")]))
+    cache = offload.transfer(cache, Transfers(saves=[(1, 0), (2, 1)]))
+    cache = offload.transfer(cache, Transfers(spills=[(1, b"two")]))
     cache = offload.transfer(
-        cache, transfers(spills=[(0, b"one")], saves=[(3, 0)], loads=[(0, 9)], fetches=[(b"two", 0), (b"one", 1)])
+        cache, Transfers(spills=[(0, b"one")], saves=[(3, 0)], loads=[(0, 9)], fetches=[(b"two", 0), (b"one", 1)])
     )
     answers = []
     while len(answers) < 2:
         answers += offload.fetched(wait=True)
     assert sorted(answers) == [(b"one", True), (b"two", True)]
-    cache = offload.transfer(cache, transfers(loads=[(0, 7), (1, 8)]))
+    cache = offload.transfer(cache, Transfers(loads=[(0, 7), (1, 8)]))
     assert held(cache) == [0, 1, 2, 3, 4, 5, 6, 2, 1, 3]
     offload.close()
 
 
 def test_a_fetch_is_not_overwritten_by_a_save_that_was_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offload, cache = Offload(filled_cache(), MODEL, num_slots=2, offload_dir=str(tmp_path)), filled_cache()
-    cache = offload.transfer(cache, transfers(saves=[(1, 0)]))
-    cache = offload.transfer(cache, transfers(spills=[(0, b"one")]))
+    cache = offload.transfer(cache, Transfers(saves=[(1, 0)]))
+    cache = offload.transfer(cache, Transfers(spills=[(0, b"one")]))
     monkeypatch.setattr(host_pages._Saved, "is_ready", lambda saved: False)
-    cache = offload.transfer(cache, transfers(saves=[(2, 0), (3, 1)]))
-    cache = offload.transfer(cache, transfers(fetches=[(b"one", 0)]))
+    cache = offload.transfer(cache, Transfers(saves=[(2, 0), (3, 1)]))
+    cache = offload.transfer(cache, Transfers(fetches=[(b"one", 0)]))
     assert offload.fetched(wait=True) == [(b"one", True)]
-    cache = offload.transfer(cache, transfers(loads=[(1, 8), (0, 9)]))
+    cache = offload.transfer(cache, Transfers(loads=[(1, 8), (0, 9)]))
     assert held(cache)[8:] == [3, 1]
     offload.close()
 
@@ -185,8 +179,8 @@ def test_what_is_counted(tmp_path: Path) -> None:
     offload, cache = Offload(filled_cache(), MODEL, num_slots=4, offload_dir=str(tmp_path)), filled_cache()
     offload.warm_up()
     page_bytes = kv_cache.page_bytes(MODEL, PAGE_SIZE, "bfloat16")
-    cache = offload.transfer(cache, transfers(saves=[(1, 0), (2, 1), (3, 2)]))
-    cache = offload.transfer(cache, transfers(spills=[(0, b"a"), (1, b"b")], loads=[(2, 5)], fetches=[(b"a", 3), (b"c", 1)]))
+    cache = offload.transfer(cache, Transfers(saves=[(1, 0), (2, 1), (3, 2)]))
+    cache = offload.transfer(cache, Transfers(spills=[(0, b"a"), (1, b"b")], loads=[(2, 5)], fetches=[(b"a", 3), (b"c", 1)]))
     answers = []
     while len(answers) < 2:
         answers += offload.fetched(wait=True)
@@ -204,8 +198,8 @@ def test_what_is_counted(tmp_path: Path) -> None:
 
 def test_without_a_disk_nothing_is_fetched() -> None:
     offload = Offload(filled_cache(), MODEL, num_slots=4)
-    cache = offload.transfer(filled_cache(), transfers(saves=[(4, 0)]))
-    cache = offload.transfer(cache, transfers(loads=[(0, 9)]))
+    cache = offload.transfer(filled_cache(), Transfers(saves=[(4, 0)]))
+    cache = offload.transfer(cache, Transfers(loads=[(0, 9)]))
     assert held(cache)[9] == 4
     assert offload.fetched() == offload.fetched(wait=True) == offload.lost() == []
     assert offload.stats().num_spilled_pages == 0
@@ -229,17 +223,17 @@ def test_a_stall_is_said_once_when_a_step_has_waited(
     caplog.set_level(logging.WARNING, logger="jaxpaged")
     clock = Clock()
     offload = Offload(filled_cache(), MODEL, num_slots=4, offload_dir=str(tmp_path), clock=clock)
-    cache = offload.transfer(filled_cache(), transfers(saves=[(1, 0)]))
+    cache = offload.transfer(filled_cache(), Transfers(saves=[(1, 0)]))
     offload.host.settle()
-    cache = offload.transfer(cache, transfers(spills=[(0, b"a")], loads=[(0, 3)], fetches=[(b"a", 1)]))
+    cache = offload.transfer(cache, Transfers(spills=[(0, b"a")], loads=[(0, 3)], fetches=[(b"a", 1)]))
     assert offload.fetched(wait=True) == [(b"a", True)]
     assert caplog.messages == [] and offload.stats().stall_s == 0
     monkeypatch.setattr(host_pages._Saved, "is_ready", lambda saved: False)
     clock.tick_s = 2e-3
-    cache = offload.transfer(cache, transfers(saves=[(1, 0)]))
+    cache = offload.transfer(cache, Transfers(saves=[(1, 0)]))
     assert caplog.messages == [], "nobody waits for a save"
     for _ in range(2):
-        cache = offload.transfer(cache, transfers(saves=[(1, 0)], loads=[(0, 4)]))
+        cache = offload.transfer(cache, Transfers(saves=[(1, 0)], loads=[(0, 4)]))
     assert caplog.messages == ["[Offload] Page-in stall: a step waited 4.0 ms for pages"]
     assert offload.stats().stall_s == pytest.approx(6e-3)
     offload.close()

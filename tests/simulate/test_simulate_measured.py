@@ -28,7 +28,7 @@ def test_a_plan_fills_its_bucket(engine):
             assert sum(-(-chunk.num_tokens // 16) for chunk in plan.prefills) == bucket.prefill_tiles
             assert {chunk.end for chunk in plan.decodes} == {context}
             assert all(chunk.end == max(context, chunk.num_tokens) for chunk in plan.prefills)
-            step_times.give_back(engine, (*plan.decodes, *plan.prefills))
+            step_times.give_back(engine, plan.chunks())
     pages = engine.pool.allocate(engine.pool.num_free - 63)
     assert step_times.full_plan(engine, Bucket(4, 0), 256) is None  # 4 rows of 16 pages, and 63 are left
     assert engine.pool.num_free == 63

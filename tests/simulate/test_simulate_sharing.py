@@ -35,7 +35,7 @@ class Watcher:
         self.written: dict[str, list[int]] = {}
 
     def step_s(self, plan: StepPlan) -> float:
-        ends = {chunk.sequence: chunk.end for chunk in (*plan.decodes, *plan.prefills)}
+        ends = {chunk.sequence: chunk.end for chunk in plan.chunks()}
         filled: dict[int, int] = {}
         own: list[int] = []
         for sequence in self.scheduler.running:
@@ -108,7 +108,7 @@ def test_beams_share_the_pages_whose_tokens_they_have_in_common(width: int):
 
     class Oracle(Watcher):
         def step_s(self, plan: StepPlan) -> float:
-            ends = [(chunk.sequence.tokens, chunk.end) for chunk in (*plan.decodes, *plan.prefills)]
+            ends = [(chunk.sequence.tokens, chunk.end) for chunk in plan.chunks()]
             known = {tuple(tokens[: (index + 1) * PAGE]) for tokens, end in ends for index in range((end - 1) // PAGE)}
             expected.append(len(known) + len(ends))  # the page that is written is each one's own
             return super().step_s(plan)
