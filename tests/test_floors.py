@@ -17,8 +17,8 @@ LIBRARY = ("jaxpaged", "pallas_kernels", "convert")
 
 # From the ground up. A room imports from floors below its own; rooms of one floor never see each other.
 FLOORS = (
-    ("jaxpaged.version", "jaxpaged.config", "jaxpaged.outputs", "jaxpaged.stop_strings", "pallas_kernels"),
-    ("jaxpaged.host", "jaxpaged.model"),
+    ("jaxpaged.version", "jaxpaged.config", "jaxpaged.stop_strings", "jaxpaged.tools", "pallas_kernels"),
+    ("jaxpaged.host", "jaxpaged.model", "jaxpaged.outputs"),
     ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel", "jaxpaged.observe", "jaxpaged.offload"),
     ("jaxpaged.adjuster",),
     ("jaxpaged.runner", "jaxpaged.tokenizer", "jaxpaged.demo", "convert"),
@@ -37,6 +37,7 @@ ONLY = {
     "jaxpaged.version": (),
     "jaxpaged.config": (),
     "jaxpaged.stop_strings": (),
+    "jaxpaged.tools": ("jaxpaged.tools",),
     "jaxpaged.host": ("jaxpaged.config", "jaxpaged.host"),
     "jaxpaged.observe": ("jaxpaged.config", "jaxpaged.host", "jaxpaged.observe", "jaxpaged.version"),
     "jaxpaged.simulate": ("jaxpaged.config", "jaxpaged.host", "jaxpaged.simulate"),
