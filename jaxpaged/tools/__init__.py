@@ -88,9 +88,7 @@ def tool_parser(
     return _CLASSES[name](make_id or _ids(name, rng or random.SystemRandom()), is_eager=is_eager)
 
 
-def parse(
-    text: str, parser: str, *, rng: random.Random | None = None, make_id: Callable[[], str] | None = None
-) -> Reply:
+def parse(text: str, parser: str, *, rng: random.Random | None = None, make_id: Callable[[], str] | None = None) -> Reply:
     """A whole text taken apart; the arguments are `tool_parser`'s."""
     one = tool_parser(parser, rng=rng, make_id=make_id)
     return collect([*one.add(text), *one.finish()])

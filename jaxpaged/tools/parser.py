@@ -110,7 +110,7 @@ class ToolParser(ABC):
             if whole is not None:
                 self._hold(text[start:place])
                 self._state = live[whole]
-                return place
+                return self._state(text, place)  # also at the end of the text
         self._hold(text[start:place])
         return place
 

@@ -142,52 +142,110 @@ Found = tuple[str, list[tuple[str, str]]]
 """The content, and name and arguments of each call."""
 
 
-def _next(text: str, marker: str, place: int) -> int:
-    found = text.find(marker, place)
-    return len(text) if found < 0 else found
+MARKER = {"hermes": "<tool_call>", "llama3_json": "<|python_tag|>", "mistral": "[TOOL_CALLS]"}
+
+
+class Slow:
+    """Goes over a whole text: `settled` characters of it are content, calls or dropped."""
+
+    def __init__(self, text: str, name: str, max_depth: int = 64):
+        self.text, self.name, self.max_depth = text, name, max_depth
+        self.content, self.calls = "", []
+        self.settled = 0
+        self.marker = MARKER[name]
+
+    def run(self) -> Found:
+        is_beside = True  # only white space since the beginning or a call
+        try:
+            while self.settled < len(self.text):
+                start = self.call_here() if is_beside else None
+                if start is None:
+                    start = self.text.find(self.marker, self.settled)
+                    if start < 0:
+                        break
+                    self.keep(start)
+                    start += len(self.marker)
+                try:
+                    self.take_calls(start)
+                    is_beside = True
+                except Wrong as wrong:
+                    self.keep(wrong.place)
+                    is_beside = False
+        except Unfinished:
+            pass
+        rest = self.text[self.settled :]
+        is_dropped = is_beside and self.calls and not rest.strip(SPACE)
+        return self.content + ("" if is_dropped else rest), self.calls
+
+    def keep(self, end: int) -> None:
+        self.content += self.text[self.settled : end]
+        self.settled = end
+
+    def call_here(self) -> int | None:
+        """Where a call goes on that begins here, after white space."""
+        start = space(self.text, self.settled)
+        if self.name == "llama3_json":
+            if self.calls and self.text[start : start + 1] == ";":
+                start = space(self.text, start + 1)
+            if self.text[start : start + 1] == "{":
+                return start
+        return start + len(self.marker) if self.text.startswith(self.marker, start) else None
+
+    def take_calls(self, start: int) -> None:
+        """What stands behind a marker."""
+        if self.name == "mistral":
+            start = space(self.text, start)
+            if char(self.text, start) != "[":
+                return self.take_named(start)
+        if self.name != "mistral":
+            self.take_call(start)
+            end = space(self.text, self.settled)
+            if self.name == "hermes" and self.text.startswith("</tool_call>", end):
+                self.settled = end + len("</tool_call>")
+            return None
+        while True:
+            self.take_call(start + 1)
+            start = space(self.text, self.settled)
+            if start == len(self.text):
+                return None
+            if self.text[start] == "]":
+                self.settled = start + 1
+                return None
+            if self.text[start] != ",":
+                raise Wrong(start)
+
+    def take_call(self, start: int) -> None:
+        keys = {"parameters", "arguments"} if self.name == "llama3_json" else {"arguments"}
+        extra = {"type", "id"} if self.name == "llama3_json" else None
+        self.settled, name, arguments = call(self.text, start, keys, extra, self.max_depth)
+        self.calls.append((name, arguments))
+
+    def take_named(self, start: int) -> None:
+        end = self.word(start, "_-.")
+        name = self.text[start:end]
+        if not name:
+            raise Wrong(end)
+        if char(self.text, end) != "{":
+            is_args = self.text.startswith("[A", end)
+            end = literal(self.text, end, "[ARGS]" if is_args else "[CALL_ID]")
+            if not is_args:
+                start, end = end, self.word(end, "")
+                if start == end:
+                    raise Wrong(end)
+                end = literal(self.text, end, "[ARGS]")
+        begin = space(self.text, end)
+        if char(self.text, begin) != "{":
+            raise Wrong(begin)
+        self.settled = value(self.text, begin, 0, self.max_depth)
+        self.calls.append((name, self.text[begin : self.settled]))
+
+    def word(self, start: int, more: str) -> int:
+        end = start
+        while char(self.text, end).isascii() and (self.text[end].isalnum() or self.text[end] in more) and end < start + 256:
+            end += 1
+        return end
 
 
 def slow_parse(text: str, name: str, max_depth: int = 64) -> Found:
     """Content and calls of a whole text."""
-    content, calls = "", []
-    marker = {"hermes": "<tool_call>", "llama3_json": "<|python_tag|>", "mistral": "[TOOL_CALLS]"}[name]
-    place = 0  # all before it is settled
-    is_beside = True  # only white space since a call or the beginning
-    while place < len(text):
-        start = space(text, place) if is_beside else place
-        if is_beside and name == "llama3_json" and calls and text[start : start + 1] == ";":
-            start = space(text, start + 1)
-        if is_beside and name == "llama3_json" and text[start : start + 1] == "{":
-            begin = start
-        else:
-            start = _next(text, marker, start)
-            begin = start + len(marker)
-            piece = text[place:start]
-            is_separator = is_beside and bool(calls) and name == "llama3_json" and start < len(text) and piece.strip(SPACE) == ";"
-            if (piece.strip(SPACE) and not is_separator) or not is_beside:
-                content += piece
-                place = start
-            if start == len(text):
-                break
-        try:
-            place, found = slow_calls(text, begin, name, max_depth)
-            calls += found
-            is_beside = True
-        except Unfinished:
-            return content + text[place:], calls
-        except Wrong as wrong:
-            content, place, is_beside = content + text[place : wrong.place], wrong.place, False
-    rest = text[place:]
-    return content + (rest if rest.strip(SPACE) or not calls else ""), calls
-
-
-def slow_calls(text: str, place: int, name: str, max_depth: int) -> tuple[int, list[tuple[str, str]]]:
-    """What the marker before `place` says, and one past what belongs to it."""
-    if name == "hermes":
-        place, *found = call(text, place, {"arguments"}, None, max_depth)
-        end = space(text, place)
-        return (end + 12 if text.startswith("</tool_call>", end) else place), [tuple(found)]
-    if name == "llama3_json":
-        place, *found = call(text, place, {"parameters", "arguments"}, {"type", "id"}, max_depth)
-        return place, [tuple(found)]
-    raise NotImplementedError(name)
+    return Slow(text, name, max_depth).run()
