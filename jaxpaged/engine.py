@@ -218,6 +218,8 @@ class Engine:
                     known.setdefault(place, likelihood)
         self._eyes.ran(*decisive)
         events = self.scheduler.commit(plan, *decisive)
+        if self.scheduler.spoiled:
+            self.runner.clean(self.scheduler.spoiled)
         self._eyes.committed()
         self.num_steps += 1
         if likelihoods is not None:

@@ -49,7 +49,8 @@ def step_with_logits(weights, cache, inputs, *, config, backend, max_logprobs):
     """`jaxpaged.model.step.step`, which also returns the logits."""
     hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), config=config, backend=backend)
     scores = transformer.logits(weights, config, hidden[inputs.sample_at])
-    return (StepOutputs.of(scores, inputs, max_logprobs), scores), cache
+    outputs = StepOutputs.of(scores, inputs, max_logprobs)
+    return (outputs.told(weights, config, hidden, inputs, max_logprobs), scores), cache
 
 
 class Keeper:

@@ -103,3 +103,7 @@ class StepPlan:
     def sampling(self) -> list[Chunk]:
         """The chunks that yield a token, in the order of the step's outputs."""
         return [*self.decodes, *(chunk for chunk in self.prefills if chunk.samples)]
+
+    def unsampled(self) -> list[Chunk]:
+        """The others, in their order."""
+        return [chunk for chunk in self.prefills if not chunk.samples]

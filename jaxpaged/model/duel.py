@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxpaged.config import ModelConfig
 from jaxpaged.model.attention import PagedAttention, PagedTokens
 from jaxpaged.model.cache import KVCache
-from jaxpaged.model.step import PromptLogprobs, StepInputs, StepOutputs
+from jaxpaged.model.step import StepInputs, StepOutputs
 from jaxpaged.model.transformer import forward, logits
 from jaxpaged.model.weights import Weights
 from pallas_kernels.backends import Backend
@@ -41,7 +41,7 @@ class _Duellists:
         cache = self.attention.write(layer, k, v, cache)
         ours, theirs = self.attention.read(layer, q, cache), self.rival.read(layer, q, cache)
         error = _distance(ours, theirs, self.attention.tokens)
-        return ours, (cache, (*errors, error), (*queries, q))
+        return self.attention.told(ours, q, k, v, cache), (cache, (*errors, error), (*queries, q))
 
 
 def step(
@@ -64,8 +64,7 @@ def step(
     ids, positions = tokens.token_ids, tokens.positions
     hidden, (cache, errors, queries) = forward(weights, config, ids, positions, _Duellists(attention, opponent), (cache, (), ()))
     scores = logits(weights, config, hidden[inputs.sample_at])
-    outputs = StepOutputs.of(scores, inputs, max_logprobs)
-    outputs = outputs.replace(prompt=PromptLogprobs.of(weights, config, hidden, inputs, max_logprobs))  # type: ignore[attr-defined]
+    outputs = StepOutputs.of(scores, inputs, max_logprobs).told(weights, config, hidden, inputs, max_logprobs)
 
     def read_only(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         return opponent.read(layer, q, cache), cache
@@ -81,8 +80,7 @@ def _distance(ours: jax.Array, theirs: jax.Array, tokens: PagedTokens) -> jax.Ar
     D, C = tokens.num_rows, tokens.num_tiles
     ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
     apart = jnp.where(jnp.isfinite(ours) & jnp.isfinite(theirs), jnp.abs(ours - theirs), jnp.inf)
-    lens = jnp.repeat(tokens.tile_lens, tokens.tile) if C else tokens.tile_lens
-    is_real = jnp.concatenate([tokens.row_lens > 0, tokens.positions[D:] < lens])[:, None]
+    is_real = tokens.is_real[:, None]
     apart = jnp.where(is_real, jnp.max(apart, axis=-1), 0.0)
     size = jnp.where(is_real, jnp.max(jnp.abs(theirs), axis=-1), 0.0)
 
