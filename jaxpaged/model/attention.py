@@ -94,10 +94,8 @@ class PagedAttention:
         """The cache with the tokens' keys and values [X, K, H] in their slots of a layer."""
         # Layer l's page p is row l * P + p of the flat pool, its null page row l * P.
         slots = self.tokens.slots + layer * cache.pages_per_layer(self.config) * cache.page_size
-        # As they are in the pages' dtype, in which a finite number may be too large.
-        k, v = (jnp.where(jnp.isfinite(new), new, 0) for new in (k.astype(cache.dtype), v.astype(cache.dtype)))
-        k_pages = write_kv_pages(cache.k_pages, k, slots, backend=self.backend)
-        v_pages = write_kv_pages(cache.v_pages, v, slots, backend=self.backend)
+        k_pages = write_kv_pages(cache.k_pages, written(k, cache), slots, backend=self.backend)
+        v_pages = write_kv_pages(cache.v_pages, written(v, cache), slots, backend=self.backend)
         return KVCache.of(k_pages, v_pages)
 
     def read(self, layer: int, q: jax.Array, cache: KVCache) -> jax.Array:
@@ -118,3 +116,9 @@ class PagedAttention:
             tiles = paged_prefill_attention(tiles, *pages, tables, tokens.tile_lens, firsts, **options)
             parts.append(tiles.reshape(-1, *q.shape[1:]))
         return jnp.concatenate(parts)
+
+
+def written(new: jax.Array, cache: KVCache) -> jax.Array:
+    """New keys or values as pages hold them: 0 for what is not finite in the pages' dtype, which may have no room for a number."""
+    new = new.astype(cache.dtype)
+    return jnp.where(jnp.isfinite(new), new, 0)

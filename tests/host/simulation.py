@@ -428,9 +428,10 @@ class Simulation:
     def look_at_spoiled(self, owned: dict) -> None:
         """What a request that has failed alone had, is noted to be cleaned, and nobody finds it again."""
         spoiled = set(self.scheduler.spoiled)
+        of_others = {page for one, pages in owned.items() if one.finish_reason != "error" for page in pages}
         for sequence, pages in owned.items():
             if sequence.finish_reason == "error":
-                mine = {page for page in pages if not self.pool.num_owners(page)}
+                mine = {page for page in pages if not self.pool.num_owners(page)} - of_others
                 assert mine <= spoiled, "a page of a request that failed is not cleaned"
                 self.outcome.num_spoiled += len(mine)
         assert not any(self.pool.num_owners(page) for page in spoiled), "a page that somebody owns is cleaned"
