@@ -1,8 +1,8 @@
 """What `batch_invariant` costs: `python -m jaxpaged.bench.batch_invariant`.
 
-Two engines on one model, without and with it, serve the same requests in turn. Prompts and decoding count apart: prompt tokens per
-second until the last sequence has its first token, and new tokens per second from there to the first end of a sequence. Of both,
-medians are reported, and of their ratio, with over without, the median over turns, because a shared machine's speed changes.
+Two engines on one model, without and with it, serve the same requests in turn. Prompts and decoding count apart: prompt tokens
+per second until the last sequence has its first token, and new tokens per second from there to the first end of a sequence. Of
+both, medians are reported, and of their ratio, with over without, the median over turns, because a shared machine's speed changes.
 """
 
 from __future__ import annotations
@@ -33,14 +33,17 @@ METRICS = {"prompt_tokens_per_s": "prompts", "new_tokens_per_s": "decoding"}
 
 
 @contextmanager
-def open_engines(name: str, dtype: str, num_seqs: int, max_len: int) -> Iterator[dict[bool, Engine]]:
+def open_engines(name: str, dtype: str, num_seqs: int, length: int, num_tokens: int) -> Iterator[dict[bool, Engine]]:
     """An engine without and one with `batch_invariant`.
 
     Args:
       name: bundled, 135M for random weights of that shape, or a directory.
-      num_seqs: at a time; there is a step for one sequence too.
+      num_seqs: at a time.
+      length, num_tokens: of each prompt and answer.
     """
-    options: dict[str, Any] = {"dtype": dtype, "max_num_seqs": num_seqs, "max_model_len": max_len, "enable_prefix_caching": False}
+    options: dict[str, Any] = {"dtype": dtype, "max_num_seqs": num_seqs, "max_model_len": length + num_tokens}
+    # Steps for one prompt and for many, one row and many, and no others.
+    options |= {"enable_prefix_caching": False, "prefill_tile": 16, "prefill_tile_buckets": (-(-length // 16),)}
     engines = {}
     for is_on in (False, True):
         if name == "135M":
@@ -147,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     reports = []
     for name in args.models.split(","):
         for dtype in args.dtypes.split(","):
-            with open_engines(name, dtype, max(num_seqs), args.input_len + args.output_len) as engines:
+            with open_engines(name, dtype, max(num_seqs), args.input_len, args.output_len) as engines:
                 sizes = {"rounds": args.rounds, "length": args.input_len, "num_tokens": args.output_len}
                 rows = compare(engines, num_seqs, **sizes)
             reports.append({"model": name, "dtype": dtype, "rows": rows})
