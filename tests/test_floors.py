@@ -20,7 +20,7 @@ FLOORS = (
     ("jaxpaged.version", "jaxpaged.config", "jaxpaged.outputs", "jaxpaged.stop_strings", "pallas_kernels"),
     ("jaxpaged.host", "jaxpaged.model"),
     ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel", "jaxpaged.observe", "jaxpaged.offload"),
-    ("jaxpaged.adjuster",),
+    ("jaxpaged.adjuster", "jaxpaged.structured"),
     ("jaxpaged.runner", "jaxpaged.tokenizer", "jaxpaged.demo", "convert"),
     ("jaxpaged.engine",),
     ("jaxpaged.growing",),

@@ -65,7 +65,7 @@ def step(
     hidden, (cache, errors, queries) = forward(weights, config, ids, positions, _Duellists(attention, opponent), (cache, (), ()))
     scores = logits(weights, config, hidden[inputs.sample_at])
     outputs = StepOutputs.of(scores, inputs, max_logprobs)
-    outputs = outputs.replace(prompt=PromptLogprobs.of(weights, config, hidden, inputs, max_logprobs))  # type: ignore[attr-defined]
+    outputs = outputs.replace(prompt=PromptLogprobs.of(weights, config, hidden, inputs, max_logprobs), logits=scores)  # type: ignore[attr-defined]
 
     def read_only(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         return opponent.read(layer, q, cache), cache

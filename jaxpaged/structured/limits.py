@@ -1,0 +1,46 @@
+"""How much a grammar may take, to compile and to use; what both processes read of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import llguidance
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one grammar, but for the last two.
+
+    Args:
+      wall_s: to compile it and to try it out, in the process that may be killed.
+      memory_bytes: above what that process has before.
+      walks, walk_len: ways through it that are tried, and tokens of one.
+      initial_fuel, step_fuel, step_items, row_items, grammar_size, lexer_states: llguidance's own, which bound each step of an
+        output too: about 20 ms for the beginning, 10 ms for a step, and 20 MiB for the states that all its outputs share.
+      num_cached: grammars that are kept.
+      cached_bytes: of all of them together, as the process that tried them measured it.
+    """
+
+    wall_s: float = 2.0
+    memory_bytes: int = 256 << 20
+    walks: int = 2
+    walk_len: int = 24
+    initial_fuel: int = 1_000_000
+    step_fuel: int = 100_000
+    step_items: int = 50_000
+    row_items: int = 2_000
+    grammar_size: int = 200_000
+    lexer_states: int = 50_000
+    num_cached: int = 128
+    cached_bytes: int = 256 << 20
+
+    def of_parser(self) -> llguidance.LLParserLimits:
+        """As llguidance takes them."""
+        from llguidance import LLParserLimits
+
+        options: dict[str, Any] = {"max_items_in_row": self.row_items, "initial_lexer_fuel": self.initial_fuel}
+        options |= {"step_lexer_fuel": self.step_fuel, "step_max_items": self.step_items}
+        options |= {"max_grammar_size": self.grammar_size, "max_lexer_states": self.lexer_states}
+        return LLParserLimits(**options, verbose_errors=False)
