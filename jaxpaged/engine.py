@@ -25,9 +25,11 @@ from jaxpaged.host.beam_params import check_room
 from jaxpaged.host.pages import PagePool
 from jaxpaged.host.plan import StepPlan
 from jaxpaged.host.preemption import SwapCosts
-from jaxpaged.host.request import Likelihood, Request, RequestError, SamplingParams, TokenEvent
+from jaxpaged.host.request import FinishReason, Likelihood, Request, RequestError, SamplingParams, TokenEvent
 from jaxpaged.observe import eyes
 from jaxpaged.runner import JaxRunner, Result, Runner, plan_memory, use_compilation_cache
+from jaxpaged.structured.grammars import Grammars
+from jaxpaged.structured.matchers import is_constrained
 
 
 class Engine:
@@ -48,6 +50,7 @@ class Engine:
     ):
         """`config` is resolved; `pool` and `clock` are for tests and simulations, `costs` for preemption_mode auto."""
         self.config, self.model, self.runner, self.clock = config, model, runner, clock
+        self.matchers = runner.matchers
         self.pool = pool if pool is not None else PagePool(runner.num_pages)
         self.scheduler = scheduler.build(config, model, self.pool, costs=costs)
         self._prompts: dict[str, dict[int, Likelihood]] = {}  # of running requests that want them: by place in the prompt
@@ -62,17 +65,25 @@ class Engine:
 
     @classmethod
     def from_weights(
-        cls, config: EngineConfig, model: ModelConfig, weights, *, use_tqdm: bool = False, pool_type: type[PagePool] = PagePool
+        cls,
+        config: EngineConfig,
+        model: ModelConfig,
+        weights,
+        *,
+        use_tqdm: bool = False,
+        pool_type: type[PagePool] = PagePool,
+        grammars: Grammars | None = None,
     ) -> Engine:
         """An engine on this machine's device, warmed up, from weights that are already there.
 
         Args:
           weights: `jaxpaged.model.weights.Weights` of `config.dtype`; the engine owns them from here and `close` deletes them.
+          grammars: of the model's tokenizer, for requests with structured_outputs.
         """
         config = config.resolved(model, jax.default_backend())
         use_compilation_cache(config.compilation_cache_dir)
         num_pages = plan_memory(config, model)
-        runner = JaxRunner(config, model, weights, num_pages=num_pages)
+        runner = JaxRunner(config, model, weights, num_pages=num_pages, grammars=grammars)
         if not config.enforce_eager:
             runner.warm_up(use_tqdm=use_tqdm)
         runner.log_memory()
@@ -146,6 +157,10 @@ class Engine:
             max_num_seqs=self.config.max_num_seqs,  # type: ignore[arg-type]
             max_logprobs=self.config.max_logprobs,
         )
+        if request.params.structured_outputs is not None:
+            if self.matchers is None:
+                raise RequestError("structured_outputs: this engine knows no text: it was made without grammars")
+            self.matchers.check(request)
         return request
 
     def _new_id(self) -> str:
@@ -219,10 +234,27 @@ class Engine:
         self._eyes.ran(*decisive)
         events = self.scheduler.commit(plan, *decisive)
         self._eyes.committed()
+        if self.matchers is not None and self.matchers.is_used:
+            events = self._end_complete(events, plan)
         self.num_steps += 1
         if likelihoods is not None:
             events = _with_likelihoods(events, plan, likelihoods)
         return [self._with_prompt(event) for event in events] if self._prompts else events
+
+    def _end_complete(self, events: list[TokenEvent], plan: StepPlan) -> list[TokenEvent]:
+        """End the outputs whose grammar lets nothing follow: the step's events, with their ends."""
+        sequences = [chunk.sequence for chunk in plan.sampling() if is_constrained(chunk.sequence)]
+        by_output = {(one.request.request_id, one.index): one for one in sequences}
+        found = []
+        for event in events:
+            sequence = by_output.get((event.request_id, event.index))
+            is_open = sequence is not None and event.finish_reason in (None, FinishReason.LENGTH)
+            if is_open and self.matchers.is_complete(sequence):  # type: ignore[union-attr, arg-type]
+                if event.finish_reason is None:
+                    self.stop(event.request_id, event.index)
+                event = event._replace(finish_reason=FinishReason.STOP)
+            found.append(event)
+        return found
 
     def _with_prompt(self, event: TokenEvent) -> TokenEvent:
         """The first event of a request's first output with what was found of its prompt."""

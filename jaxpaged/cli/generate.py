@@ -29,7 +29,7 @@ The texts go to stdout, everything else to stderr. Numbers may end in k = 1000 o
 MAX_TOKENS = 128  # where neither a flag nor the model's generation_config.json says anything; 16 is short for a reader
 SAMPLING_TITLE = "sampling (the model's generation_config.json comes before these defaults)"
 # The seed is the engine's: requests from one command line need none of their own. Nothing is printed of the others.
-LEFT_OUT = ("seed", "logprobs", "prompt_logprobs", "output_kind")
+LEFT_OUT = ("seed", "logprobs", "prompt_logprobs", "output_kind", "structured_outputs")
 
 
 def add_arguments(parser: Parser) -> None:

@@ -6,7 +6,7 @@ Knows forms. Refuses to know sequences: see `jaxpaged.structured.matchers`.
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import logging
 import select
 import subprocess
@@ -15,8 +15,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from jaxpaged.host.request import RequestError
 from jaxpaged.host.structured import GrammarError, StructuredOutputsParams
@@ -34,10 +35,23 @@ _GRACE_S = 5.0  # beyond the child's own limit of time
 _MAIN = "import sys; sys.path[:0] = {path!r}; from jaxpaged.structured.probe import main; main()"
 
 
-class _Kept(NamedTuple):
-    prototype: llguidance.LLMatcher
-    grammar: str
+@dataclass(eq=False)
+class Grammar:
+    """One that has passed. Copies of `prototype` share the states that any of them has met, of which there is a limit."""
+
+    text: str
     num_bytes: int
+    compile: Callable[[], llguidance.LLMatcher]
+    prototype: llguidance.LLMatcher = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prototype = self.compile()
+
+    def fresh(self, spent: llguidance.LLMatcher) -> llguidance.LLMatcher:
+        """A matcher that shares nothing. `spent` is a prototype that nobody more is to have a copy of."""
+        if self.prototype is spent:
+            self.prototype = self.compile()
+        return self.compile()
 
 
 class Grammars:
@@ -51,7 +65,7 @@ class Grammars:
         self.limits = limits or Limits()
         self._tokenizer_json = tokenizer_json
         self._vocabulary: llguidance.LLTokenizer | None = None
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._kept: OrderedDict[str, Grammar] = OrderedDict()
         self._num_bytes = 0
         self._probe: subprocess.Popen[bytes] | None = None
         self._lock, self._probing = threading.Lock(), threading.Lock()
@@ -67,63 +81,46 @@ class Grammars:
                 raise RequestError(f"structured_outputs: not with this model's tokenizer: {why}") from None
         return self._vocabulary
 
-    def check(self, params: StructuredOutputsParams) -> None:
-        """Have this grammar at hand.
+    def find(self, params: StructuredOutputsParams) -> Grammar:
+        """The grammar of these parameters, compiled.
 
         Raises:
-          GrammarError: it is none, or compiling it takes too much.
+          GrammarError: there is none, or compiling it takes too much.
         """
-        self._find(params)
-
-    def prototype(self, params: StructuredOutputsParams) -> llguidance.LLMatcher:
-        """A matcher at the beginning of the text, to be copied."""
-        return self._find(params).prototype
-
-    def fresh(self, params: StructuredOutputsParams, spent: llguidance.LLMatcher) -> llguidance.LLMatcher:
-        """One that shares nothing, to be used itself. `spent` is a prototype that is given to nobody any more.
-
-        Copies of a prototype share the states that any of them has met, of which there is a limit, and fail together.
-        """
-        kept = self._find(params)
-        if kept.prototype is spent:
-            self._keep(params.key, kept._replace(prototype=self._compile(kept.grammar)))
-        return self._compile(kept.grammar)
-
-    def _find(self, params: StructuredOutputsParams) -> _Kept:
         with self._lock:
             if params.key in self._kept:
                 self._kept.move_to_end(params.key)
                 return self._kept[params.key]
         with self._probing:  # one at a time: there are other things to do for the machine
-            kept = self._kept.get(params.key) or self._try(params)
-        self._keep(params.key, kept)
-        return kept
+            found = self._kept.get(params.key) or self._try(params)
+        self._keep(params.key, found)
+        return found
 
-    def _keep(self, key: str, kept: _Kept) -> None:
+    def _keep(self, key: str, grammar: Grammar) -> None:
         with self._lock:
-            if key in self._kept:
-                self._num_bytes -= self._kept.pop(key).num_bytes
-            self._kept[key] = kept
-            self._num_bytes += kept.num_bytes
+            if key not in self._kept:
+                self._num_bytes += grammar.num_bytes
+            self._kept[key] = grammar
             while len(self._kept) > self.limits.num_cached or (self._num_bytes > self.limits.cached_bytes and len(self._kept) > 1):
                 self._num_bytes -= self._kept.popitem(last=False)[1].num_bytes
 
-    def _compile(self, grammar: str) -> llguidance.LLMatcher:
+    def _compile(self, text: str) -> llguidance.LLMatcher:
         from llguidance import LLMatcher
 
-        return LLMatcher(self.vocabulary, grammar, log_level=0, limits=self.limits.of_parser())
+        return LLMatcher(self.vocabulary, text, log_level=0, limits=self.limits.of_parser())
 
-    def _try(self, params: StructuredOutputsParams) -> _Kept:
+    def _try(self, params: StructuredOutputsParams) -> Grammar:
         name = f"structured_outputs.{params.kind}"
         answer = self._ask(params.given)
+        if "too_complex" in answer:
+            raise GrammarError(f"{name}: grammar_too_complex: {answer['too_complex']}", "grammar_too_complex")
         if "grammar" not in answer:
-            if "too_complex" in answer:
-                raise GrammarError(f"{name}: grammar_too_complex: {answer['too_complex']}", "grammar_too_complex")
             raise GrammarError(f"{name}: {answer.get('error')}")
-        prototype = self._compile(answer["grammar"])
-        if prototype.is_error():
-            raise GrammarError(f"{name}: {' '.join(prototype.get_error().split())[:160]}")
-        return _Kept(prototype, answer["grammar"], answer["num_bytes"] + len(answer["grammar"]))
+        text = answer["grammar"]
+        found = Grammar(text, answer["num_bytes"] + len(text), functools.partial(self._compile, text))
+        if found.prototype.is_error():
+            raise GrammarError(f"{name}: {' '.join(found.prototype.get_error().split())[:160]}")
+        return found
 
     # --- the process ---
 

@@ -5,6 +5,7 @@ Knows sequences and masks. Refuses to know steps and devices.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +14,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from jaxpaged.host.request import Sequence
+from jaxpaged.host.request import Request, Sequence
 from jaxpaged.host.structured import StructuredOutputsParams
-from jaxpaged.structured.grammars import Grammars
+from jaxpaged.structured.grammars import Grammar, Grammars
 
 if TYPE_CHECKING:
     import llguidance
@@ -29,6 +30,7 @@ class _State:
 
     matcher: llguidance.LLMatcher
     ends: list[tuple[int, int]]  # words of a mask, and in each the bit of an id that ends the request
+    grammar: Grammar
     prototype: llguidance.LLMatcher | None  # which it is a copy of; None for one that shares nothing
     num_taken: int = 0
 
@@ -49,6 +51,18 @@ class Matchers:
         self.grammars, self.vocab_size = grammars, vocab_size
         self.num_words = -(-vocab_size // 32)
         self._states: WeakKeyDictionary[Sequence, _State] = WeakKeyDictionary()
+        self._held: dict[int, Grammar] = {}  # of each request that lives, by its id
+        self.is_used = False  # whether any request has ever had a grammar
+
+    def check(self, request: Request) -> None:
+        """Have the request's grammar at hand for as long as it lives: no step waits for one.
+
+        Raises:
+          GrammarError: it is none, or compiling it takes too much.
+        """
+        self._held[id(request)] = self.grammars.find(_params(request))
+        weakref.finalize(request, self._held.pop, id(request))
+        self.is_used = True
 
     def is_complete(self, sequence: Sequence) -> bool:
         """Whether the text is of the form and nothing can follow it."""
@@ -145,9 +159,10 @@ class Matchers:
         """The matcher at the end of the sequence's tokens."""
         state, num_outputs = self._states.get(sequence), len(sequence.tokens) - sequence.num_prompt
         if state is None or state.num_taken > num_outputs:
-            prototype = self.grammars.prototype(_params(sequence))
-            ends = [(id // 32, np.uint32(1 << id % 32)) for id in sequence.request.stop_ids]
-            state = self._states[sequence] = _State(prototype.deep_copy(), ends, prototype)
+            grammar = self._held.get(id(sequence.request)) or self.grammars.find(_params(sequence.request))
+            ends = [(one // 32, np.uint32(1 << one % 32)) for one in sequence.request.stop_ids]
+            state = _State(grammar.prototype.deep_copy(), ends, grammar, grammar.prototype)
+            self._states[sequence] = state
         if state.num_taken < num_outputs:
             state.matcher.consume_tokens(sequence.tokens[sequence.num_prompt + state.num_taken :])
             state.num_taken = num_outputs
@@ -157,11 +172,17 @@ class Matchers:
 
     def _renewed(self, sequence: Sequence, state: _State) -> _State:
         """The same with a matcher that shares nothing: others may have spent what this one shared with them."""
-        matcher = self.grammars.fresh(_params(sequence), state.prototype)  # type: ignore[arg-type]
+        matcher = state.grammar.fresh(state.prototype)  # type: ignore[arg-type]
         matcher.consume_tokens(sequence.tokens[sequence.num_prompt :])
-        self._states[sequence] = _State(matcher, state.ends, None, len(sequence.tokens) - sequence.num_prompt)
-        return self._states[sequence]
+        state = _State(matcher, state.ends, state.grammar, None, len(sequence.tokens) - sequence.num_prompt)
+        self._states[sequence] = state
+        return state
 
 
-def _params(sequence: Sequence) -> StructuredOutputsParams:
-    return sequence.request.params.structured_outputs  # type: ignore[return-value]
+def is_constrained(sequence: Sequence) -> bool:
+    """Whether its text has to be of some form."""
+    return sequence.request.params.structured_outputs is not None
+
+
+def _params(request: Request) -> StructuredOutputsParams:
+    return request.params.structured_outputs  # type: ignore[return-value]
