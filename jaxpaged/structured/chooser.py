@@ -23,7 +23,7 @@ _CHOSEN = "token_ids", "is_finite", "logprobs", "ranks"  # of StepOutputs, in th
 class Late(NamedTuple):
     """A step whose masked rows have not chosen yet."""
 
-    chunks: list[tuple[int, Chunk]]  # the row of each that has a grammar
+    chunks: list[tuple[int, Chunk]]  # those that have a grammar, and the first row of each
     inputs: StepInputs
 
 
@@ -39,7 +39,8 @@ class Chooser:
         """What is to be chosen late of a step; None when it has chosen everything itself."""
         if not self.matchers.is_used:
             return None
-        chunks = [(row, chunk) for row, chunk in zip(rows, plan.sampling(), strict=True) if is_constrained(chunk.sequence)]
+        outputs = zip(rows, plan.outputs(), strict=True)
+        chunks = [(row, chunk) for row, (chunk, num_drafts) in outputs if not num_drafts and is_constrained(chunk.sequence)]
         return Late(chunks, inputs) if chunks else None
 
     def choose(self, late: Late, outputs: StepOutputs) -> StepOutputs:
@@ -57,9 +58,10 @@ class Chooser:
         for row, chunk in late.chunks:
             sequence = chunk.sequence
             # One that has ended, or that a failed step has set back, has no use for what is chosen here.
-            if sequence.finish_reason is None and len(sequence.tokens) == chunk.end:
-                is_masked[row : row + self.matchers.fill(allowed[row : row + 1], sequence)] = True
-                last[row] = sequence.tokens[-1]
+            if sequence.finish_reason is None and len(sequence.tokens) == chunk.end - len(chunk.drafts):
+                end = row + self.matchers.fill(allowed[row : row + 1 + len(chunk.drafts)], sequence, chunk.drafts)
+                is_masked[row:end] = True
+                last[row:end] = (sequence.tokens[-1], *chunk.drafts)[: end - row]
         positions = np.asarray(inputs.tokens.positions)[np.asarray(inputs.sample_at)] + 1
         rows = inputs.sampling, inputs.wants_logprobs, inputs.adjustments
         return Masks(allowed, is_masked, positions.astype(np.int32), last, *rows)  # type: ignore[arg-type]
