@@ -24,7 +24,7 @@ from jaxpaged.host.beam_params import check_room
 from jaxpaged.host.pages import PagePool
 from jaxpaged.host.plan import StepPlan
 from jaxpaged.host.preemption import SwapCosts
-from jaxpaged.host.request import FinishReason, Likelihood, Request, RequestError, SamplingParams, TokenEvent
+from jaxpaged.host.request import FinishReason, Likelihood, Request, RequestError, SamplingParams, Sequence, TokenEvent
 from jaxpaged.observe import eyes
 from jaxpaged.runner import JaxRunner, Result, Runner, plan_memory, use_compilation_cache
 from jaxpaged.structured.grammars import Grammars
@@ -199,7 +199,7 @@ class Engine:
         try:
             self._take_fetched(wait=False)
             self._eyes.planning()
-            plan = self.scheduler.plan()
+            plan = self.scheduler.plan(self._drafts())
             self._eyes.planned(plan)
             if plan is not None:
                 self._in_flight.append((plan, self.runner.submit(plan)))
@@ -242,18 +242,35 @@ class Engine:
 
     def _end_complete(self, events: list[TokenEvent], plan: StepPlan) -> list[TokenEvent]:
         """End the outputs whose grammar lets nothing follow: the step's events, with their ends."""
-        sequences = [chunk.sequence for chunk, _ in plan.outputs() if is_constrained(chunk.sequence)]
-        by_output = {(one.request.request_id, one.index): one for one in sequences}
-        found = []
-        for event in events:
-            sequence = by_output.get((event.request_id, event.index))
-            is_open = sequence is not None and event.finish_reason in (None, FinishReason.LENGTH)
-            if is_open and self.matchers.is_complete(sequence):  # type: ignore[union-attr, arg-type]
-                if event.finish_reason is None:
-                    self.stop(event.request_id, event.index)
-                event = event._replace(finish_reason=FinishReason.STOP)
-            found.append(event)
-        return found
+        sequences = [chunk.sequence for chunk in plan.sampling() if is_constrained(chunk.sequence)]
+        last = {(event.request_id, event.index): place for place, event in enumerate(events)}  # with drafts there may be several
+        for sequence in sequences:
+            place = last.get((sequence.request.request_id, sequence.index))
+            if place is None or events[place].finish_reason not in (None, FinishReason.LENGTH):
+                continue
+            if self.matchers.is_complete(sequence):  # type: ignore[union-attr]
+                if events[place].finish_reason is None:
+                    self.stop(events[place].request_id, events[place].index)
+                events[place] = events[place]._replace(finish_reason=FinishReason.STOP)
+        return events
+
+    def _drafts(self) -> dict[Sequence, tuple[int, ...]]:
+        """Tokens that running sequences will have next because their grammars leave no choice."""
+        if self.matchers is None or not self.matchers.is_used:
+            return {}
+        in_flight = {chunk.sequence: chunk for chunk in self._in_flight[-1][0].sampling()} if self._in_flight else {}
+        found = {}
+        for sequence in self.scheduler.running:
+            # Rules and penalties are told of tokens one by one.
+            if not is_constrained(sequence) or sequence.request.params.changes_logits:
+                continue
+            chunk = in_flight.get(sequence)
+            if chunk is None and sequence.num_uncomputed == 1:
+                found[sequence] = self.matchers.forced(sequence)
+            elif chunk is not None and not chunk.drafts:
+                # The token to come is the first that is forced, or nothing is known of those after it.
+                found[sequence] = self.matchers.forced(sequence)[1:]
+        return {sequence: drafts for sequence, drafts in found.items() if drafts}
 
     def _with_prompt(self, event: TokenEvent) -> TokenEvent:
         """The first event of a request's first output with what was found of its prompt."""

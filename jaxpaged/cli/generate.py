@@ -22,6 +22,7 @@ EPILOG = """\
 examples:
   jaxpaged generate "One day" --temperature 0
   jaxpaged generate --model ./llama "Dear" "Once" --max-tokens 200 --json | jq -r .text
+  jaxpaged generate "A number:" --structured-outputs '{"regex": "[0-9]{3}"}'
   echo "One day" | jaxpaged generate - --stream
 
 The texts go to stdout, everything else to stderr. Numbers may end in k = 1000 or K = 1024."""
@@ -29,7 +30,7 @@ The texts go to stdout, everything else to stderr. Numbers may end in k = 1000 o
 MAX_TOKENS = 128  # where neither a flag nor the model's generation_config.json says anything; 16 is short for a reader
 SAMPLING_TITLE = "sampling (the model's generation_config.json comes before these defaults)"
 # The seed is the engine's: requests from one command line need none of their own. Nothing is printed of the others.
-LEFT_OUT = ("seed", "logprobs", "prompt_logprobs", "output_kind", "structured_outputs")
+LEFT_OUT = ("seed", "logprobs", "prompt_logprobs", "output_kind")
 
 
 def add_arguments(parser: Parser) -> None:

@@ -44,7 +44,8 @@ class StructuredOutputsParams:
       json_object: any JSON object.
       structural_tag: as JSON text, {"structures": [{"begin": ..., "schema": ..., "end": ...}], "triggers": [...]}: free text, in
         which whatever begins with a trigger goes on as one of the structures.
-      whitespace_pattern: an expression for what may stand between the parts of JSON; None allows any white space.
+      whitespace_pattern: an expression for what may stand between the parts of JSON; None allows any white space, at most 32
+        characters at a place.
       disable_any_whitespace: none may.
       disable_additional_properties: an object of the schema has the properties that it names and no others, unless it says
         otherwise itself.

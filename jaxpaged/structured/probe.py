@@ -18,6 +18,7 @@ import select
 import signal
 import struct
 import sys
+import time
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import psutil
@@ -131,6 +132,7 @@ def try_out(vocabulary: llguidance.LLTokenizer, given: dict[str, Any], limits: L
     for walk in range(limits.walks):
         one = matcher.deep_copy()
         for place in range(limits.walk_len):
+            started = time.process_time()
             token_id = _any_of(one.compute_bitmask(), vocabulary.eos_token, rng)
             if problem := problem or one.get_error():
                 if problem.startswith("NoExtension"):  # a rule that needs itself first, for one
@@ -141,6 +143,8 @@ def try_out(vocabulary: llguidance.LLTokenizer, given: dict[str, Any], limits: L
                     return {"error": "no text but the empty one is of this form"}
                 break
             one.consume_token(token_id)
+            if time.process_time() - started > limits.step_s:
+                return {"too_complex": f"a token of it takes more than {limits.step_s:g} s"}
             if one.is_stopped():
                 break
     return {"grammar": grammar, "num_bytes": max(0, psutil.Process().memory_info().rss - num_before)}

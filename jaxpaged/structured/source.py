@@ -9,6 +9,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+# Any white space of JSON, but not without end: a model that is once in it may never find out.
+_SPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+
 
 def grammar_text(given: Mapping[str, Any]) -> str:
     """The grammar that `StructuredOutputsParams.given` stands for.
@@ -22,9 +25,9 @@ def grammar_text(given: Mapping[str, Any]) -> str:
         schema = json.loads(given["json"]) if "json" in given else {"type": "object"}
         if given.get("disable_additional_properties"):
             _close_objects(schema)
-        options: dict[str, Any] = {"whitespace_flexible": not given.get("disable_any_whitespace")}
-        if "whitespace_pattern" in given:
-            options["whitespace_pattern"] = given["whitespace_pattern"]
+        options: dict[str, Any] = {"whitespace_flexible": False}
+        if not given.get("disable_any_whitespace"):
+            options = {"whitespace_flexible": True, "whitespace_pattern": given.get("whitespace_pattern", _SPACE)}
         return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=options)  # type: ignore[arg-type]
     if "regex" in given:
         return LLMatcher.grammar_from_regex(given["regex"])
