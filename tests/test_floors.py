@@ -20,7 +20,7 @@ FLOORS = (
     ("jaxpaged.version", "jaxpaged.config", "jaxpaged.stop_strings", "jaxpaged.tools", "pallas_kernels"),
     ("jaxpaged.host", "jaxpaged.model", "jaxpaged.outputs"),
     ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel", "jaxpaged.observe", "jaxpaged.offload", "jaxpaged.templates"),
-    ("jaxpaged.adjuster",),
+    ("jaxpaged.adjuster", "jaxpaged.structured"),
     ("jaxpaged.runner", "jaxpaged.tokenizer", "jaxpaged.demo", "convert"),
     ("jaxpaged.engine",),
     ("jaxpaged.growing",),
