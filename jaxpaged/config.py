@@ -475,9 +475,7 @@ class EngineConfig:
         given = self.speculative_config
         if self.speculative_model is not None or self.num_speculative_tokens is not None:
             if given is not None:
-                raise ConfigError(
-                    "speculative_config: got speculative_model or num_speculative_tokens too, expected one of the two ways"
-                )
+                raise ConfigError("speculative_config: got the older speculative_model too, expected one of the two")
             given = SpeculativeConfig.of_old_names(self.speculative_model, self.num_speculative_tokens)
             object.__setattr__(self, "speculative_model", None)  # as for kv_offloading_size
             object.__setattr__(self, "num_speculative_tokens", None)
