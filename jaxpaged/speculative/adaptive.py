@@ -126,7 +126,8 @@ class Adaptive:
             lengths[index] = max(lengths[index], depth)
         self._forget(sequence for sequence, length in zip(available, lengths, strict=True) if not length)
         if available and not chosen:
-            self._overall = _Counts(*(OVERALL * one + (1 - OVERALL) * hope for one, hope in zip(self._overall, HOPE, strict=True)))
+            hopeful = zip(self._overall, HOPE, strict=True)
+            self._overall = _Counts(*(OVERALL * one + (1 - OVERALL) * hope for one, hope in hopeful))
         return {sequence: length for sequence, length in zip(available, lengths, strict=True) if length}
 
     def _forget(self, sequences: Iterable[Hashable]) -> None:

@@ -41,9 +41,11 @@ class World:
         return next(size for size in self.sizes if size >= num_rows)
 
     def seconds(self, num_rows: int) -> float:
-        # Now and then something else has the machine.
-        slower = 6.0 if self.noise and self.rng.random() < 0.01 else 1.0
-        return (self.base_s + self.row_s * self.size(num_rows)) * (1 + self.noise * self.rng.uniform(-1, 1)) * slower
+        return self.base_s + self.row_s * self.size(num_rows)
+
+    def timed(self, seconds: float) -> float:
+        """What a clock says of it: now and then something else has the machine."""
+        return seconds * (1 + self.noise * self.rng.uniform(-1, 1)) * (6.0 if self.noise and self.rng.random() < 0.01 else 1.0)
 
     def num_accepted(self, text: Text, num_proposed: int) -> int:
         return next((index for index in range(num_proposed) if self.rng.random() >= text.rate), num_proposed)
@@ -65,7 +67,7 @@ class World:
             count, num = len(self.texts), 0
             if not controller.is_wanted(count):
                 took, num = self.seconds(count), count
-                controller.ran_plainly(count, took)
+                controller.ran_plainly(count, self.timed(took))
             else:
                 available = {text: self.most for text in self.texts if self.rng.random() < text.found}
                 lengths = controller.choose(available, count)
@@ -78,7 +80,7 @@ class World:
                 longest = max(lengths.values(), default=0)
                 num_rows, proposing = count + sum(lengths.values()), self.token_s * longest
                 took = self.seconds(num_rows) + self.late_s + proposing
-                controller.ran(count, num_rows, num, took, proposing, longest)
+                controller.ran(count, num_rows, num, self.timed(took), self.timed(proposing), longest)
             tokens, seconds = tokens + num, seconds + took
         return tokens / seconds
 
