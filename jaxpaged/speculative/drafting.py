@@ -6,14 +6,16 @@ Knows sequences, plans and results. Refuses to know how tokens are guessed, and 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
+from jaxpaged.config import EngineConfig
 from jaxpaged.host.plan import StepPlan
 from jaxpaged.host.request import Sequence
 from jaxpaged.speculative import Proposer
 from jaxpaged.speculative.adaptive import Adaptive
+from jaxpaged.speculative.ngram import NgramProposer
 
 
 class _Asked(NamedTuple):
@@ -50,21 +52,18 @@ class Drafting:
 
     # --- before a step ---
 
-    def is_wanted(self, running: Iterable[Sequence]) -> bool:
+    def is_wanted(self, running: Seq[Sequence]) -> bool:
         """Whether the next step is to have drafts: then nothing may be in flight when it is planned."""
-        decoding = [sequence for sequence in running if _decodes(sequence)]
-        return any(self._heard(decoding))
+        return bool(self._heard(running))
 
-    def _heard(self, decoding: list[Sequence]) -> list[Proposer]:
+    def _heard(self, running: Seq[Sequence]) -> list[Proposer]:
         """The proposers that are worth asking now."""
-        is_open = bool(decoding) and (self.adaptive is None or self.adaptive.is_wanted(len(decoding)))
-        return [
-            proposer
-            for proposer in self.proposers
-            if (proposer.is_sure or is_open) and any(map(proposer.may_propose, decoding))
-        ]
+        decoding = [sequence for sequence in running if _decodes(sequence)]
+        is_open = bool(decoding) and (self.adaptive is None or self.adaptive.is_wanted(_num_rows(running)))
+        heard = [proposer for proposer in self.proposers if proposer.is_sure or is_open]
+        return [proposer for proposer in heard if any(map(proposer.may_propose, decoding))]
 
-    def propose(self, running: Iterable[Sequence]) -> dict[Sequence, tuple[int, ...]]:
+    def propose(self, running: Seq[Sequence]) -> dict[Sequence, tuple[int, ...]]:
         """Drafts for the next step; no step is in flight."""
         decoding = [sequence for sequence in running if _decodes(sequence)]
         # The step itself yields one token, so drafts for the last one are for nothing.
@@ -72,16 +71,17 @@ class Drafting:
         asked = {sequence: most for sequence, most in asked.items() if most > 0}
         drafts: dict[Sequence, tuple[int, ...]] = {}
         proposing_s, weighed = 0.0, set()
-        for proposer in self._heard(decoding):
+        count = _num_rows(running)
+        for proposer in self._heard(running):
             mine = {sequence: most for sequence, most in asked.items() if proposer.may_propose(sequence)}
             if self.adaptive is not None and not proposer.is_sure and not proposer.is_free:
-                mine = self._chosen(mine, len(decoding))
+                mine = self._chosen(mine, count)
             started = self.clock()
             found = {one: tuple(tokens) for one, tokens in proposer.propose(mine).items() if tokens} if mine else {}
             if not proposer.is_sure:
                 proposing_s += self.clock() - started
             if self.adaptive is not None and proposer.is_free and not proposer.is_sure:
-                lengths = self._chosen({one: len(tokens) for one, tokens in found.items()}, len(decoding))
+                lengths = self._chosen({one: len(tokens) for one, tokens in found.items()}, count)
                 found = {one: found[one][:length] for one, length in lengths.items()}
             drafts |= found
             weighed |= set() if proposer.is_sure else found.keys()
@@ -104,18 +104,25 @@ class Drafting:
 
     # --- after a step ---
 
-    def ran(self, plan: StepPlan, token_ids: Seq[int], num_tokens: int, *, is_last: bool) -> None:
+    def ran(self, plan: StepPlan, token_ids: Seq[int] | None, num_tokens: int, *, is_last: bool) -> None:
         """The oldest step in flight has been committed.
 
         Args:
-          token_ids: as its result has them.
+          token_ids: as its result has them; None when nobody was left to wait for it.
           num_tokens: that its sequences have got.
           is_last: whether nothing is left to do, so that what comes next will have waited for somebody.
         """
         asked, now = self._asked.popleft(), self.clock()
-        self._count(plan, token_ids)
-        if self.adaptive is not None and self._ended_s is not None and plan.decodes and not plan.prefills:
-            count, seconds = len(plan.decodes), now - self._ended_s
+        if token_ids is not None:
+            self._count(plan, token_ids)
+        if (
+            self.adaptive is not None
+            and token_ids is not None
+            and self._ended_s is not None
+            and plan.decodes
+            and not plan.prefills
+        ):
+            count, seconds = len(plan.decodes), now - self._ended_s  # type: ignore[operator]
             if asked.is_tried:
                 self.adaptive.ran(count, plan.num_rows, num_tokens, seconds, asked.proposing_s, asked.longest)
             else:
@@ -156,6 +163,29 @@ class Drafting:
         """Close the proposers."""
         for proposer in self.proposers:
             proposer.close()
+
+
+def new_drafting(config: EngineConfig, proposers: Seq[Proposer], clock: Callable[[], float]) -> Drafting | None:
+    """The drafts of an engine with these resolved options; None when nobody proposes any.
+
+    Args:
+      proposers: asked before the one that the options name.
+    """
+    wanted, asked = config.speculation, list(proposers)
+    if wanted is not None and wanted.method == "ngram":
+        asked.append(
+            NgramProposer(prompt_lookup_min=wanted.prompt_lookup_min, prompt_lookup_max=wanted.prompt_lookup_max)  # type: ignore[arg-type]
+        )
+    if not asked:
+        return None
+    row_sizes = sorted({bucket.decode_rows for bucket in config.buckets()})
+    is_adaptive = wanted is not None and wanted.adaptive
+    return Drafting(asked, most=config.max_drafts, row_sizes=row_sizes, is_adaptive=is_adaptive, clock=clock)
+
+
+def _num_rows(running: Seq[Sequence]) -> int:
+    """Rows of a step without drafts, but for what else may be admitted."""
+    return sum(sequence.num_uncomputed == 1 for sequence in running)
 
 
 def _decodes(sequence: Sequence) -> bool:
