@@ -196,7 +196,7 @@ class Engine:
                 while self._in_flight:
                     events += self._finish_step()
                 drafts = self._drafting.propose(self.scheduler.running)
-            self._eyes.planning()
+            self._eyes.planning(drafts)
             plan = self.scheduler.plan(drafts)
             self._eyes.planned(plan)
             if self._drafting is not None:

@@ -108,6 +108,7 @@ class JaxRunner:
         self.duel = None
         backend = attention_backend(config, model)
         options = {"config": model, "backend": backend, "max_logprobs": config.max_logprobs}
+        options["batch_invariant"] = config.batch_invariant
         step = functools.partial(model_step.step, **options)
         if config.compare_with is not None:
             rival = attention_backend(config, model, "compare_with")
