@@ -234,6 +234,8 @@ class Engine:
                     known.setdefault(place, likelihood)
         self._eyes.ran(*result[:3])
         events = self.scheduler.commit(plan, *result[:3])
+        if self.scheduler.spoiled:
+            self.runner.clean(self.scheduler.spoiled)
         self._eyes.committed()
         self.num_steps += 1
         if self._drafting is not None:

@@ -62,6 +62,12 @@ class PagedTokens:
         lens = jnp.repeat(self.tile_lens, self.tile, total_repeat_length=self.num_tiles * self.tile)
         return jnp.concatenate([self.row_lens > 0, self.positions[self.num_rows :] < lens])
 
+    def is_finite(self, hidden: jax.Array) -> jax.Array:
+        """bool [R]: of each row and each tile, whether all hidden states [X, D] of its real tokens are finite."""
+        is_sound = jnp.all(jnp.isfinite(hidden), axis=-1) | ~self.is_real
+        tiles = is_sound[self.num_rows :].reshape(self.num_tiles, self.tile)
+        return jnp.concatenate([is_sound[: self.num_rows], jnp.all(tiles, axis=-1)])
+
     def row_tiles(self, *, batch_invariant: bool) -> RowTiles | None:
         """What the tokens are computed in, None for all at once."""
         return RowTiles.of(self.is_real, ROW_TILE) if batch_invariant else None
@@ -79,7 +85,11 @@ class PagedTokens:
 
 @dataclass(frozen=True)
 class PagedAttention:
-    """The `attend` of `transformer.forward` for one step's tokens; its state is the KVCache."""
+    """The `attend` of `transformer.forward` for one step's tokens; its state is the KVCache.
+
+    Invariant: no page ever holds a number that is not finite, whatever weights and activations do. What is not finite is written
+    as 0, and all that its token makes of the attention is NaN, so that the token's hidden state tells of it.
+    """
 
     tokens: PagedTokens
     config: ModelConfig
@@ -89,14 +99,22 @@ class PagedAttention:
     def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Write the layer's new keys and values, then attend to all there are."""
         cache = self.write(layer, k, v, cache)
-        return self.read(layer, q, cache), cache
+        return self.told(self.read(layer, q, cache), q, k, v, cache), cache
+
+    @staticmethod
+    def told(attended: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> jax.Array:
+        """What was read, [X, N, H], with NaN for each token of which something is not finite."""
+        is_sound = jnp.all(jnp.isfinite(q), axis=(1, 2))
+        for new in (k, v):
+            is_sound &= jnp.all(jnp.isfinite(new.astype(cache.dtype)), axis=(1, 2))
+        return jnp.where(is_sound[:, None, None], attended, jnp.nan)
 
     def write(self, layer: int, k: jax.Array, v: jax.Array, cache: KVCache) -> KVCache:
         """The cache with the tokens' keys and values [X, K, H] in their slots of a layer."""
         # Layer l's page p is row l * P + p of the flat pool, its null page row l * P.
         slots = self.tokens.slots + layer * cache.pages_per_layer(self.config) * cache.page_size
-        k_pages = write_kv_pages(cache.k_pages, k, slots, backend=self.backend)
-        v_pages = write_kv_pages(cache.v_pages, v, slots, backend=self.backend)
+        k_pages = write_kv_pages(cache.k_pages, written(k, cache), slots, backend=self.backend)
+        v_pages = write_kv_pages(cache.v_pages, written(v, cache), slots, backend=self.backend)
         return KVCache.of(k_pages, v_pages)
 
     def read(self, layer: int, q: jax.Array, cache: KVCache) -> jax.Array:
@@ -118,3 +136,9 @@ class PagedAttention:
             tiles = paged_prefill_attention(tiles, *pages, tables, tokens.tile_lens, firsts, batch_invariant=alone, **options)
             parts.append(tiles.reshape(-1, *q.shape[1:]))
         return jnp.concatenate(parts)
+
+
+def written(new: jax.Array, cache: KVCache) -> jax.Array:
+    """New keys or values as pages hold them: 0 for what is not finite in the pages' dtype, which may have no room for a number."""
+    new = new.astype(cache.dtype)
+    return jnp.where(jnp.isfinite(new), new, 0)

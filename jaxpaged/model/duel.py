@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxpaged.config import ModelConfig
 from jaxpaged.model.attention import PagedAttention, PagedTokens
 from jaxpaged.model.cache import KVCache
-from jaxpaged.model.step import PromptLogprobs, StepInputs, StepOutputs, sampled_logits
+from jaxpaged.model.step import StepInputs, StepOutputs, sampled_logits
 from jaxpaged.model.transformer import forward
 from jaxpaged.model.weights import Weights
 from pallas_kernels.backends import Backend
@@ -43,7 +43,7 @@ class _Duellists:
         cache = self.attention.write(layer, k, v, cache)
         ours, theirs = self.attention.read(layer, q, cache), self.rival.read(layer, q, cache)
         error = _distance(ours, theirs, self.attention.tokens)
-        return ours, (cache, (*errors, error), (*queries, q))
+        return self.attention.told(ours, q, k, v, cache), (cache, (*errors, error), (*queries, q))
 
 
 def step(
@@ -71,8 +71,7 @@ def step(
     hidden, (cache, errors, queries) = run(_Duellists(attention, opponent), (cache, (), ()))
     scores = sampled_logits(weights, hidden, inputs, **how)
     outputs = StepOutputs.of(scores, inputs, max_logprobs)
-    prompt = PromptLogprobs.of(weights, config, hidden, inputs, max_logprobs, batch_invariant=batch_invariant)
-    outputs = outputs.replace(prompt=prompt)  # type: ignore[attr-defined]
+    outputs = outputs.told(weights, config, hidden, inputs, max_logprobs, batch_invariant=batch_invariant)
 
     def read_only(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         return opponent.read(layer, q, cache), cache

@@ -105,6 +105,7 @@ class StepOutputs:
     logprobs: jax.Array  # float32 [R], of the token by the model alone; 0 in a step where no row wants it
     ranks: jax.Array  # int32 [R], of the token, likewise
     prompt: PromptLogprobs | None = None
+    is_sound: jax.Array | None = None  # bool [R]: all hidden states of the row or tile are finite, whether it samples or not
 
     @classmethod
     def of(cls, scores: jax.Array, inputs: StepInputs, max_logprobs: int) -> StepOutputs:
@@ -115,6 +116,20 @@ class StepOutputs:
         logprobs, ranks = logprobs_of(scores, token_ids, inputs.wants_logprobs)
         token_ids = jnp.pad(token_ids, (0, len(inputs.previous) - len(token_ids)))
         return cls(token_ids, is_finite, *best, logprobs, ranks)
+
+    def told(
+        self,
+        weights: Weights,
+        config: ModelConfig,
+        hidden: jax.Array,
+        inputs: StepInputs,
+        max_logprobs: int,
+        *,
+        batch_invariant: bool = False,
+    ) -> StepOutputs:
+        """The same, with what follows from the hidden states [X, D] of all tokens."""
+        prompt = PromptLogprobs.of(weights, config, hidden, inputs, max_logprobs, batch_invariant=batch_invariant)
+        return self.replace(prompt=prompt, is_sound=inputs.tokens.is_finite(hidden))  # type: ignore[attr-defined]
 
 
 def _choose(scores: jax.Array, inputs: StepInputs) -> tuple[jax.Array, jax.Array]:
@@ -149,8 +164,7 @@ def step(
     how: dict[str, Any] = {"config": config, "batch_invariant": batch_invariant}
     hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), backend=backend, **how)
     outputs = StepOutputs.of(sampled_logits(weights, hidden, inputs, **how), inputs, max_logprobs)
-    prompt = PromptLogprobs.of(weights, config, hidden, inputs, max_logprobs, batch_invariant=batch_invariant)
-    return outputs.replace(prompt=prompt), cache  # type: ignore[attr-defined]
+    return outputs.told(weights, config, hidden, inputs, max_logprobs, batch_invariant=batch_invariant), cache
 
 
 def forward_paged(
