@@ -61,11 +61,11 @@ def test_calls_that_were_written_are_found(form: str) -> None:
 @pytest.mark.parametrize("form", FORMATS)
 def test_whatever_a_model_writes(form: str) -> None:
     num_calls = num_contents = 0
-    for seed in range(400):
+    for seed in range(300):
         rng = random.Random(seed)
         content, calls = check(rng, form, a_mess(rng, form))
         num_calls, num_contents = num_calls + len(calls), num_contents + bool(content)
-    assert num_calls > 90 and num_contents > 90  # the texts are neither all right nor all wrong
+    assert num_calls > 70 and num_contents > 70  # the texts are neither all right nor all wrong
 
 
 WHOLE = [
@@ -362,7 +362,7 @@ def work_of(form: str, text: str) -> int:
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_work_is_linear(form: str, name: str) -> None:
-    small, large = HOSTILE[name](700, form), HOSTILE[name](2800, form)
+    small, large = HOSTILE[name](500, form), HOSTILE[name](2000, form)
     work = work_of(form, large)
     assert len(large) <= work <= 60 * len(large) + 300
     assert work <= 1.15 * len(large) / len(small) * work_of(form, small) + 500
