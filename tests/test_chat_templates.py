@@ -439,6 +439,7 @@ def test_what_a_chat_cannot_do_is_one_line(llm: LLM) -> None:
     for options, problem in [
         ({"tool_call_parser": "hermis"}, "tool_call_parser: got 'hermis', expected one of .*did you mean 'hermes'"),
         ({"tool_call_parser": "auto"}, "tool_call_parser: got 'auto', and no parser fits"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs: got list, expected names and values"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs: 'tokenize' cannot be set"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs: 'chat_template' cannot be set"),
         (
