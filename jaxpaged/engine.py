@@ -65,6 +65,7 @@ class Engine:
         self.num_steps = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
+        self.failed_ids: frozenset[str] = frozenset()  # requests that were in the last step that raised
         self._in_flight: deque[tuple[StepPlan, Callable[[], Result]]] = deque()  # steps that run, the oldest first
         self._seeds = random.Random(config.seed)
         self._ids = itertools.count()
@@ -119,7 +120,16 @@ class Engine:
           RequestError: it can never be served; nothing was taken for it.
         """
         options = {"request_id": request_id, "cache_salt": cache_salt, "priority": priority, "tenant": tenant}
-        request = self.check_request(prompt_token_ids, params, **options)  # type: ignore[arg-type]
+        return self.queue(self.check_request(prompt_token_ids, params, **options))  # type: ignore[arg-type]
+
+    def queue(self, request: Request) -> Request:
+        """Queue a request that `check_request` gave.
+
+        Raises:
+          RequestError: an unfinished request has its id, or the engine has been closed; nothing was taken for it.
+        """
+        if self._is_closed:
+            raise RequestError("the engine is closed")
         self.scheduler.add(request)
         self._eyes.added(request)
         self.num_prompt_tokens += len(request.prompt_token_ids)
@@ -135,7 +145,10 @@ class Engine:
         priority: int = 0,
         tenant: str = "",
     ) -> Request:
-        """The request that `add_request` would queue, without queuing it. Raises as `add_request`."""
+        """The request that `add_request` would queue, without queuing it. Raises as `add_request`.
+
+        A thread beside the one that drives the engine may ask, also while a step runs, if it names the request itself.
+        """
         if self._is_closed:
             raise RequestError("the engine is closed")
         request = Request.checked(
@@ -227,6 +240,8 @@ class Engine:
             while self._in_flight and not any(chunk.sequence.finish_reason is None for chunk in self._in_flight[0][0].chunks()):
                 self._finish_step(is_awaited=False)
         except BaseException as error:
+            in_flight = [chunk.sequence for plan, _ in self._in_flight for chunk in plan.chunks()]
+            self.failed_ids = frozenset(one.request.request_id for one in (*in_flight, *self.scheduler.running))
             self._in_flight.clear()
             if self._drafting is not None:
                 self._drafting.failed()

@@ -6,55 +6,29 @@ Knows prompts, chats and results. Refuses to know pages and steps: it feeds the 
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import time
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
-from jaxpaged import checkpoint as checkpoints
-from jaxpaged.checkpoint import Checkpoint, CheckpointError
-from jaxpaged.config import EngineConfig, ModelConfig
-from jaxpaged.demo import MODEL_DIR
+from jaxpaged.config import EngineConfig
 from jaxpaged.duel import Duel
 from jaxpaged.engine import Engine
 from jaxpaged.growing import GrowingRequest
 from jaxpaged.host.beam_params import BeamSearchParams
 from jaxpaged.host.request import RequestError, RequestOutputKind, SamplingParams
-from jaxpaged.model.weights import Weights
+from jaxpaged.live import record_step
+from jaxpaged.loading import load, load_weights, open_model
 from jaxpaged.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Metric, RequestOutput, ScoreOutput
-from jaxpaged.runner import attention_backend
-from jaxpaged.structured.grammars import Grammars
+from jaxpaged.prompts import Checked, Message, Prompt, chat_prompt, check, parser_meant, with_special_tokens
 from jaxpaged.tokenizer import Tokenizer
-from jaxpaged.tools import TOOL_CALL_PARSERS, UnknownParserError, check_parser, fitting_parser, parse
+from jaxpaged.tools import parse
 
-logger = logging.getLogger("jaxpaged")
-
-Prompt = str | Mapping[str, Any] | Seq[int]
-"""A text, token ids, {"prompt": text} or {"prompt_token_ids": ids}; with both keys the ids count and the text is shown.
-
-Beside them {"cache_salt": text}: prompts share cached pages only with prompts of the same salt."""
-
-Message = Mapping[str, Any]
-
-# generation_config.json's name -> ours. Its do_sample is not read, as in vLLM: a temperature that is written down is meant.
-_GENERATION_FIELDS = {name: name for name in ("temperature", "top_p", "top_k", "min_p")} | {"max_new_tokens": "max_tokens"}
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """A prompt that the engine will take."""
-
-    prompt: str | None
-    prompt_token_ids: Seq[int]
-    params: SamplingParams
-    options: dict[str, Any]  # of `Engine.add_request`
+__all__ = ["LLM", "load_weights", "open_model"]
 
 
 class LLM:
@@ -74,23 +48,11 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike[str] | None = None, *, use_tqdm_on_load: bool = True, **options: Any):
-        config = EngineConfig.from_options(model=None if model is None else os.fspath(model), **options)
-        checkpoint = open_model(config.model, config.revision)
-        # Everything that can be refused is refused before the weights are read.
-        resolved = config.resolved(checkpoint.config, jax.default_backend())
-        attention_backend(resolved, checkpoint.config)
-        self.tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, checkpoint)
-        self.generation_defaults = checkpoint.generation_defaults
-        self._default_params = _default_params(checkpoint)
-
-        started = time.perf_counter()
-        weights = checkpoints.load(checkpoint, resolved.dtype, allow_nonfinite=config.allow_nonfinite, use_tqdm=use_tqdm_on_load)
-        self.load_s = time.perf_counter() - started
-        grammars = Grammars(self.tokenizer.backend.to_str) if self.tokenizer is not None else None
-        self.engine = Engine.from_weights(config, checkpoint.config, weights, use_tqdm=use_tqdm_on_load, grammars=grammars)
-        self.warm_up_s = time.perf_counter() - started - self.load_s
-        self.config: EngineConfig = self.engine.config
-        self.model_config: ModelConfig = checkpoint.config
+        loaded = load(model, use_tqdm=use_tqdm_on_load, **options)
+        self.engine, self.tokenizer, self.model_config = loaded.engine, loaded.tokenizer, loaded.model_config
+        self.config: EngineConfig = loaded.engine.config
+        self.generation_defaults, self._default_params = loaded.generation_defaults, loaded.default_params
+        self.load_s, self.warm_up_s = loaded.load_s, loaded.warm_up_s
         self._live: dict[str, GrowingRequest] = {}
         self._ids = itertools.count()
         self._is_closed = False
@@ -154,8 +116,8 @@ class LLM:
         parser = None
         if tool_call_parser is not None:
             source = self.get_tokenizer().chat_template(chat_template, has_tools=bool(tools))
-            parser = _tool_call_parser(tool_call_parser, source)
-            sampling_params = _with_special_tokens(
+            parser = parser_meant(tool_call_parser, source)
+            sampling_params = _all_with_special_tokens(
                 self.get_default_sampling_params() if sampling_params is None else sampling_params
             )
         is_one = not messages or isinstance(messages[0], Mapping)
@@ -241,15 +203,7 @@ class LLM:
 
     def chat_prompt(self, messages: Seq[Message], *, add_generation_prompt: bool = True, **options: Any) -> dict[str, Any]:
         """One conversation as a prompt for `generate` and `stream`; options are those of `Tokenizer.apply_chat_template`."""
-        if isinstance(messages, (str, bytes)) or not isinstance(messages, Seq) or not messages:
-            raise RequestError("messages: expected a list of {'role': ..., 'content': ...}, at least one")
-        for index, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise RequestError(f"messages[{index}]: expected {{'role': ..., 'content': ...}}")
-        tokenizer = self.get_tokenizer()
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **options)
-        # The template writes the special tokens itself.
-        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+        return chat_prompt(self.get_tokenizer(), messages, add_generation_prompt=add_generation_prompt, **options)
 
     # --- inside ---
 
@@ -259,7 +213,7 @@ class LLM:
         sampling_params: SamplingParams | Seq[SamplingParams] | None,
         priority: int | Seq[int] | None,
         tenant: str | Seq[str] | None,
-    ) -> list[_Checked]:
+    ) -> list[Checked]:
         listed = _list_prompts(prompts)
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
@@ -274,57 +228,8 @@ class LLM:
                 raise RequestError(f"prompts[{index}]: {error}" if len(listed) > 1 else str(error)) from None
         return checked
 
-    def _check(self, prompt: Prompt, params: SamplingParams, options: dict[str, Any]) -> _Checked:
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params: got {type(params).__name__}, expected SamplingParams")
-        engine = self._open_engine()
-        text, token_ids = self._tokens(prompt)
-        params = self._with_bad_words(params)
-        if params.structured_outputs is not None and self.tokenizer is None:
-            raise RequestError("structured_outputs: need the tokenizer, and skip_tokenizer_init is set")
-        options = {**options, "cache_salt": prompt.get("cache_salt") if isinstance(prompt, Mapping) else None}
-        engine.check_request(token_ids, params, request_id="prompt", **options)
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop: strings need the tokenizer, and skip_tokenizer_init is set: use stop_token_ids")
-        return _Checked(text, token_ids, params, options)
-
-    def _with_bad_words(self, params: SamplingParams) -> SamplingParams:
-        """Parameters whose bad words are token ids too, as vLLM makes them of the words."""
-        if not params.bad_words or self.tokenizer is None:  # the engine refuses the latter
-            return params
-        found: list[tuple[int, ...]] = []
-        for word in params.bad_words:
-            plain, spaced = (tuple(self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False)) for space in ("", " "))
-            if not plain:
-                raise RequestError(f"bad_words: {word[:32]!a} has no tokens")
-            found.append(plain)
-            # Where the space is a token of its own, the word after it is the one without a space.
-            if spaced[:1] != plain[:1] and len(spaced) == len(plain):
-                found.append(spaced)
-        return replace(params, bad_words_token_ids=(*params.bad_words_token_ids, *found))
-
-    def _tokens(self, prompt: Prompt) -> tuple[str | None, Seq[int]]:
-        """The text of a prompt, when it has one, and its ids."""
-        if isinstance(prompt, Mapping):
-            unknown = sorted(map(str, prompt.keys() - {"prompt", "prompt_token_ids", "cache_salt"}))
-            if unknown or not prompt:
-                raise RequestError(f"prompt: got the keys {unknown}, expected 'prompt' or 'prompt_token_ids'")
-            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        elif isinstance(prompt, str):
-            text, token_ids = prompt, None
-        else:
-            text, token_ids = None, prompt
-        if text is not None and not isinstance(text, str):
-            raise RequestError(f"prompt: got {type(text).__name__}, expected a text")
-        if hasattr(token_ids, "tolist"):
-            token_ids = token_ids.tolist()  # type: ignore[union-attr]  (numpy and jax arrays)
-        if token_ids is not None:
-            return text, token_ids
-        if text is None:
-            raise RequestError("prompt: got None, expected a text or a list of token ids")
-        if self.tokenizer is None:
-            raise RequestError("prompt: a text needs the tokenizer, and skip_tokenizer_init is set: pass token ids")
-        return text, self.tokenizer.encode(text)
+    def _check(self, prompt: Prompt, params: SamplingParams, options: dict[str, Any]) -> Checked:
+        return check(self._open_engine(), self.tokenizer, prompt, params, request_id=str(next(self._ids)), **options)
 
     def _beam(self, output: RequestOutput, one: CompletionOutput, params: BeamSearchParams) -> BeamSearchSequence:
         tokens = output.prompt_token_ids + one.token_ids
@@ -338,35 +243,25 @@ class LLM:
             raise RequestError("the LLM is closed")
         return self.engine
 
-    def _queue(self, checked: _Checked) -> GrowingRequest:
-        params = checked.params
-        request = self._open_engine().add_request(
-            checked.prompt_token_ids, params, request_id=str(next(self._ids)), **checked.options
-        )
-        live = GrowingRequest(request, checked.prompt, self.tokenizer)
-        self._live[request.request_id] = live
+    def _queue(self, checked: Checked) -> GrowingRequest:
+        live = GrowingRequest(self._open_engine().queue(checked.request), checked.prompt, self.tokenizer)
+        self._live[live.request.request_id] = live
         return live
 
     def _step(self) -> list[GrowingRequest]:
         """One step of the engine, whoever's requests it serves: those that it changed."""
         engine = self._open_engine()
-        changed: dict[str, GrowingRequest] = {}
-        for event in engine.step():
-            live = self._live.get(event.request_id)
-            if live is None:  # someone drives the engine beside this LLM
-                continue
-            if live.record(event, engine.clock()):
-                engine.stop(event.request_id, event.index)
-            changed[event.request_id] = live
+        changed = record_step(engine, self._live)
+        for live in changed:
             if live.is_finished:
-                del self._live[event.request_id]
+                del self._live[live.request.request_id]
         if not engine.has_unfinished:
             # Someone else took our requests out of the engine: without this we would wait for them for ever.
             for live in self._live.values():
                 live.end(engine.clock())
-                changed[live.request.request_id] = live
+                changed.append(live)
             self._live.clear()
-        return list(changed.values())
+        return changed
 
     def _drop(self, lives: Seq[GrowingRequest]) -> None:
         """Take what is unfinished out of the engine."""
@@ -374,7 +269,7 @@ class LLM:
             if self._live.pop(live.request.request_id, None) is not None:
                 self.engine.abort(live.request.request_id)
 
-    def _run(self, checked: Seq[_Checked], *, use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, checked: Seq[Checked], *, use_tqdm: bool) -> list[RequestOutput]:
         progress = tqdm(
             total=len(checked),
             desc="Processed prompts",
@@ -402,7 +297,7 @@ class LLM:
             progress.close()
         return [live.output() for live in lives]
 
-    def _stream(self, checked: Seq[_Checked]) -> Generator[RequestOutput, None, None]:
+    def _stream(self, checked: Seq[Checked]) -> Generator[RequestOutput, None, None]:
         lives: list[GrowingRequest] = []
         try:
             for one in checked:
@@ -474,73 +369,10 @@ class LLM:
         self.close()
 
 
-def load_weights(
-    model: str | os.PathLike[str] | None = None, dtype: str = "float32", *, revision: str | None = None
-) -> tuple[Weights, ModelConfig]:
-    """The parameters of a model as a pytree of arrays, and its shape: what `prefill` and `decode` take.
-
-    Args:
-      model: as for `LLM`.
-
-    Raises:
-      CheckpointError: the model cannot be found or loaded.
-    """
-    checkpoint = open_model(None if model is None else os.fspath(model), revision)
-    return checkpoints.load(checkpoint, dtype), checkpoint.config
-
-
-def open_model(model: str | None, revision: str | None = None) -> Checkpoint:
-    """The checkpoint that `LLM(model)` means, its weights not yet read. Raises CheckpointError."""
-    is_demo = model is None or (model == "demo" and not Path(model).is_dir())
-    checkpoint = checkpoints.open_checkpoint(MODEL_DIR if is_demo else model, revision=revision)  # type: ignore[arg-type]
-    for warning in checkpoint.warnings:
-        logger.warning("%s", warning)
-    return checkpoint
-
-
-def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer:
-    directory = checkpoint.directory if config.tokenizer is None else checkpoints.resolve(config.tokenizer)
-    tokenizer = Tokenizer.load(directory)
-    if tokenizer.max_token_id >= checkpoint.config.vocab_size:
-        logger.warning(
-            "The tokenizer has ids up to %d, the model only up to %d: prompts that use those in between are refused.",
-            tokenizer.max_token_id,
-            checkpoint.config.vocab_size - 1,
-        )
-    return tokenizer
-
-
-def _default_params(checkpoint: Checkpoint) -> SamplingParams:
-    given = checkpoint.generation_defaults
-    options = {ours: given[name] for name, ours in _GENERATION_FIELDS.items() if given.get(name) is not None}
-    try:
-        return SamplingParams(**options)
-    except RequestError as error:
-        raise CheckpointError(f"{checkpoint.directory / 'generation_config.json'}: {error}") from None
-
-
-def _tool_call_parser(name: str, chat_template: str) -> str:
-    """The parser that is meant by `tool_call_parser`."""
-    found = fitting_parser(chat_template) if name == "auto" else name
-    if found is None:
-        allowed = ", ".join(TOOL_CALL_PARSERS)
-        raise RequestError(f"tool_call_parser: got 'auto', and no parser fits the model's chat template: name one of {allowed}")
-    try:
-        check_parser(found)
-    except UnknownParserError as error:
-        raise RequestError(str(error)) from None
-    return found
-
-
-def _with_special_tokens(params: SamplingParams | Seq[SamplingParams]) -> Any:
-    """Parameters whose text has the markers of tool calls."""
+def _all_with_special_tokens(params: SamplingParams | Seq[SamplingParams]) -> Any:
     if isinstance(params, Seq):
-        return [_with_special_tokens(one) for one in params]
-    if not isinstance(params, SamplingParams):
-        return params  # refused with all others
-    if not params.detokenize:
-        raise RequestError("tool_call_parser: calls are found in the text, and detokenize=False gives none")
-    return replace(params, skip_special_tokens=False)
+        return [_all_with_special_tokens(one) for one in params]
+    return with_special_tokens(params) if isinstance(params, SamplingParams) else params  # refused with all others
 
 
 def _with_tool_calls(output: RequestOutput, parser: str) -> RequestOutput:

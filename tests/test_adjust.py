@@ -30,6 +30,7 @@ from jaxpaged.host.plan import Chunk, StepPlan
 from jaxpaged.host.request import MAX_RULES, FinishReason, Request, RequestError, SamplingParams, Sequence
 from jaxpaged.model.adjust import adjust
 from jaxpaged.observe.records import pack_request, unpack_request
+from jaxpaged.prompts import with_bad_words
 
 FEW_STEPS = {"decode_row_buckets": (8,), "prefill_tile_buckets": (4,)}  # few to compile
 EOS = MODEL.eos_token_ids
@@ -410,7 +411,7 @@ def test_a_recorded_request_comes_back_whole() -> None:
 def test_bad_words_are_tokens_with_and_without_a_space(tmp_path: Path) -> None:
     with LLM(write_text_model(tmp_path), **FAST, enforce_eager=True) as llm:
         encode = llm.get_tokenizer().encode
-        params = llm._with_bad_words(SamplingParams(bad_words=["dog", " the"], bad_words_token_ids=[[9]]))
+        params = with_bad_words(llm.tokenizer, SamplingParams(bad_words=["dog", " the"], bad_words_token_ids=[[9]]))
         plain, spaced = encode("dog", add_special_tokens=False), encode(" dog", add_special_tokens=False)
         assert params.bad_words_token_ids[:2] == ((9,), tuple(plain))
         assert (tuple(spaced) in params.bad_words_token_ids) == (len(spaced) == len(plain))

@@ -17,7 +17,7 @@ LIBRARY = ("jaxpaged", "pallas_kernels", "convert")
 
 # From the ground up. A room imports from floors below its own; rooms of one floor never see each other.
 FLOORS = (
-    ("jaxpaged.version", "jaxpaged.errors", "jaxpaged.stop_strings", "jaxpaged.tools"),
+    ("jaxpaged.version", "jaxpaged.errors", "jaxpaged.stop_strings", "jaxpaged.tools", "jaxpaged.admission"),
     ("jaxpaged.speculative_config",),
     ("jaxpaged.config", "pallas_kernels"),
     ("jaxpaged.host", "jaxpaged.model", "jaxpaged.outputs"),
@@ -26,8 +26,10 @@ FLOORS = (
     ("jaxpaged.runner", "jaxpaged.tokenizer", "jaxpaged.demo", "convert"),
     ("jaxpaged.speculative",),
     ("jaxpaged.engine",),
-    ("jaxpaged.growing",),
-    ("jaxpaged.llm",),
+    ("jaxpaged.growing", "jaxpaged.loading", "jaxpaged.prompts"),
+    ("jaxpaged.live", "jaxpaged.streams"),
+    ("jaxpaged.engine_thread",),
+    ("jaxpaged.llm", "jaxpaged.async_llm"),
     ("jaxpaged",),  # the public names; nothing below asks it for them
     ("jaxpaged.server", "jaxpaged.bench", "jaxpaged.simulate"),
     ("jaxpaged.cli",),
@@ -39,6 +41,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {
     "jaxpaged.version": (),
     "jaxpaged.errors": (),
+    "jaxpaged.admission": (),
     "jaxpaged.speculative_config": ("jaxpaged.errors",),
     "jaxpaged.config": ("jaxpaged.errors", "jaxpaged.speculative_config"),
     "jaxpaged.stop_strings": (),

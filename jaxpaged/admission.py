@@ -1,0 +1,90 @@
+"""How much may wait: requests and prompt tokens that have been taken and have no token of their answer yet.
+
+Knows counts. Refuses to know prompts and engines: a request is refused before anything is made of it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+
+MAX_RETRY_AFTER_S = 60
+
+
+class QueueFullError(Exception):
+    """As much waits as may. `retry_after_s` is a guess: how long the last request waited for its first token."""
+
+    def __init__(self, message: str, retry_after_s: int):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Ticket:
+    """What one request counts for, until it is released. Releasing twice is nothing."""
+
+    def __init__(self, admission: Admission, num_outputs: int, num_tokens: int, at_s: float):
+        self.admission, self.num_outputs, self.num_tokens, self.at_s = admission, num_outputs, num_tokens, at_s
+        self.is_held = True
+
+    def release(self, *, is_served: bool = False) -> None:
+        """It does not wait any more: it has its first token (`is_served`), or has ended."""
+        self.admission.release(self, is_served)
+
+    def resize(self, num_tokens: int) -> None:
+        """Its prompt is known now."""
+        self.admission.resize(self, num_tokens)
+
+
+class Admission:
+    """Two limits on what waits. Threads may share it.
+
+    Invariant: what is counted is what the tickets that are held count for. Where nothing waits, any one request is let in, so
+    that a limit refuses no request for ever.
+    """
+
+    def __init__(self, max_queued_requests: int, max_queued_tokens: int, clock: Callable[[], float]):
+        """A request counts as its outputs: they are what takes room."""
+        self.max_queued_requests, self.max_queued_tokens, self._clock = max_queued_requests, max_queued_tokens, clock
+        self.num_outputs = self.num_tokens = 0
+        self._last_wait_s = 0.0
+        self._lock = threading.Lock()
+
+    def admit(self, num_outputs: int, num_tokens: int) -> Ticket:
+        """Let a request in. `num_tokens` may be a guess; see `Ticket.resize`.
+
+        Raises:
+          QueueFullError: it would be too much.
+        """
+        with self._lock:
+            outputs, tokens = self.num_outputs + num_outputs, self.num_tokens + num_tokens
+            is_full = outputs > self.max_queued_requests or tokens > self.max_queued_tokens
+            if self.num_outputs and is_full:
+                queued = f"{self.num_outputs:,} requests with {self.num_tokens:,} tokens wait"
+                limits = f"max_queued_requests {self.max_queued_requests:,}, max_queued_tokens {self.max_queued_tokens:,}"
+                raise QueueFullError(f"the queue is full: {queued}, the limits are {limits}", self.retry_after_s)
+            self.num_outputs, self.num_tokens = outputs, tokens
+        return Ticket(self, num_outputs, num_tokens, self._clock())
+
+    @property
+    def retry_after_s(self) -> int:
+        """A whole number of seconds, at least 1."""
+        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(self._last_wait_s)))
+
+    def release(self, ticket: Ticket, is_served: bool) -> None:
+        """See `Ticket.release`."""
+        with self._lock:
+            if not ticket.is_held:
+                return
+            ticket.is_held = False
+            self.num_outputs -= ticket.num_outputs
+            self.num_tokens -= ticket.num_tokens
+            if is_served:
+                self._last_wait_s = self._clock() - ticket.at_s
+
+    def resize(self, ticket: Ticket, num_tokens: int) -> None:
+        """See `Ticket.resize`."""
+        with self._lock:
+            if ticket.is_held:
+                self.num_tokens += num_tokens - ticket.num_tokens
+                ticket.num_tokens = num_tokens

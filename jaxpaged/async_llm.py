@@ -1,0 +1,246 @@
+"""Text in, text out, for many callers at once: an asyncio front to an engine on a thread of its own.
+
+Knows what is refused, and which threads make prompts of what was sent. Refuses to know HTTP: see `jaxpaged.server`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import os
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from jaxpaged.admission import Admission, Ticket
+from jaxpaged.config import ConfigError
+from jaxpaged.engine import Engine
+from jaxpaged.engine_thread import EngineThread
+from jaxpaged.growing import GrowingRequest
+from jaxpaged.host.request import SamplingParams
+from jaxpaged.loading import load
+from jaxpaged.outputs import RequestOutput
+from jaxpaged.prompts import Checked, Prompt, check
+from jaxpaged.streams import ClosedError, Stream
+from jaxpaged.tokenizer import Tokenizer
+
+_CHARACTERS_PER_TOKEN = 4  # a guess, for the time before a prompt is tokenised
+
+T = TypeVar("T")
+LatePrompt = Prompt | Callable[[], Prompt]
+"""A prompt, or a function that makes it, which is called on a thread where it holds nobody up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueOptions:
+    """How much may wait for an `AsyncLLM`.
+
+    Args:
+      max_queued_requests: requests that have been taken and have no token yet, each counted as its outputs; more are refused.
+      max_queued_tokens: likewise tokens of their prompts, guessed until a prompt is tokenised.
+      num_text_threads: threads that tokenise and fill in chat templates, and as many that compile grammars.
+      stall_s: an engine that has begun no step for so long is not healthy. Longer than the longest step, and with enforce_eager
+        than the longest compilation.
+
+    Raises:
+      ConfigError: a value out of range.
+    """
+
+    max_queued_requests: int = 256
+    max_queued_tokens: int = 262_144
+    num_text_threads: int = 4
+    stall_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, most in (("max_queued_requests", 2**20), ("max_queued_tokens", 2**40), ("num_text_threads", 64)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ConfigError(f"{name}: got {value!r}, expected a whole number in [1, {most}]")
+        if isinstance(self.stall_s, bool) or not isinstance(self.stall_s, (int, float)) or not 0 < self.stall_s <= 86_400:
+            raise ConfigError(f"stall_s: got {self.stall_s!r}, expected a number of seconds in (0, 86400]")
+
+
+class AsyncLLM:
+    """A language model that many tasks of asyncio ask at once; the name is vLLM's.
+
+    Invariant: a request that nobody waits for is out of the engine after the step that runs. What goes wrong in one request ends
+    that one alone, and whoever waits for it is told. The engine never waits for a text: prompts come to it checked.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        *,
+        default_params: SamplingParams | None = None,
+        generation_defaults: dict[str, Any] | None = None,
+        queue: QueueOptions | None = None,
+    ):
+        """Serve an engine that nobody else drives; it is closed with this. See `from_options`."""
+        self.tokenizer, self.config, self.model_config = tokenizer, engine.config, engine.model
+        self.default_params, self.generation_defaults = default_params or SamplingParams(), generation_defaults or {}
+        self.queue = queue or QueueOptions()
+        self.clock = engine.clock
+        self.admission = Admission(self.queue.max_queued_requests, self.queue.max_queued_tokens, self.clock)
+        threads = self.queue.num_text_threads
+        self._texts = ThreadPoolExecutor(threads, "jaxpaged-text")
+        self._grammars = ThreadPoolExecutor(threads, "jaxpaged-grammar")  # a grammar may take seconds, and no text waits for it
+        self._ids = itertools.count()
+        self._is_draining = False
+        self._engine = engine  # for what does not change; all else is the thread's
+        self._thread = EngineThread(engine, stall_s=self.queue.stall_s)
+
+    @classmethod
+    def from_options(
+        cls,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        queue: QueueOptions | None = None,
+        use_tqdm_on_load: bool = True,
+        **options: Any,
+    ) -> AsyncLLM:
+        """Load a model; arguments and errors are those of `LLM`."""
+        found = load(model, use_tqdm=use_tqdm_on_load, **options)
+        defaults = {"default_params": found.default_params, "generation_defaults": found.generation_defaults}
+        return cls(found.engine, found.tokenizer, queue=queue, **defaults)  # type: ignore[arg-type]
+
+    # --- requests ---
+
+    def admit(self, num_outputs: int, num_tokens: int) -> Ticket:
+        """A place in the queue, for `start`. Nothing has been made of the request yet.
+
+        Raises:
+          QueueFullError: too much waits.
+          ClosedError: it is draining or closed.
+        """
+        if not self.is_ready:
+            raise ClosedError("no further requests are taken")
+        return self.admission.admit(num_outputs, num_tokens)
+
+    async def start(
+        self,
+        prompt: LatePrompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        ticket: Ticket | None = None,
+    ) -> Stream:
+        """Check a request and queue it: what cannot be served is refused here, before anything is streamed.
+
+        Args:
+          prompt, sampling_params, priority, tenant: as for `LLM.generate`, for one prompt.
+          request_id: no unfinished request may have it.
+          ticket: from `admit`; it is released by whatever comes of this call.
+
+        Raises:
+          RequestError, QueueFullError, ClosedError.
+        """
+        params = self.default_params if sampling_params is None else sampling_params
+        if ticket is None:
+            ticket = self.admit(getattr(params, "num_drawn", 1), guessed_len(prompt))
+        try:
+            checked = await self._checked(prompt, params, request_id or f"req-{next(self._ids)}", priority, tenant)
+            ticket.resize(len(checked.request.prompt_token_ids))
+            live = GrowingRequest(checked.request, checked.prompt, self.tokenizer)
+            stream = Stream(live, ticket=ticket, loop=asyncio.get_running_loop(), end=self._thread.end)
+            self._thread.add(stream)
+        except BaseException:
+            ticket.release()
+            raise
+        return stream
+
+    async def generate(
+        self,
+        prompt: LatePrompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        **options: Any,
+    ) -> AsyncIterator[RequestOutput]:
+        """The outputs of one request while it grows; arguments and errors are those of `start`. Leaving it early ends it."""
+        stream = await self.start(prompt, sampling_params, request_id=request_id, **options)
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            stream.close()
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; who iterates over it gets its end. Nothing where there is none."""
+        stream = self._thread.find(request_id)
+        if stream is not None:
+            stream.close()
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What a function gives that would hold the loop up, from a thread for texts."""
+        return await asyncio.get_running_loop().run_in_executor(self._texts, functools.partial(function, *arguments))
+
+    async def reset_prefix_cache(self) -> None:
+        """See `Engine.reset_prefix_cache`. Raises ClosedError."""
+        await self._thread.call(lambda engine: engine.reset_prefix_cache())
+
+    async def stats(self) -> dict[str, int | float]:
+        """See `Engine.stats`; with what has no token yet. Raises ClosedError."""
+        found = await self._thread.call(lambda engine: engine.stats())
+        return {**found, "num_queued_requests": self.admission.num_outputs, "num_queued_tokens": self.admission.num_tokens}
+
+    async def _checked(self, prompt: LatePrompt, params: SamplingParams, request_id: str, priority: int, tenant: str) -> Checked:
+        def checked() -> Checked:
+            found = prompt() if callable(prompt) else prompt
+            return check(self._engine, self.tokenizer, found, params, request_id=request_id, priority=priority, tenant=tenant)
+
+        pool = self._texts if getattr(params, "structured_outputs", None) is None else self._grammars
+        return await asyncio.get_running_loop().run_in_executor(pool, checked)
+
+    # --- its life ---
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have been queued and have not ended."""
+        return self._thread.num_unfinished
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes requests."""
+        return not self._is_draining and not self._thread.is_closed
+
+    def check_health(self) -> None:
+        """Whether the engine lives: its own thread says so, step by step.
+
+        Raises:
+          StalledError: why not.
+        """
+        self._thread.check()
+
+    def stop_taking(self) -> None:
+        """Refuse what comes from now on; what has been taken goes on."""
+        self._is_draining = True
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse what comes, and wait for what has been taken; whether all of it has ended in time."""
+        self.stop_taking()
+        deadline = self.clock() + timeout_s
+        while self.num_unfinished or self.admission.num_outputs:
+            if self.clock() >= deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    def shutdown(self) -> None:
+        """End what runs, with an error to who waits for it, and give the engine's memory back. Twice is nothing."""
+        self.stop_taking()
+        self._thread.close()
+        self._texts.shutdown(wait=False, cancel_futures=True)
+        self._grammars.shutdown(wait=False, cancel_futures=True)
+
+
+def guessed_len(prompt: LatePrompt) -> int:
+    """Tokens of a prompt that has not been tokenised."""
+    if isinstance(prompt, dict):
+        prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
+    if isinstance(prompt, str):
+        return max(1, len(prompt) // _CHARACTERS_PER_TOKEN)
+    return len(prompt) if hasattr(prompt, "__len__") else 1  # type: ignore[arg-type]

@@ -1,0 +1,262 @@
+"""The thread that drives an engine: what callers send, then a step, for as long as there is something to do.
+
+Knows streams by what they take. Refuses to know prompts, texts and who waits: what comes here has been checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from jaxpaged.engine import Engine
+from jaxpaged.host.request import RequestError
+from jaxpaged.live import record_step
+from jaxpaged.streams import ClosedError, RequestFaultError, StalledError, StepFailedError, Stream
+
+logger = logging.getLogger("jaxpaged")
+
+_IDLE_BEAT_S = 0.5  # how often an engine that has nothing to do says that it lives
+_MAX_FAILED_STEPS = 4  # in a row: then it is not one request that is at fault
+
+T = TypeVar("T")
+
+
+class EngineThread:
+    """Owns an engine, which nobody else drives.
+
+    Invariant: a stream that was added and is not over is in the engine or on its way there; when the thread ends, all are over.
+    What goes wrong in one request ends that one alone.
+    """
+
+    def __init__(self, engine: Engine, *, stall_s: float):
+        """`stall_s`: see `QueueOptions`."""
+        self.engine, self.clock, self._stall_s = engine, engine.clock, stall_s
+        self._streams: dict[str, Stream] = {}  # not over, by request id
+        self._failed_steps: dict[str, int] = {}  # request id -> steps that failed with it since its last token
+        self._num_failed = 0  # steps, in a row
+        self._lock = threading.Condition()  # of what follows
+        self._commands: list[Callable[[], None]] = []
+        self._is_closing = False
+        self._beat_s = self.clock()
+        self._death: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="jaxpaged-engine", daemon=True)
+        self._thread.start()
+
+    # --- for other threads ---
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it takes nothing any more."""
+        return self._is_closing
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that were added and are not over."""
+        return len(self._streams)
+
+    def add(self, stream: Stream) -> None:
+        """Queue a request.
+
+        Raises:
+          RequestError: an unfinished request has its id.
+          ClosedError: nothing is taken any more.
+        """
+        request_id = stream.request.request_id
+        with self._lock:
+            if self._is_closing:
+                raise ClosedError("no further requests are taken")
+            if request_id in self._streams:
+                raise RequestError(f"request_id: {request_id!r} is already in use by an unfinished request")
+            self._streams[request_id] = stream
+            self._commands.append(functools.partial(self._queue, stream))
+            self._lock.notify()
+
+    def find(self, request_id: str) -> Stream | None:
+        """An unfinished request."""
+        return self._streams.get(request_id)
+
+    def end(self, stream: Stream) -> None:
+        """Take a request out of the engine before its next step, if it is not over."""
+        if not stream.is_over:
+            self._send(functools.partial(self._abort, stream))
+
+    async def call(self, function: Callable[[Engine], T]) -> T:
+        """What a function of the engine gives between two steps.
+
+        Raises:
+          ClosedError: there is no engine any more.
+        """
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+
+        def settle(found: T | None, error: Exception | None) -> None:
+            if future.done():  # whoever waited has gone
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(found)
+
+        def run() -> None:
+            found = error = None
+            try:
+                found = function(self.engine)
+            except Exception as caught:
+                error = caught
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                loop.call_soon_threadsafe(settle, found, error)
+
+        if not self._send(run):
+            raise ClosedError("the engine is closed")
+        return await future
+
+    def check(self) -> None:
+        """Whether the thread begins its steps: it says so itself.
+
+        Raises:
+          StalledError: why not.
+        """
+        if self._death is not None:
+            raise StalledError(f"the engine's thread has ended ({type(self._death).__name__})")
+        silent_s = self.clock() - self._beat_s
+        if silent_s > self._stall_s and self._thread.is_alive():
+            raise StalledError(f"the engine has begun no step for {silent_s:.1f} s, the limit is {self._stall_s:g} s")
+        if self._num_failed >= _MAX_FAILED_STEPS:
+            raise StalledError(f"the last {self._num_failed} steps have failed")
+
+    def close(self) -> None:
+        """End what runs with a ClosedError to who waits for it, and the engine. Twice is nothing."""
+        with self._lock:
+            self._is_closing = True
+            self._lock.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _send(self, command: Callable[[], None]) -> bool:
+        """Have something done before the next step; False when there will be none."""
+        with self._lock:
+            if not self._is_closing:
+                self._commands.append(command)
+                self._lock.notify()
+            return not self._is_closing
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:  # nobody else would tell those who wait
+            self._death = error
+            logger.exception("The engine's thread has ended.")
+        with self._lock:
+            self._is_closing = True
+            commands, self._commands = self._commands, []
+        for command in commands:
+            with contextlib.suppress(Exception):
+                command()
+        for stream in list(self._streams.values()):
+            self._fail(stream, ClosedError("closed before the request had ended"))
+        with contextlib.suppress(Exception):  # of an engine that is broken itself: that was told above
+            self.engine.close()
+
+    def _turn(self) -> bool:
+        """What was sent, then a step; False when it is to end."""
+        with self._lock:
+            while not (self._commands or self._is_closing or self.engine.has_unfinished):
+                self._beat_s = self.clock()
+                self._lock.wait(_IDLE_BEAT_S)
+            if self._is_closing:
+                return False
+            commands, self._commands = self._commands, []
+        self._beat_s = self.clock()
+        for command in commands:
+            command()
+        if self.engine.has_unfinished:
+            self._step()
+        return True
+
+    def _step(self) -> None:
+        try:
+            changed = record_step(self.engine, self._streams, self._fault)
+        except Exception as error:
+            self._step_failed(error)
+            return
+        self._num_failed = 0
+        for stream in changed:
+            self._failed_steps.pop(stream.request.request_id, None)
+            self._forget_if_over(stream)
+        self._wake(changed)
+
+    def _step_failed(self, error: Exception) -> None:
+        """The engine has set back what was in the step: it is computed anew once, then given up.
+
+        Who has had a token since is not suspected any more.
+        """
+        self._num_failed += 1
+        ids = [one for one in self.engine.failed_ids if one in self._streams]
+        logger.error("A step with %d requests has failed: %s", len(ids), error, exc_info=error)
+        for one in ids:
+            self._failed_steps[one] = self._failed_steps.get(one, 0) + 1
+        given_up = [one for one in ids if self._failed_steps[one] > 1]
+        if self._num_failed >= _MAX_FAILED_STEPS and not given_up:
+            given_up = list(self._streams)  # it is none of those that can be named
+        for one in given_up:
+            self.engine.abort(one)
+            self._fail(self._streams[one], StepFailedError("the step that computes this request has failed twice"))
+
+    def _fault(self, stream: Stream, error: Exception) -> None:
+        logger.error("Request %s has failed: %s", stream.request.request_id, error, exc_info=error)
+        self._fail(stream, RequestFaultError("this request could not be completed"))
+
+    def _fail(self, stream: Stream, error: Exception) -> None:
+        stream.fail(error)
+        self._forget_if_over(stream)
+        self._wake([stream])
+
+    def _queue(self, stream: Stream) -> None:
+        try:
+            self.engine.queue(stream.request)
+        except RequestError as error:
+            self._fail(stream, error)
+        except Exception as error:
+            self._fault(stream, error)
+
+    def _abort(self, stream: Stream) -> None:
+        if stream.is_over:
+            return
+        events = self.engine.abort(stream.request.request_id)
+        try:
+            for event in events:
+                stream.record(event, self.clock())
+        except Exception as error:
+            self._fault(stream, error)
+        self._forget_if_over(stream)
+        self._wake([stream])
+
+    def _forget_if_over(self, stream: Stream) -> None:
+        if stream.is_over:
+            self._failed_steps.pop(stream.request.request_id, None)
+            self._streams.pop(stream.request.request_id, None)
+
+    def _wake(self, streams: Iterable[Stream]) -> None:
+        """One message to each loop, whatever number of streams it has."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[Stream]] = {}
+        for stream in streams:
+            by_loop.setdefault(stream.loop, []).append(stream)
+        for loop, some in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_wake_all, some)
+            except RuntimeError:  # the loop has been closed: nobody waits for these
+                for stream in some:
+                    self.end(stream)
+
+
+def _wake_all(streams: list[Stream]) -> None:
+    for stream in streams:
+        stream.wake()

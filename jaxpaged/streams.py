@@ -1,0 +1,130 @@
+"""One request on its way from the engine's thread to a task that waits for it; and how a request may end that it should not.
+
+Knows two threads and nothing else of either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+from jaxpaged.admission import Ticket
+from jaxpaged.growing import GrowingRequest
+from jaxpaged.host.request import RequestOutputKind, TokenEvent
+from jaxpaged.outputs import RequestOutput
+
+
+class EngineError(Exception):
+    """The engine has not ended a request as it should. `code` is for programs to read."""
+
+    code = "engine_error"
+
+
+class RequestFaultError(EngineError):
+    """Something went wrong with this request alone: its text, its log-probabilities."""
+
+    code = "internal_error"
+
+
+class StepFailedError(EngineError):
+    """A step that this request was in has failed, and again when it was computed anew."""
+
+    code = "engine_step_failed"
+
+
+class ClosedError(EngineError):
+    """It takes no requests any more, or was closed before this one had ended."""
+
+    code = "shutting_down"
+
+
+class StalledError(EngineError):
+    """The engine has not been heard of for too long, or its steps fail."""
+
+    code = "engine_stalled"
+
+
+class Stream:
+    """The outputs of one request, as its output_kind has them. One task may iterate; `close` ends it early.
+
+    It holds what has come, not messages: a consumer that is slow gets more at once, and never makes a queue.
+    """
+
+    def __init__(
+        self,
+        live: GrowingRequest,
+        *,
+        ticket: Ticket,
+        loop: asyncio.AbstractEventLoop,
+        end: Callable[[Stream], None],
+    ):
+        """`end` takes a request out of its engine; `loop` is the one on which there is someone to wake."""
+        self.request, self.loop = live.request, loop
+        self._live, self._ticket, self._end = live, ticket, end
+        self._lock = threading.Lock()  # the engine's thread writes what the loop's thread reads
+        self._has_news = asyncio.Event()
+        self._error: Exception | None = None
+        self._num_seen = 0
+        self._is_told = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come."""
+        return self._error is not None or self._live.is_finished
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of all outputs so far."""
+        return self._live.num_generated
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        while not self._is_told:
+            self._has_news.clear()
+            output = self._take()
+            if output is not None:
+                return output
+            await self._has_news.wait()
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """End the request if it has not ended: its pages are free before the step after next."""
+        self._end(self)
+
+    # --- for whoever has the engine ---
+
+    def record(self, event: TokenEvent, now: float) -> bool:
+        """See `GrowingRequest.record`; on the engine's thread."""
+        with self._lock:
+            is_ended = self._live.record(event, now)
+            self._ticket.release(is_served=event.token_id is not None or bool(event.token_ids))
+        return is_ended
+
+    def fail(self, error: Exception) -> None:
+        """End it with an error, if it has not ended."""
+        with self._lock:
+            if not self.is_over:
+                self._error = error
+        self._ticket.release()
+
+    def wake(self) -> None:
+        """Tell who iterates that there may be something; on the loop's thread."""
+        self._has_news.set()
+
+    def _take(self) -> RequestOutput | None:
+        """What is to be told now."""
+        with self._lock:
+            if self._error is not None:
+                self._is_told = True
+                raise self._error
+            live, params = self._live, self.request.params
+            if live.num_events == self._num_seen:
+                return None
+            self._num_seen = live.num_events
+            self._is_told = live.is_finished
+            if not live.is_finished and (params.is_ranked or params.output_kind is RequestOutputKind.FINAL_ONLY):
+                return None
+            return live.news() if params.output_kind is RequestOutputKind.DELTA else live.output()
