@@ -9,7 +9,7 @@ import asyncio
 import functools
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -159,7 +159,7 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         **options: Any,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of one request while it grows; arguments and errors are those of `start`. Leaving it early ends it."""
         stream = await self.start(prompt, sampling_params, request_id=request_id, **options)
         try:
