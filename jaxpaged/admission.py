@@ -66,6 +66,13 @@ class Admission:
             self.num_outputs, self.num_tokens = outputs, tokens
         return Ticket(self, num_outputs, num_tokens, self._clock())
 
+    def split(self, ticket: Ticket, num_tokens: list[int]) -> list[Ticket]:
+        """One ticket for each of several parts that a request has, of as many outputs each, in place of the whole one."""
+        with self._lock:
+            ticket.is_held = False
+            each = ticket.num_outputs // len(num_tokens)
+            return [Ticket(self, each, count, ticket.at_s) for count in num_tokens]
+
     @property
     def retry_after_s(self) -> int:
         """A whole number of seconds, at least 1."""

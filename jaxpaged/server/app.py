@@ -1,0 +1,169 @@
+"""The application: which route is answered by whom, behind the door.
+
+Knows routes. Refuses to know what the answers say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from jaxpaged.async_llm import AsyncLLM
+from jaxpaged.server import chat, completions, texts
+from jaxpaged.server.bodies import Body, dump_json
+from jaxpaged.server.errors import ApiError, as_api_error
+from jaxpaged.server.guard import Guard
+from jaxpaged.server.options import ServerOptions
+from jaxpaged.server.protocol import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
+from jaxpaged.server.service import Asked, Service
+from jaxpaged.streams import StalledError
+from jaxpaged.version import __version__
+
+_LARGE_BYTES = 64 << 10  # a body or an answer of which is read or written on a thread, for it takes a millisecond and more
+
+Answering = Callable[[Service, Asked], Awaitable[Any]]
+
+
+def build_app(llm: AsyncLLM, options: ServerOptions | None = None, **injected: Any) -> FastAPI:
+    """The ASGI application that serves a model. Who runs it also ends the model: see `AsyncLLM.shutdown`.
+
+    Args:
+      injected: `make_id` and `time_s` of `Service`, for tests.
+
+    Raises:
+      ConfigError: of `ServerOptions.keys`.
+    """
+    options = options or ServerOptions()
+    service = Service(llm, options, **injected)
+    app = FastAPI(title="jaxpaged", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan)
+    app.state.service = service
+    app.add_exception_handler(HTTPException, _no_route)
+    app.add_middleware(Guard, options=options)
+    _add_answers(app, service)
+    _add_states(app, service)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield
+
+
+def _add_answers(app: FastAPI, service: Service) -> None:
+    """Routes that read a body."""
+
+    def add(path: str, body: Body, answer: Answering, *, prompt: str | None = None) -> None:
+        async def route(request: Request) -> Any:
+            def as_error(error: BaseException) -> ApiError:
+                return as_api_error(error, fields=body.fields, prompt=prompt)
+
+            try:
+                raw = await _raw_body(request)
+                parsed = body.parse(raw) if len(raw) < _LARGE_BYTES else await service.llm.in_thread(body.parse, raw)
+                asked = Asked(parsed, len(raw), request.state.tenant, request.receive, as_error)
+                found = await answer(service, asked)
+                return found if callable(found) else await _json(service, found)
+            except ConnectionError:
+                raise
+            except Exception as error:
+                raise as_error(error) from None
+
+        route.__doc__ = answer.__doc__
+        schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": body.schema}}}}
+        app.add_api_route(path, route, methods=["POST"], response_model=None, name=path.strip("/"), openapi_extra=schema)
+
+    add("/v1/chat/completions", CHAT, chat.answer, prompt="messages")
+    add("/v1/completions", COMPLETION, completions.answer, prompt="prompt")
+    add("/tokenize", TOKENIZE, texts.tokenize, prompt="prompt")
+    add("/detokenize", DETOKENIZE, texts.detokenize, prompt="tokens")
+
+
+def _add_states(app: FastAPI, service: Service) -> None:
+    """Routes that say how things are."""
+    llm = service.llm
+
+    @app.get("/v1/models", response_model=None)
+    async def models() -> Response:
+        return _plain({"object": "list", "data": service.models()})
+
+    @app.get("/v1/models/{name:path}", response_model=None)
+    async def model(name: str) -> Response:
+        service.model_meant({"model": name})
+        return _plain(next(one for one in service.models() if one["id"] == name))
+
+    @app.get("/version", response_model=None)
+    async def version() -> Response:
+        return _plain({"version": __version__})
+
+    @app.get("/live", response_model=None)
+    async def live() -> Response:
+        """The process answers; it says nothing of the engine."""
+        return _plain({"status": "live"})
+
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        """Whether the engine begins its steps, by its own word."""
+        with _told():
+            llm.check_health()
+        return _plain({"status": "healthy"})
+
+    @app.get("/ready", response_model=None)
+    async def ready() -> Response:
+        """Whether requests are taken: not while it drains."""
+        with _told():
+            llm.check_health()
+        if not llm.is_ready:
+            raise ApiError(503, "no further requests are taken", code="shutting_down")
+        return _plain({"status": "ready"})
+
+    @app.post("/reset_prefix_cache", response_model=None)
+    async def reset_prefix_cache() -> Response:
+        """See `Engine.reset_prefix_cache`."""
+        with _told():
+            await llm.reset_prefix_cache()
+        return _plain({"success": True})
+
+
+@contextlib.contextmanager
+def _told():
+    try:
+        yield
+    except StalledError as error:
+        raise as_api_error(error) from None
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """What the framework refuses itself, in our shape."""
+    status = getattr(error, "status_code", 500)
+    message = {404: "there is no such route", 405: "the route does not take this method"}.get(status, "the request is refused")
+    told = ApiError(status, message)
+    headers = {"allow": error.headers["allow"]} if status == 405 and getattr(error, "headers", None) else {}
+    return _plain(told.body, status, headers)
+
+
+async def _raw_body(request: Request) -> bytes:
+    kind = request.headers.get("content-type", "application/json").partition(";")
+    charset = kind[2].strip().lower().replace('"', "")
+    if kind[0].strip().lower() != "application/json" or charset not in ("", "charset=utf-8"):
+        raise ApiError(415, "Content-Type: expected application/json")
+    pieces = []
+    async for piece in request.stream():
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+async def _json(service: Service, found: dict[str, Any]) -> Response:
+    # How large it becomes is known when it has been made: long lists of tokens are what makes it so.
+    is_large = sum(len(str(choice.get("text", ""))) for choice in found.get("choices", ())) > _LARGE_BYTES or any(
+        choice.get("logprobs") for choice in found.get("choices", ())
+    )
+    content = await service.llm.in_thread(dump_json, found) if is_large else dump_json(found)
+    return Response(content, media_type="application/json")
+
+
+def _plain(found: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(dump_json(found), status, headers, media_type="application/json")

@@ -1,0 +1,150 @@
+"""/v1/completions: prompts in, what follows them out, whole or piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from jaxpaged.host.checks import shown
+from jaxpaged.host.request import RequestError, SamplingParams
+from jaxpaged.outputs import CompletionOutput, RequestOutput
+from jaxpaged.prompts import Prompt
+from jaxpaged.server.answers import FINGERPRINT, TextLogprobs, Usage, check_ending, prompt_places
+from jaxpaged.server.sampling import check_outputs, completion_sampling, is_streamed
+from jaxpaged.server.service import Asked, Service
+from jaxpaged.server.streaming import EventStream, event, merged, unless_left
+from jaxpaged.streams import Stream
+
+
+async def answer(service: Service, asked: Asked) -> Any:
+    """The answer to one request: an object, or an `EventStream`. Raises what `as_api_error` knows."""
+    body, llm = asked.body, service.llm
+    model = service.model_meant(body)
+    prompts = _prompts(body["prompt"], service.options.max_prompts)
+    params = completion_sampling(body, llm)
+    check_outputs(len(prompts), params, service.options.max_outputs)
+    salt = service.salt(asked)
+    lengths = [max(1, len(prompt) // 4) if isinstance(prompt, str) else len(prompt) for prompt in prompts]
+    # One ticket lets all of them in or none; each of them then has its own, so that its first token lets others in.
+    tickets = llm.admission.split(llm.admit(params.num_drawn * len(prompts), sum(lengths)), lengths)
+    streams: list[Stream] = []
+    try:
+        for place, prompt in enumerate(prompts):
+            late = _late(service, prompt, body.get("add_special_tokens", True), salt)
+            try:
+                options = {"priority": body.get("priority", 0), "tenant": asked.tenant, "ticket": tickets[place]}
+                streams.append(await llm.start(late, params, **options))
+            except RequestError as error:
+                if len(prompts) > 1 and str(error).startswith("prompt"):
+                    raise RequestError(f"prompt[{place}]: {error}") from None
+                raise
+    except BaseException:
+        for one in (*streams, *tickets):
+            one.close() if isinstance(one, Stream) else one.release()
+        raise
+    shape = _Shape(f"cmpl-{service.make_id()}", service.now(), model, body, params, service)
+    if is_streamed(body):
+        return EventStream(_events(shape, streams), streams, asked.as_error)
+    return await unless_left(asked.receive, _whole(shape, streams))
+
+
+def _prompts(given: Any, limit: int) -> list[Prompt]:
+    """One prompt, as text or token ids, or a list of them."""
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, list):
+        raise RequestError(f"prompt: got {shown(given)}, expected a text, token ids, or a list of them")
+    if not given:
+        raise RequestError("prompt: got an empty list, expected at least one")
+    if isinstance(given[0], int) and not isinstance(given[0], bool):
+        return [given]
+    if len(given) > limit:
+        raise RequestError(f"prompt: got {len(given):,} prompts, the limit is {limit} (max_prompts)")
+    kind = str if isinstance(given[0], str) else list
+    for place, one in enumerate(given):
+        if not isinstance(one, kind) or (kind is list and not one):
+            raise RequestError(f"prompt[{place}]: got {shown(one)}, expected texts, or lists of token ids")
+    return given
+
+
+def _late(service: Service, prompt: Prompt, add_special_tokens: bool, salt: str | None) -> Any:
+    def found() -> dict[str, Any]:
+        whole: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+        if isinstance(prompt, str) and not add_special_tokens:
+            whole["prompt_token_ids"] = service.tokenizer.encode(prompt, add_special_tokens=False)
+        return whole if salt is None else {**whole, "cache_salt": salt}
+
+    return found
+
+
+class _Shape:
+    """What all objects of one answer say."""
+
+    def __init__(self, id: str, created: int, model: str, body: dict[str, Any], params: SamplingParams, service: Service):
+        self.head = {"id": id, "object": "text_completion", "created": created, "model": model}
+        self.head["system_fingerprint"] = FINGERPRINT
+        self.body, self.params, self._service = body, params, service
+        self.has_echo, self.is_prompt_alone = body.get("echo", False), body.get("echo", False) and body.get("max_tokens") == 0
+        self._logprobs: dict[tuple[int, int], TextLogprobs] = {}
+        self._of_prompts: dict[int, list[Any]] = {}
+        self._has_begun: set[tuple[int, int]] = set()
+
+    def choice(self, place: int, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
+        """What is said of one output, for the first time with what comes before it."""
+        check_ending(one)
+        key, is_first = (place, one.index), (place, one.index) not in self._has_begun
+        self._has_begun.add(key)
+        text = "" if self.is_prompt_alone else one.text
+        token_ids, places = ([], []) if self.is_prompt_alone else (one.token_ids, one.logprobs or [])
+        names: dict[int, str] = {}
+        if self.has_echo and is_first:
+            prompt_ids = output.prompt_token_ids
+            text = (output.prompt if output.prompt is not None else self._service.tokenizer.decode(prompt_ids, False)) + text
+            if self.params.logprobs is not None:
+                names = {prompt_ids[0]: self._service.tokenizer.decode(prompt_ids[:1], False)}
+                token_ids, places = [*prompt_ids, *token_ids], [*(self._prompt_logprobs(place, output)), *places]
+        logprobs = None
+        if self.params.logprobs is not None:
+            growing = self._logprobs.setdefault(key, TextLogprobs(self.params.logprobs, self._as_id))
+            logprobs = growing.take(token_ids, places, names)
+        index = place * self.params.n + one.index
+        found = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": one.finish_reason}
+        if one.finish_reason is not None:
+            found["stop_reason"] = one.stop_reason
+        if is_first and not self.has_echo and output.prompt_logprobs is not None:
+            found["prompt_logprobs"] = prompt_places(output.prompt_logprobs)
+        if self.body.get("return_token_ids"):
+            found |= {"token_ids": one.token_ids, "prompt_token_ids": output.prompt_token_ids if is_first else None}
+        return found
+
+    @property
+    def _as_id(self) -> bool:
+        return self.body.get("return_tokens_as_token_ids", False)
+
+    def _prompt_logprobs(self, place: int, output: RequestOutput) -> list[Any]:
+        """Those of the prompt, which come with the first of a stream's outputs alone."""
+        if output.prompt_logprobs is not None:
+            self._of_prompts[place] = output.prompt_logprobs
+        return self._of_prompts[place]
+
+
+async def _whole(shape: _Shape, streams: list[Stream]) -> dict[str, Any]:
+    usage, last = Usage(), {}
+    async for place, output in merged(streams):
+        usage.add(place, output)
+        last[place] = output
+    choices = [shape.choice(place, last[place], one) for place in range(len(streams)) for one in last[place].outputs]
+    return {**shape.head, "choices": choices, "usage": usage.json()}
+
+
+async def _events(shape: _Shape, streams: list[Stream]) -> AsyncGenerator[bytes, None]:
+    options = shape.body.get("stream_options", {})
+    has_usage, is_continuous = options.get("include_usage", False), options.get("continuous_usage_stats", False)
+    usage = Usage()
+    async for place, output in merged(streams):
+        usage.add(place, output)
+        for one in output.outputs:
+            told = {"usage": usage.json() if is_continuous else None} if has_usage else {}
+            yield event({**shape.head, "choices": [shape.choice(place, output, one)], **told})
+    if has_usage:
+        yield event({**shape.head, "choices": [], "usage": usage.json()})

@@ -1,0 +1,128 @@
+"""What can be set about the server: who may ask, how much, and how long it takes to end. Knows no route."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+from dataclasses import dataclass
+from typing import Any
+
+from jaxpaged.config import ConfigError, nearest
+from jaxpaged.tools import TOOL_CALL_PARSERS
+
+MIN_KEY_LEN = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Everything that can be set about `jaxpaged serve` beside the engine.
+
+    Args:
+      host: address to listen on. Any but a loopback address needs api_key or api_key_file.
+      port: to listen on; 0 is any that is free.
+      api_key: keys, one of which every request but /live has to bring as its bearer token; at least 16 characters each. The
+        command line shows them to other users of the machine: better api_key_file.
+      api_key_file: a file with one key a line; None is none.
+      insecure_no_auth: serve on a public address without a key.
+      served_model_name: names that the model answers to, the first is its own; None is the last part of its path.
+      tool_call_parser: how the model writes tool calls, one of `jaxpaged.tools.TOOL_CALL_PARSERS`; auto is what fits its chat
+        template.
+      max_outputs: outputs of one HTTP request, its prompts times n or best_of.
+      max_body_bytes: of one HTTP request.
+      max_prompts: prompts of one HTTP request.
+      body_timeout_s: for a client to send its request.
+      send_timeout_s: for a client to take what was sent, before its request is ended.
+      drain_s: for what runs to end after SIGTERM, before it is ended with an error.
+
+    Raises:
+      ConfigError: a value out of range, or a public address without a key.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: tuple[str, ...] = ()
+    api_key_file: str | None = None
+    insecure_no_auth: bool = False
+    served_model_name: tuple[str, ...] = ()
+    tool_call_parser: str = "auto"
+    max_outputs: int = 64
+    max_body_bytes: int = 8 << 20
+    max_prompts: int = 64
+    body_timeout_s: float = 30.0
+    send_timeout_s: float = 60.0
+    drain_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            *(("port", 0, 65_535), ("max_outputs", 1, 4096), ("max_prompts", 1, 4096)),
+            ("max_body_bytes", 1024, 2**31),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ConfigError(f"{name}: got {value!r}, expected a whole number in [{low}, {high}]")
+        for name in ("body_timeout_s", "send_timeout_s", "drain_s"):
+            value, low = getattr(self, name), 0.0 if name == "drain_s" else 0.01
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= 86_400:
+                raise ConfigError(f"{name}: got {value!r}, expected a number of seconds in [{low:g}, 86400]")
+        for name in ("host", "tool_call_parser"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected a text")
+        for name in ("api_key", "served_model_name"):
+            value = getattr(self, name)
+            value = (value,) if isinstance(value, str) else value
+            if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) and one.strip() for one in value):
+                raise ConfigError(f"{name}: expected texts that are not empty")
+            object.__setattr__(self, name, tuple(value))
+        if self.tool_call_parser not in ("auto", *TOOL_CALL_PARSERS):
+            hint = nearest(self.tool_call_parser, list(TOOL_CALL_PARSERS))
+            allowed = ", ".join(("auto", *TOOL_CALL_PARSERS))
+            raise ConfigError(f"tool_call_parser: got {self.tool_call_parser!r}, expected one of {allowed}{hint}")
+        if not isinstance(self.insecure_no_auth, bool):
+            raise ConfigError(f"insecure_no_auth: got {self.insecure_no_auth!r}, expected True or False")
+        _check_keys("api_key", self.api_key)
+        if not (self.is_local or self.api_key or self.api_key_file is not None or self.insecure_no_auth):
+            raise ConfigError(
+                f"host: got {self.host!r}, which others can reach, without an api_key: set api_key_file, or insecure_no_auth"
+            )
+
+    @classmethod
+    def from_options(cls, **options: Any) -> ServerOptions:
+        """Build from keywords; an unknown one raises and names its nearest neighbour."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}{nearest(name, known)}")
+        return cls(**options)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    def keys(self) -> tuple[str, ...]:
+        """All keys, those of the file among them.
+
+        Raises:
+          ConfigError: the file cannot be read, or has no key or a short one.
+        """
+        if self.api_key_file is None:
+            return self.api_key
+        try:
+            with open(self.api_key_file, encoding="utf-8") as file:
+                found = tuple(line.strip() for line in file if line.strip())
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise ConfigError(f"api_key_file: {self.api_key_file}: {why}") from None
+        if not found:
+            raise ConfigError(f"api_key_file: {self.api_key_file}: there is no key in it")
+        _check_keys("api_key_file", found)
+        return self.api_key + found
+
+
+def _check_keys(name: str, keys: tuple[str, ...]) -> None:
+    for key in keys:
+        if len(key) < MIN_KEY_LEN or not key.isascii() or not key.isprintable() or " " in key:
+            raise ConfigError(f"{name}: got a key of {len(key)} characters, expected at least {MIN_KEY_LEN}, ASCII, no spaces")

@@ -1,0 +1,99 @@
+"""What every route needs: the model, its names, whose request it is. Knows no route."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxpaged.async_llm import AsyncLLM
+from jaxpaged.host.checks import shown
+from jaxpaged.host.request import RequestError
+from jaxpaged.server.errors import ApiError
+from jaxpaged.server.options import ServerOptions
+from jaxpaged.tokenizer import Tokenizer
+
+MAX_SALT_LEN = 1024
+DEMO_NAME = "demo"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request whose fields have been read."""
+
+    body: dict[str, Any]
+    num_bytes: int
+    tenant: str  # the same for one key, empty without
+    receive: Any  # of ASGI: it tells when the client has left
+    as_error: Callable[[BaseException], ApiError]
+
+
+class Service:
+    """A model behind routes."""
+
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        options: ServerOptions,
+        *,
+        make_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+        time_s: Callable[[], float] = time.time,
+    ):
+        self.llm, self.options, self.make_id, self._time_s = llm, options, make_id, time_s
+        self.names = options.served_model_name or (_own_name(llm.config.model),)
+        self.started = self.now()
+
+    def now(self) -> int:
+        """Seconds since 1970, whole."""
+        return int(self._time_s())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's. Raises RequestError where there is none."""
+        if self.llm.tokenizer is None:
+            raise RequestError("prompt: this server knows no text (skip_tokenizer_init): give token ids")
+        return self.llm.tokenizer
+
+    def model_meant(self, body: dict[str, Any]) -> str:
+        """The name by which a request asks for the model; none is the model's own. Raises ApiError."""
+        name = body.get("model", self.names[0])
+        if name not in self.names:
+            message = f"model: got {shown(name)}, expected one of {', '.join(self.names)}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return name
+
+    def salt(self, asked: Asked) -> str | None:
+        """What keeps the pages of one tenant's prompts from another's, and a caller's own salts apart. Raises RequestError."""
+        own = asked.body.get("cache_salt")
+        if own is not None and not 0 < len(own) <= MAX_SALT_LEN:
+            raise RequestError(f"cache_salt: got {len(own):,} characters, expected 1 to {MAX_SALT_LEN:,}")
+        if own is None and not asked.tenant:
+            return None
+        return hashlib.sha256(f"{asked.tenant}:{own or ''}".encode("utf-8", "backslashreplace")).hexdigest()
+
+    def models(self) -> list[dict[str, Any]]:
+        """OpenAI's model objects."""
+        root = self.names[0]
+        return [
+            {
+                "id": name,
+                "object": "model",
+                "created": self.started,
+                "owned_by": "jaxpaged",
+                "root": root,
+                "parent": None,
+                "max_model_len": self.llm.config.max_model_len,
+            }
+            for name in self.names
+        ]
+
+
+def _own_name(model: str | None) -> str:
+    if model is None:
+        return DEMO_NAME
+    return Path(model).resolve().name if os.path.isdir(model) else model

@@ -1,0 +1,105 @@
+"""Answers that take a while: several streams as one, events on a connection, and an end when the client has left.
+
+Knows connections. Refuses to know what the events say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from jaxpaged.outputs import RequestOutput
+from jaxpaged.server.bodies import dump_json
+from jaxpaged.server.errors import ApiError
+from jaxpaged.streams import Stream
+
+T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
+
+
+def event(value: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + dump_json(value) + b"\n\n"
+
+
+async def merged(streams: list[Stream]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """The outputs of all, each with its stream's place, as they come. However it is left, all of them are over then."""
+    waiting: dict[asyncio.Future[RequestOutput], int] = {}
+    try:
+        if len(streams) == 1:
+            async for output in streams[0]:
+                yield 0, output
+            return
+        waiting = {asyncio.ensure_future(stream.__anext__()): place for place, stream in enumerate(streams)}
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for future in sorted(done, key=waiting.__getitem__):
+                place = waiting.pop(future)
+                output = future.result()
+                if not output.finished:
+                    waiting[asyncio.ensure_future(streams[place].__anext__())] = place
+                yield place, output
+    finally:
+        for future in waiting:
+            future.cancel()
+        for stream in streams:
+            stream.close()
+
+
+async def unless_left(receive: Any, work: Coroutine[Any, Any, T]) -> T:
+    """What the work gives; it is cancelled when the client leaves. Raises ConnectionResetError then."""
+    task = asyncio.ensure_future(work)
+    left = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ConnectionResetError
+        return task.result()
+    finally:
+        left.cancel()
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+async def _left(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream:
+    """An answer of events, as an ASGI application. An error that comes in the middle is an event too, and [DONE] is the last.
+
+    However it ends, the streams that the events are made of are over then.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], streams: list[Stream], as_error: Callable[[BaseException], ApiError]):
+        self._events, self._streams, self._as_error = events, streams, as_error
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        await unless_left(receive, self._send_all(send))
+
+    async def _send_all(self, send: Any) -> None:
+        headers = {
+            b"content-type": b"text/event-stream; charset=utf-8",
+            b"cache-control": b"no-cache",
+            b"x-accel-buffering": b"no",
+        }
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": list(headers.items())})
+            try:
+                async for piece in self._events:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                last = DONE
+            except ConnectionError:
+                raise
+            except Exception as error:
+                last = event(self._as_error(error).body) + DONE
+            await send({"type": "http.response.body", "body": last, "more_body": False})
+        finally:
+            for stream in self._streams:
+                stream.close()
+            await self._events.aclose()  # type: ignore[attr-defined]
