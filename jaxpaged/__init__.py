@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from jaxpaged.version import __version__
 
 if TYPE_CHECKING:
+    from jaxpaged.async_llm import AsyncLLM
     from jaxpaged.config import ConfigError, EngineConfig, ModelConfig
     from jaxpaged.config import EngineConfig as EngineArgs
     from jaxpaged.engine import Engine
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BeamSearchOutput",
     "BeamSearchParams",
     "BeamSearchSequence",
@@ -69,6 +71,7 @@ __all__ = [
 # public name -> (module, name in it)
 _LAZY = {
     "LLM": ("jaxpaged.llm", "LLM"),
+    "AsyncLLM": ("jaxpaged.async_llm", "AsyncLLM"),
     "BeamSearchOutput": ("jaxpaged.outputs", "BeamSearchOutput"),
     "BeamSearchParams": ("jaxpaged.host.beam_params", "BeamSearchParams"),
     "BeamSearchSequence": ("jaxpaged.outputs", "BeamSearchSequence"),

@@ -8,8 +8,40 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxpaged.errors import ConfigError
 
 MAX_RETRY_AFTER_S = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueOptions:
+    """How much may wait for an `AsyncLLM`.
+
+    Args:
+      max_queued_requests: requests that have been taken and have no token yet, each counted as its outputs; more are refused.
+      max_queued_tokens: likewise tokens of their prompts, guessed until a prompt is tokenised.
+      num_text_threads: threads that tokenise and fill in chat templates, and as many that compile grammars.
+      stall_s: an engine that has begun no step for so long is not healthy. Longer than the longest step, and with enforce_eager
+        than the longest compilation.
+
+    Raises:
+      ConfigError: a value out of range.
+    """
+
+    max_queued_requests: int = 256
+    max_queued_tokens: int = 262_144
+    num_text_threads: int = 4
+    stall_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, most in (("max_queued_requests", 2**20), ("max_queued_tokens", 2**40), ("num_text_threads", 64)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ConfigError(f"{name}: got {value!r}, expected a whole number in [1, {most}]")
+        if isinstance(self.stall_s, bool) or not isinstance(self.stall_s, (int, float)) or not 0 < self.stall_s <= 86_400:
+            raise ConfigError(f"stall_s: got {self.stall_s!r}, expected a number of seconds in (0, 86400]")
 
 
 class QueueFullError(Exception):

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxpaged.admission import Admission, QueueFullError
-from jaxpaged.async_llm import AsyncLLM, QueueOptions
+from jaxpaged.admission import Admission, QueueFullError, QueueOptions
+from jaxpaged.async_llm import AsyncLLM
 from jaxpaged.config import ConfigError
 from jaxpaged.engine import Engine
 from jaxpaged.growing import GrowingRequest

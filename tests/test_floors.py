@@ -17,8 +17,8 @@ LIBRARY = ("jaxpaged", "pallas_kernels", "convert")
 
 # From the ground up. A room imports from floors below its own; rooms of one floor never see each other.
 FLOORS = (
-    ("jaxpaged.version", "jaxpaged.errors", "jaxpaged.stop_strings", "jaxpaged.tools", "jaxpaged.admission"),
-    ("jaxpaged.speculative_config",),
+    ("jaxpaged.version", "jaxpaged.errors", "jaxpaged.stop_strings", "jaxpaged.tools"),
+    ("jaxpaged.admission", "jaxpaged.speculative_config"),
     ("jaxpaged.config", "pallas_kernels"),
     ("jaxpaged.host", "jaxpaged.model", "jaxpaged.outputs"),
     ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel", "jaxpaged.observe", "jaxpaged.offload", "jaxpaged.templates"),
@@ -41,7 +41,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {
     "jaxpaged.version": (),
     "jaxpaged.errors": (),
-    "jaxpaged.admission": (),
+    "jaxpaged.admission": ("jaxpaged.errors",),
     "jaxpaged.speculative_config": ("jaxpaged.errors",),
     "jaxpaged.config": ("jaxpaged.errors", "jaxpaged.speculative_config"),
     "jaxpaged.stop_strings": (),

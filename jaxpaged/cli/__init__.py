@@ -24,6 +24,7 @@ EXIT_USAGE, EXIT_CHECKPOINT, EXIT_RESOURCES, EXIT_BUG, EXIT_INTERRUPTED, EXIT_PI
 # Each is a module of this folder with SUMMARY, add_arguments(parser) and run(arguments); `convert` brings its own parser.
 COMMANDS = {
     "generate": "complete prompts and print the texts",
+    "serve": "answer OpenAI's API over HTTP",
     "chat": "talk with a model in the terminal",
     "demo": "watch paged attention at work on a small model that comes along",
     "convert": "Hugging Face safetensors to orbax and back",
@@ -40,6 +41,7 @@ examples:
   jaxpaged demo                                         the bundled model, eight prompts at once
   jaxpaged generate "One day" --max-tokens 64           the bundled model again
   jaxpaged generate --model ./llama "Dear" --stream     a Hugging Face directory
+  jaxpaged serve ./llama --port 8000                    OpenAI's API over HTTP
   jaxpaged chat --model ./llama --dtype bfloat16        with history, in the terminal
   jaxpaged convert ./llama ./llama-orbax --verify       for faster loading
 

@@ -35,7 +35,7 @@ def build_app(llm: AsyncLLM, options: ServerOptions | None = None, **injected: A
       injected: `make_id` and `time_s` of `Service`, for tests.
 
     Raises:
-      ConfigError: of `ServerOptions.keys`.
+      ConfigError: of `ServerOptions.all_keys`.
     """
     options = options or ServerOptions()
     service = Service(llm, options, **injected)
@@ -66,7 +66,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
                 parsed = body.parse(raw) if len(raw) < _LARGE_BYTES else await service.llm.in_thread(body.parse, raw)
                 asked = Asked(parsed, len(raw), request.state.tenant, request.receive, as_error)
                 found = await answer(service, asked)
-                return found if callable(found) else await _json(service, found)
+                return found if isinstance(found, Response) else await _json(service, found)
             except ConnectionError:
                 raise
             except Exception as error:

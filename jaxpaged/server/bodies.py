@@ -39,7 +39,7 @@ class Body:
         found = parse_json(raw)
         if not isinstance(found, dict):
             raise ApiError(
-                400, f"the body: got {_EXPECTED.get(_kind(found), 'a number')}, expected an object", code="invalid_json"
+                400, f"the body: got {_EXPECTED.get(_kind(found) or '', 'a number')}, expected an object", code="invalid_json"
             )
         for name, value in found.items():
             if name not in self.fields:

@@ -167,7 +167,7 @@ class _NamedCall:
 
 
 class _ListedCalls:
-    """All text is a JSON list of calls, given when it is whole; what was cut short is content."""
+    """All text is a JSON list of calls, given at its end; of one that was cut short, those that are whole."""
 
     def __init__(self, make_id: Callable[[], str]):
         self._make_id, self._text, self.has_calls = make_id, [], False
@@ -177,10 +177,22 @@ class _ListedCalls:
         if not is_last:
             return {}
         whole = "".join(self._text)
-        try:
-            listed = json.loads(whole)
-            pairs = [(call["name"], json.dumps(call["parameters"], ensure_ascii=False)) for call in listed]
-        except (ValueError, RecursionError, TypeError, KeyError):
-            return {"content": whole} if whole else {}
+        pairs = [(call["name"], json.dumps(call["parameters"], ensure_ascii=False)) for call in _listed(whole)]
         self.has_calls = bool(pairs)
+        if not pairs:
+            return {"content": whole} if whole else {}
         return {"tool_calls": [_call(index, self._make_id(), *pair) for index, pair in enumerate(pairs)]}
+
+
+def _listed(text: str) -> list[dict[str, Any]]:
+    """The calls of a JSON list that are whole; the list may be cut short."""
+    found, place, decoder = [], text.find("[") + 1, json.JSONDecoder()
+    while True:
+        place += len(text[place:]) - len(text[place:].lstrip(" \t\r\n,"))
+        try:
+            one, place = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError):
+            return found
+        if not isinstance(one, dict) or not isinstance(one.get("name"), str) or "parameters" not in one:
+            return found
+        found.append(one)

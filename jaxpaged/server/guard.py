@@ -33,7 +33,7 @@ class Guard:
 
     def __init__(self, app: Any, options: ServerOptions, *, make_id: Callable[[], str] = lambda: uuid.uuid4().hex):
         self._app, self._options, self._make_id = app, options, make_id
-        self._digests = [_digest(key.encode()) for key in options.keys()]
+        self._digests = [_digest(key.encode()) for key in options.all_keys()]
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":

@@ -102,7 +102,7 @@ class ServerOptions:
         except ValueError:
             return self.host == "localhost"
 
-    def keys(self) -> tuple[str, ...]:
+    def all_keys(self) -> tuple[str, ...]:
         """All keys, those of the file among them.
 
         Raises:

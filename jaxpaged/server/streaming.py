@@ -10,6 +10,8 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
+from starlette.responses import Response
+
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.server.bodies import dump_json
 from jaxpaged.server.errors import ApiError
@@ -70,26 +72,23 @@ async def _left(receive: Any) -> None:
         pass
 
 
-class EventStream:
+class EventStream(Response):
     """An answer of events, as an ASGI application. An error that comes in the middle is an event too, and [DONE] is the last.
 
     However it ends, the streams that the events are made of are over then.
     """
 
     def __init__(self, events: AsyncIterator[bytes], streams: list[Stream], as_error: Callable[[BaseException], ApiError]):
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type="text/event-stream")
+        del self.headers["content-length"]
         self._events, self._streams, self._as_error = events, streams, as_error
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await unless_left(receive, self._send_all(send))
 
     async def _send_all(self, send: Any) -> None:
-        headers = {
-            b"content-type": b"text/event-stream; charset=utf-8",
-            b"cache-control": b"no-cache",
-            b"x-accel-buffering": b"no",
-        }
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": list(headers.items())})
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 async for piece in self._events:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})

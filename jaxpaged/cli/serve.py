@@ -1,0 +1,59 @@
+"""`jaxpaged serve`: a model behind OpenAI's API, until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+
+from jaxpaged.admission import QueueOptions
+from jaxpaged.cli.options import Parser, UsageError, add_fields, add_verbose, given_fields, set_up_logging
+from jaxpaged.config import EngineConfig
+from jaxpaged.server.options import ServerOptions
+
+DESCRIPTION = "Serve a model over HTTP as OpenAI's API has it, with vLLM's extra fields."
+EPILOG = """\
+examples:
+  jaxpaged serve                                       the bundled model on http://127.0.0.1:8000
+  jaxpaged serve ./llama --port 8001 --max-num-seqs 64
+  jaxpaged serve ./llama --host 0.0.0.0 --api-key-file keys.txt
+
+  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "One day", "max_tokens": 32}'
+
+SIGTERM and Ctrl-C end it when what runs has ended, a second one at once."""
+
+_NEEDS = ("fastapi", "uvicorn", "httptools")
+
+
+def add_arguments(parser: Parser) -> None:
+    """The flags of this command."""
+    parser.usage = "jaxpaged serve [FLAGS] [MODEL]"
+    parser.add_argument("model_name", nargs="?", metavar="MODEL", help="the same as --model")
+    add_verbose(parser)
+    add_fields(parser, ServerOptions, "server")
+    add_fields(parser, QueueOptions, "queue")
+    add_fields(parser, EngineConfig, "model and engine")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve; the exit code. What can be refused is refused before anything is loaded."""
+    given = given_fields(arguments, EngineConfig)
+    if arguments.model_name is not None:
+        if "model" in given:
+            raise UsageError("MODEL: given twice, also as --model")
+        given["model"] = arguments.model_name
+    EngineConfig.from_options(**given)
+    options = ServerOptions(**given_fields(arguments, ServerOptions))
+    options.all_keys()
+    queue = QueueOptions(**given_fields(arguments, QueueOptions))
+    if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
+        raise UsageError(f"{missing[0]} is not installed: pip install 'jaxpaged[serve]'")
+    set_up_logging(arguments)
+    from jaxpaged.async_llm import AsyncLLM
+    from jaxpaged.server.run import listen, serve
+
+    if options.port:
+        listen(options.host, options.port).close()  # one in use is told at once
+    llm = AsyncLLM.from_options(**given, queue=queue, use_tqdm_on_load=sys.stderr.isatty())
+    serve(llm, options, when_ready=lambda address: print(f"jaxpaged: serving on {address}", file=sys.stderr, flush=True))
+    return 0

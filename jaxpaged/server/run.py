@@ -1,0 +1,104 @@
+"""A server on a socket, until it is told to end: it drains first.
+
+Knows uvicorn and signals. Refuses to know requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from jaxpaged.async_llm import AsyncLLM
+from jaxpaged.server.app import build_app
+from jaxpaged.server.options import ServerOptions
+
+logger = logging.getLogger("jaxpaged")
+
+_LAST_WORDS_S = 2.0  # for errors and [DONE] to reach those whose requests were ended
+
+
+class Server(uvicorn.Server):
+    """Invariant: after the first signal nothing new is taken, and what runs has drain_s to end; a second one ends it at once.
+
+    While it drains it still answers: /ready says no, requests get 503.
+    """
+
+    def __init__(self, llm: AsyncLLM, options: ServerOptions):
+        config = uvicorn.Config(
+            build_app(llm, options),
+            **{"host": options.host, "port": options.port, "http": "httptools", "ws": "none", "lifespan": "off"},
+            **{"log_config": None, "access_log": False, "server_header": False, "timeout_keep_alive": 30},
+            timeout_graceful_shutdown=int(_LAST_WORDS_S),
+        )
+        super().__init__(config)
+        self._llm, self._options = llm, options
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Until it is told to end."""
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain, then end; called by the signal, between two instructions of whatever runs."""
+        if self._loop is None or not self._llm.is_ready:
+            self.should_exit = self.force_exit = True
+            return
+        self._llm.stop_taking()
+        self._loop.call_soon_threadsafe(self.start_draining)
+
+    def start_draining(self) -> None:
+        """As at SIGTERM; on the loop."""
+        if self._draining is None:
+            self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        logger.warning("Draining: %d requests have %g s to end.", self._llm.num_unfinished, self._options.drain_s)
+        if not await self._llm.drain(self._options.drain_s):
+            logger.warning("Ending %d requests that have not ended.", self._llm.num_unfinished)
+            await asyncio.to_thread(self._llm.shutdown)
+        self.should_exit = True
+
+
+def serve(llm: AsyncLLM, options: ServerOptions, *, when_ready: Callable[[str], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, then end the model too.
+
+    Args:
+      when_ready: told the address once it is listened on.
+
+    Raises:
+      OSError: the address cannot be listened on.
+    """
+    try:
+        listening = listen(options.host, options.port)
+        host, port = listening.getsockname()[:2]
+        server = Server(llm, options)
+        try:
+            if when_ready is not None:
+                when_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            asyncio.run(server.serve([listening]))
+        finally:
+            listening.close()
+    finally:
+        llm.shutdown()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, so that an address in use is told before a server starts. Raises OSError."""
+    address = host.strip("[]")
+    found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    listening = socket.socket(found[0], found[1])
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(found[4])
+        listening.listen(1024)
+    except OSError as error:
+        listening.close()
+        raise OSError(error.errno, error.strerror, f"{host}:{port}") from None
+    return listening
