@@ -141,8 +141,7 @@ async def _no_route(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 500)
     message = {404: "there is no such route", 405: "the route does not take this method"}.get(status, "the request is refused")
     told = ApiError(status, message)
-    headers = {"allow": error.headers["allow"]} if status == 405 and getattr(error, "headers", None) else {}
-    return _plain(told.body, status, headers)
+    return _plain(told.body, status, getattr(error, "headers", None))
 
 
 async def _raw_body(request: Request) -> bytes:

@@ -6,6 +6,7 @@ An ASGI application around another. Knows headers and sizes. Refuses to know rou
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import re
@@ -19,6 +20,7 @@ from jaxpaged.server.options import ServerOptions
 
 OPEN_PATHS = ("/live",)
 MAX_HEADER_BYTES = 64 << 10
+_DISCARD_S = 1.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -68,6 +70,8 @@ class Guard:
             told = as_api_error(error)
             if has_begun:
                 raise ConnectionAbortedError from error  # an answer cut short must look like one
+            if told.status == 413:
+                await self._discard(receive)
             await send_error(sending, told)
 
     def _tenant(self, scope: dict[str, Any], headers: dict[str, bytes]) -> str:
@@ -118,15 +122,27 @@ class Guard:
 
         return receiving
 
+    async def _discard(self, receive: Any) -> None:
+        """Read on for a while: a client that is still sending when the connection is closed does not see the answer."""
+        num_bytes = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DISCARD_S):
+                while num_bytes <= 2 * self._options.max_body_bytes:
+                    message = await receive()
+                    num_bytes += len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
+
 
 async def send_error(send: Any, error: ApiError) -> None:
     """The whole answer that an error is."""
-    headers = {"Content-Type": "application/json", **error.headers}
+    content = dump_json(error.body)
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), **error.headers}
     if error.status in (408, 413):
         headers["Connection"] = "close"  # what is left of the body is not read
     pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": dump_json(error.body)})
+    await send({"type": "http.response.body", "body": content})
 
 
 def _digest(key: bytes) -> bytes:
