@@ -50,10 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{missing[0]} is not installed: pip install 'jaxpaged[serve]'")
     set_up_logging(arguments)
     from jaxpaged.async_llm import AsyncLLM
-    from jaxpaged.server.run import listen, serve
+    from jaxpaged.server.run import bind, serve
 
-    if options.port:
-        listen(options.host, options.port).close()  # one in use is told at once
-    llm = AsyncLLM.from_options(**given, queue=queue, use_tqdm_on_load=sys.stderr.isatty())
-    serve(llm, options, when_ready=lambda address: print(f"jaxpaged: serving on {address}", file=sys.stderr, flush=True))
+    with bind(options.host, options.port) as bound:
+        llm = AsyncLLM.from_options(**given, queue=queue, use_tqdm_on_load=sys.stderr.isatty())
+        serve(llm, options, bound, when_ready=lambda url: print(f"jaxpaged: serving on {url}", file=sys.stderr, flush=True))
     return 0

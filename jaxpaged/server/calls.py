@@ -24,7 +24,10 @@ _ANY_ARGUMENTS = {"type": "object"}
 class Reader(Protocol):
     """Takes the text of one output piece by piece, and gives deltas of an assistant's message."""
 
-    has_calls: bool
+    @property
+    def has_calls(self) -> bool:
+        """Whether it has given a call that finish_reason is to tell of."""
+        ...
 
     def take(self, text: str, *, is_last: bool) -> dict[str, Any]:
         """What this much more text says: {} for nothing yet."""

@@ -14,6 +14,7 @@ from types import FrameType
 import uvicorn
 
 from jaxpaged.async_llm import AsyncLLM
+from jaxpaged.config import ConfigError
 from jaxpaged.server.app import build_app
 from jaxpaged.server.options import ServerOptions
 
@@ -66,40 +67,47 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(llm: AsyncLLM, options: ServerOptions, *, when_ready: Callable[[str], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT, then end the model too.
+def serve(
+    llm: AsyncLLM, options: ServerOptions, bound: socket.socket, *, when_ready: Callable[[str], None] | None = None
+) -> None:
+    """Serve until SIGTERM or SIGINT, then end the model too, and the socket.
 
     Args:
-      when_ready: told the address once it is listened on.
+      bound: from `bind`.
+      when_ready: told the address before the first connection.
+    """
+    with bound:
+        try:
+            server = Server(llm, options)
+            if when_ready is not None:
+                when_ready(address_of(bound))
+            asyncio.run(server.serve([bound]))
+        finally:
+            llm.shutdown()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket of an address, on which nothing is heard yet: one in use is told before a model is loaded.
 
     Raises:
-      OSError: the address cannot be listened on.
+      ConfigError: it cannot be had.
     """
     try:
-        listening = listen(options.host, options.port)
-        host, port = listening.getsockname()[:2]
-        server = Server(llm, options)
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        # With the protocol named: asyncio sets TCP_NODELAY on what it knows to be TCP, and 40 ms a request hang on that.
+        bound = socket.socket(found[0], found[1], socket.IPPROTO_TCP)
         try:
-            if when_ready is not None:
-                when_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-            asyncio.run(server.serve([listening]))
-        finally:
-            listening.close()
-    finally:
-        llm.shutdown()
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, so that an address in use is told before a server starts. Raises OSError."""
-    address = host.strip("[]")
-    found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    # With the protocol named: asyncio sets TCP_NODELAY on what it knows to be TCP, and 40 ms a request hang on that.
-    listening = socket.socket(found[0], found[1], socket.IPPROTO_TCP)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(found[4])
-        listening.listen(1024)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(found[4])
+        except OSError:
+            bound.close()
+            raise
     except OSError as error:
-        listening.close()
-        raise OSError(error.errno, error.strerror, f"{host}:{port}") from None
-    return listening
+        raise ConfigError(f"port: {host}:{port}: {error.strerror or error}") from None
+    return bound
+
+
+def address_of(bound: socket.socket) -> str:
+    """Its URL."""
+    host, port = bound.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -14,7 +14,7 @@ import httpx
 from jaxpaged.admission import QueueOptions
 from jaxpaged.async_llm import AsyncLLM
 from jaxpaged.server.options import ServerOptions
-from jaxpaged.server.run import Server, listen
+from jaxpaged.server.run import Server, address_of, bind
 
 # Two compiled steps: what is compiled is no business of these tests.
 ENGINE = {
@@ -31,8 +31,8 @@ class Running:
 
     def __init__(self, llm: AsyncLLM, options: ServerOptions):
         self.llm, self.server = llm, Server(llm, options)
-        self._socket = listen(options.host, 0)
-        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._socket = bind(options.host, 0)
+        self.url = address_of(self._socket)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([self._socket])), daemon=True)
         self.thread.start()
         wait_until(lambda: self.server.started)
@@ -43,13 +43,6 @@ class Running:
 
     def client(self, **headers: str) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers=headers, timeout=60)
-
-    def end(self) -> None:
-        """As at SIGTERM."""
-        if self.server._loop is not None and self.thread.is_alive():
-            self.server.handle_exit(15, None)
-        self.thread.join(20)
-        assert not self.thread.is_alive()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,215 @@
+"""The parts of the server by themselves: clients that trickle or never read, options, keys, the socket, and the command."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxpaged.cli import main
+from jaxpaged.config import ConfigError
+from jaxpaged.server.options import ServerOptions
+
+for name in ("fastapi", "uvicorn", "httptools", "httpx"):
+    pytest.importorskip(name, reason="the extra `serve` is not installed")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+from running import ENGINE, is_empty  # noqa: E402
+from test_async_llm import new_llm as new_fake_llm  # noqa: E402
+
+from jaxpaged.server.app import build_app  # noqa: E402
+from jaxpaged.server.run import bind  # noqa: E402
+
+KEY = "a-key-of-at-least-16"
+
+
+def scope(path: str = "/v1/completions", *headers: tuple[bytes, bytes]) -> dict[str, Any]:
+    return {
+        **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http"},
+        **{"path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "client": None, "server": None},
+        "headers": [(b"content-type", b"application/json"), *headers],
+    }
+
+
+async def never() -> dict[str, Any]:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+def receiving(*bodies: bytes, then: Callable[[], Any] = never) -> Callable[[], Any]:
+    """A client that sends these pieces, the last of them with no more to come unless `then` says more."""
+    left = [{"type": "http.request", "body": body, "more_body": True} for body in bodies]
+    if then is never and left:
+        left[-1]["more_body"] = False
+    messages = iter(left)
+
+    async def receive() -> dict[str, Any]:
+        message = next(messages, None)
+        return message if message is not None else await then()
+
+    return receive
+
+
+def test_a_body_that_does_not_end_is_a_408() -> None:
+    llm, _ = new_fake_llm()
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def task() -> None:
+        app = build_app(llm, ServerOptions(body_timeout_s=0.05))
+        trickle = receiving(b'{"prompt":', b" [1,", then=lambda: never())
+        await asyncio.wait_for(app(scope(), trickle, send), 5)
+
+    try:
+        asyncio.run(task())
+    finally:
+        llm.shutdown()
+    assert sent[0]["status"] == 408 and json.loads(sent[1]["body"])["error"]["code"] == "timeout"
+
+
+def test_a_client_that_never_reads_is_given_up_and_its_pages_come_back() -> None:
+    llm, runner = new_fake_llm()
+    num_sent = 0
+
+    async def send(message: dict[str, Any]) -> None:
+        nonlocal num_sent
+        num_sent += 1
+        if num_sent > 3:
+            await never()
+
+    async def task() -> None:
+        app = build_app(llm, ServerOptions(send_timeout_s=0.1))
+        body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 450, "ignore_eos": True, "stream": True}).encode()
+        runner.gate.clear()
+        answer = asyncio.ensure_future(app(scope(), receiving(body), send))
+        while not runner.num_steps:
+            runner.gate.set()
+            await asyncio.sleep(0.001)
+        await asyncio.wait_for(answer, 5)
+        while not is_empty(llm):
+            await asyncio.sleep(0.005)
+
+    try:
+        asyncio.run(asyncio.wait_for(task(), 10))
+    finally:
+        llm.shutdown()
+    assert 3 < num_sent < 10
+
+
+def test_token_ids_need_no_tokenizer() -> None:
+    """And what needs one is refused as long as there is none."""
+    llm, _ = new_fake_llm()
+    answers: list[tuple[int, dict[str, Any]]] = []
+
+    async def ask(app: Any, path: str, body: dict[str, Any]) -> None:
+        sent: list[dict[str, Any]] = []
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        await app(scope(path), receiving(json.dumps(body).encode()), send)
+        answers.append((sent[0]["status"], json.loads(sent[1]["body"])))
+
+    async def task() -> None:
+        app = build_app(llm)
+        await ask(app, "/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 4, "return_token_ids": True})
+        await ask(app, "/v1/completions", {"prompt": "text"})
+        await ask(app, "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]})
+        await ask(app, "/tokenize", {"prompt": "text"})
+
+    try:
+        asyncio.run(asyncio.wait_for(task(), 10))
+    finally:
+        llm.shutdown()
+    assert [status for status, _ in answers] == [200, 400, 400, 400]
+    assert len(answers[0][1]["choices"][0]["token_ids"]) == 4
+    assert [body["error"]["param"] for _, body in answers[1:]] == ["prompt", "messages", "prompt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("port", -1), ("port", 65_536), ("port", "80"), ("host", ""), ("host", 5), ("host", "0.0.0.0"), ("host", "::")),
+        *(("host", "example.org"), ("api_key", ("short",)), ("api_key", (f"{KEY} x",)), ("api_key", (5,)), ("api_key", "")),
+        *(("tool_call_parser", "hermess"), ("max_outputs", 0), ("max_body_bytes", True), ("drain_s", float("nan"))),
+        *(("send_timeout_s", 0), ("insecure_no_auth", "yes"), ("api_key_file", "/nowhere/keys")),
+    ],
+)
+def test_options_are_checked(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name}: "):
+        ServerOptions(**{name: value}).all_keys()  # type: ignore[arg-type]
+
+
+def test_keys_come_from_options_and_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{KEY}1\n\n  {KEY}2 \n")
+    assert ServerOptions(host="0.0.0.0", api_key=KEY, api_key_file=str(file)).all_keys() == (KEY, f"{KEY}1", f"{KEY}2")
+    for content in ("", "short\n"):
+        file.write_text(content)
+        with pytest.raises(ConfigError, match="api_key_file"):
+            ServerOptions(api_key_file=str(file)).all_keys()
+    assert ServerOptions(host="::1").is_local and ServerOptions(host="localhost").is_local
+    with pytest.raises(ConfigError, match="did you mean 'port'"):
+        ServerOptions.from_options(prot=5)
+
+
+def test_the_socket_is_known_to_be_tcp_and_one_in_use_is_told() -> None:
+    """asyncio sets TCP_NODELAY by the protocol; without it each answer takes 40 ms."""
+    with bind("127.0.0.1", 0) as one:
+        assert one.proto == socket.IPPROTO_TCP
+        one.listen()
+        with pytest.raises(ConfigError, match=r"port: 127\.0\.0\.1"):
+            bind("127.0.0.1", one.getsockname()[1])
+    with pytest.raises(ConfigError, match="port: "):
+        bind("999.1.1.1", 80)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "told"),
+    [
+        (["--host", "0.0.0.0"], 2, "without an api_key"),
+        (["--prt", "5"], 2, "did you mean '--port'"),
+        (["--port", "99999"], 2, "port: got 99999"),
+        (["--api-key", "short"], 2, "api_key"),
+        (["--max-queued-requests", "0"], 2, "max_queued_requests"),
+        (["--max-num-seqs", "0"], 2, "max_num_seqs"),
+        (["a", "--model", "b"], 2, "given twice"),
+        (["/nowhere"], 3, "/nowhere"),
+    ],
+)
+def test_the_command_refuses_in_one_line(argv: list[str], code: int, told: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", *argv]) == code
+    error = capfd.readouterr().err
+    assert told in error and error.count("\n") == 1
+
+
+def test_the_command_serves_and_ends_at_sigterm_with_0() -> None:
+    import httpx
+
+    flags = [f"--{name.replace('_', '-')}={str(value).strip('(),')}" for name, value in ENGINE.items()]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "jaxpaged", "serve", "--port", "0", "--api-key", KEY, *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            line = process.stderr.readline()  # type: ignore[union-attr]
+            assert "serving on http://127.0.0.1:" in line, line
+            url, headers = line.split()[-1], {"authorization": f"Bearer {KEY}"}
+            assert httpx.get(f"{url}/live", timeout=30).status_code == 200
+            assert httpx.get(f"{url}/v1/models").status_code == 401
+            answer = httpx.post(f"{url}/v1/completions", json={"prompt": "One day"}, headers=headers, timeout=30)
+            assert answer.status_code == 200 and answer.json()["choices"][0]["text"]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
