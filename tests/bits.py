@@ -50,7 +50,7 @@ def step_with_logits(weights, cache, inputs, *, config, backend, max_logprobs):
     hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), config=config, backend=backend)
     scores = transformer.logits(weights, config, hidden[inputs.sample_at])
     outputs = StepOutputs.of(scores, inputs, max_logprobs)
-    return (outputs.told(weights, config, hidden, inputs, max_logprobs), scores), cache
+    return (outputs.told(weights, hidden, inputs, max_logprobs, config=config), scores), cache
 
 
 class Keeper:
@@ -63,13 +63,13 @@ class Keeper:
     def record(self, plan: StepPlan, inputs, rows: list[int], scores: jax.Array, cache: KVCache) -> None:
         """One step."""
         found = np.asarray(scores)
-        for chunk, row in zip(plan.sampling(), rows, strict=True):
+        for (chunk, num_drafts), row in zip(plan.outputs(), rows, strict=True):
             sequence = chunk.sequence
-            key = sequence.request.request_id, sequence.index, chunk.end
+            key = sequence.request.request_id, sequence.index, chunk.end - len(chunk.drafts) + num_drafts
             is_finite = bool(np.isfinite(found[row]).all())
             assert is_finite or self.is_sick(key), f"{sequence.request.request_id}: a logit that is not finite"
             executable = len(inputs.fed), len(inputs.tokens.token_ids)
-            self.bits[key] = Row(found[row].tobytes(), "row" if chunk in plan.decodes else "tile", executable)
+            self.bits[key] = Row(found[row].tobytes(), "row" if chunk.is_decode else "tile", executable)
 
 
 class KeepingRunner(JaxRunner):
