@@ -32,6 +32,7 @@ from jaxpaged.host.preemption import SwapCosts
 from jaxpaged.host.request import Likelihood, Sequence
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import duel as model_duel
+from jaxpaged.model import processors
 from jaxpaged.model import step as model_step
 from jaxpaged.model import weights as model_weights
 from jaxpaged.model.step import PromptLogprobs, StepInputs, StepOutputs
@@ -115,6 +116,8 @@ class JaxRunner:
         backend = attention_backend(config, model)
         options = {"config": model, "backend": backend, "max_logprobs": config.max_logprobs}
         options["batch_invariant"] = config.batch_invariant
+        options |= {"logprobs_mode": config.logprobs_mode, "processors": config.logits_processors}
+        processors.check(config.logits_processors, config.extra_args, num_rows, model.vocab_size)
         step = functools.partial(model_step.step, **options)
         if config.compare_with is not None:
             rival = attention_backend(config, model, "compare_with")
@@ -144,7 +147,8 @@ class JaxRunner:
         inputs, rows = self._pad(plan, bucket, self._feed)
         if bucket not in self.compiled:  # enforce_eager
             self.compiled[bucket] = self._compile(bucket)
-        inputs = inputs.replace(adjustments=self.adjuster.adjustments(plan, rows, len(inputs.sample_at), self._feed))  # type: ignore[attr-defined]
+        adjustments = self.adjuster.adjustments(plan, rows, len(inputs.sample_at), self._feed)
+        inputs = inputs.replace(adjustments=adjustments, extra=self._extra(plan, rows, len(inputs.sample_at)))  # type: ignore[attr-defined]
         outputs, self.cache = self.compiled[bucket](self.weights, self.cache, inputs)
         if self.duel is not None:
             outputs, evidence = outputs
@@ -254,7 +258,18 @@ class JaxRunner:
     def _padding(self, bucket: Bucket) -> StepInputs:
         """A step of nothing."""
         inputs, _ = self._pad(StepPlan((), ()), bucket, self._feed)
-        return inputs.replace(adjustments=self.adjuster.plain(len(inputs.sample_at)))  # type: ignore[attr-defined]
+        R = len(inputs.sample_at)
+        return inputs.replace(adjustments=self.adjuster.plain(R), extra=self._extra(StepPlan((), ()), [], R))  # type: ignore[attr-defined]
+
+    def _extra(self, plan: StepPlan, rows: Seq[int], num_rows: int) -> dict[str, np.ndarray] | None:
+        """The numbers of `extra_args` that logits processors ask for, for each row of a step; None without processors."""
+        if not self.config.logits_processors:
+            return None
+        found = {name: np.full(num_rows, default, np.float32) for name, default in self.config.extra_args.items()}
+        for row, (chunk, _) in zip(rows, plan.outputs(), strict=True):
+            for name, number in chunk.sequence.request.params.extra_numbers.items():
+                found[name][row] = number
+        return found
 
     def _copy(self, copies: Seq[tuple[int, int]]) -> None:
         """Copy pages of all layers onto others, in one call; the rest of its size is the null page onto itself."""

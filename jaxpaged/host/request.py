@@ -19,6 +19,7 @@ MAX_RULES = 1024  # token ids whose logits a request may change by name in one s
 MAX_BAD_WORD_LEN = 64  # in tokens; each word is compared with the end of the output in every step
 MAX_STOP_STRINGS = 64  # each new character is compared with one of each
 MAX_STOP_LEN = 256  # characters of one
+MAX_EXTRA = 1e38  # what the step has room for: its numbers are float32
 _OF_TEXTS = "include_stop_str_in_output", "logprobs", "prompt_logprobs"
 MAX_N = 128  # outputs of one request, as many as OpenAI's API has: one request must not be able to fill the engine
 
@@ -84,6 +85,7 @@ class SamplingParams:
       logprobs: return the log-probability of each new token, and those of so many likeliest ones; at most max_logprobs.
       prompt_logprobs: likewise of each token of the prompt but the first. Such a prompt is computed as a whole: pages of the
         prefix cache know no log-probabilities.
+      extra_args: name -> number, for the engine's `logits_processors` that ask for it by this name.
       output_kind: what `LLM.stream` yields: everything so far, what is new, or the end alone. `LLM.generate` returns the end.
 
     With best_of, log-probabilities are those before any of these. Beam search takes none of them, as in vLLM.
@@ -120,6 +122,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    extra_args: Mapping[str, float] | tuple[tuple[str, float], ...] | None = ()
 
     def __new__(cls, *args: object, **options: object) -> SamplingParams:
         # A misspelt option must name its neighbour; the generated __init__ would only say "unexpected keyword argument".
@@ -155,6 +158,7 @@ class SamplingParams:
         check_number("length_penalty", self.length_penalty, -10.0, 10.0)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise RequestError(f"early_stopping: got {_shown(self.early_stopping)}, expected True, False or 'never'")
+        object.__setattr__(self, "extra_args", _checked_extra_args(self.extra_args))
         for name, value in _checked_logit_options(self).items():
             object.__setattr__(self, name, value)
         sampling = "best_of", "top_p", "top_k", "min_p", "seed", "stop", *_OF_TEXTS, *_LOGIT_OPTIONS
@@ -214,6 +218,11 @@ class SamplingParams:
         """`logit_bias` as it is kept: (token id, bias)."""
         return self.logit_bias  # type: ignore[return-value]
 
+    @property
+    def extra_numbers(self) -> dict[str, float]:
+        """`extra_args` by name."""
+        return dict(self.extra_args or ())
+
     @cached_property
     def has_penalties(self) -> bool:
         """Whether it matters which tokens have been."""
@@ -269,6 +278,21 @@ def _checked_logit_options(params: SamplingParams) -> dict[str, object]:
     return {"logit_bias": pairs, "allowed_token_ids": allowed, "bad_words": words, "bad_words_token_ids": ids}
 
 
+def _checked_extra_args(given: object) -> tuple[tuple[str, float], ...]:
+    """As pairs: a request never changes once it is checked."""
+    expected = "a dict of names and numbers"
+    pairs = given.items() if isinstance(given, Mapping) else _listed("extra_args", () if given is None else given, expected)
+    checked = []
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise RequestError(f"extra_args: got {_shown(pair)}, expected a name and a number")
+        check_number(f"extra_args[{_shown(pair[0], 24)}]", pair[1], -MAX_EXTRA, MAX_EXTRA)
+        checked.append(pair)
+    if len(dict(checked)) < len(checked):
+        raise RequestError("extra_args: a name is in it twice")
+    return tuple(checked)
+
+
 def _listed(name: str, value: object, expected: str = "a list of lists of token ids") -> tuple:
     if isinstance(value, (str, bytes, bytearray)) or not isinstance(value, Seq):
         raise RequestError(f"{name}: got {_shown(value)}, expected {expected}")
@@ -320,7 +344,10 @@ def check_int(name: str, value: object, low: int, high: int) -> None:
 
 def _shown(value: object, limit: int = 64) -> str:
     """A value for a message of one short line, whatever it is."""
-    text = ascii(value).replace("\n", " ")  # an array's repr has lines
+    try:
+        text = ascii(value).replace("\n", " ")  # an array's repr has lines
+    except ValueError:  # Python spells out no whole number of thousands of digits
+        text = f"a value of type {type(value).__name__} that is too long to show"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

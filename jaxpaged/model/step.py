@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -16,7 +17,8 @@ from jaxpaged.config import ModelConfig
 from jaxpaged.model.adjust import Adjustments, adjust
 from jaxpaged.model.attention import ROW_TILE, PagedAttention, PagedTokens
 from jaxpaged.model.cache import KVCache
-from jaxpaged.model.sampler import SamplingInputs, likeliest, logprobs_of, sample
+from jaxpaged.model.processors import LogitsRows, Processors, process
+from jaxpaged.model.sampler import SamplingInputs, likeliest, logprobs_of, processed, sample
 from jaxpaged.model.transformer import forward, logits
 from jaxpaged.model.weights import Weights
 from pallas_kernels.backends import Backend
@@ -36,6 +38,7 @@ class StepInputs:
     wants_logprobs: jax.Array  # bool [R], rows whose token is wanted with its log-probability
     prompt_targets: jax.Array  # int32 [C*T], 1 + the prompt's token after each of the tiles' tokens; 0 where none is wanted
     adjustments: Adjustments | None = None  # of the logits that tokens are chosen by; None for a step that never changes them
+    extra: Mapping[str, jax.Array] | None = None  # name -> float32 [R], for logits processors; None where there are none
 
     def fed_tokens(self) -> PagedTokens:
         """`tokens` with those of the step before in their places."""
@@ -108,12 +111,27 @@ class StepOutputs:
     is_sound: jax.Array | None = None  # bool [R]: all hidden states of the row or tile are finite, whether it samples or not
 
     @classmethod
-    def of(cls, scores: jax.Array, inputs: StepInputs, max_logprobs: int) -> StepOutputs:
+    def of(
+        cls,
+        scores: jax.Array,
+        inputs: StepInputs,
+        max_logprobs: int,
+        *,
+        logprobs_mode: str = "raw_logprobs",
+        processors: Processors = (),
+    ) -> StepOutputs:
         """What follows from the logits [R, V] of the rows that may sample."""
-        token_ids, has_choice = _choose(scores, inputs)
-        is_finite = jnp.all(jnp.isfinite(scores), axis=-1) & has_choice
-        best = likeliest(scores, inputs.beam_temperature, min(max_logprobs, scores.shape[1]))
-        logprobs, ranks = logprobs_of(scores, token_ids, inputs.wants_logprobs)
+        is_finite, changed = jnp.all(jnp.isfinite(scores), axis=-1), scores
+        if processors:
+            places, last = inputs.tokens.positions[inputs.sample_at] + 1, inputs.fed_tokens().token_ids[inputs.sample_at]
+            changed, has_some = process(processors, scores, LogitsRows(places, last, inputs.extra or {}))
+            is_finite &= has_some
+        token_ids, has_choice = _choose(changed, inputs)
+        is_finite &= has_choice
+        shown, is_logit = _shown(scores, changed, inputs, logprobs_mode), logprobs_mode.endswith("logits")
+        is_plain = inputs.wants_logprobs if is_logit else None
+        best = likeliest(shown, inputs.beam_temperature, min(max_logprobs, scores.shape[1]), is_plain)
+        logprobs, ranks = logprobs_of(shown, token_ids, inputs.wants_logprobs, is_plain=is_logit)
         token_ids = jnp.pad(token_ids, (0, len(inputs.previous) - len(token_ids)))
         return cls(token_ids, is_finite, *best, logprobs, ranks)
 
@@ -130,6 +148,21 @@ class StepOutputs:
         """The same, with what follows from the hidden states [X, D] of all tokens."""
         prompt = PromptLogprobs.of(weights, config, hidden, inputs, max_logprobs, batch_invariant=batch_invariant)
         return self.replace(prompt=prompt, is_sound=inputs.tokens.is_finite(hidden))  # type: ignore[attr-defined]
+
+
+def _shown(scores: jax.Array, changed: jax.Array, inputs: StepInputs, logprobs_mode: str) -> jax.Array:
+    """The logits [R, V] that log-probabilities of new tokens are of: the model's, or those that tokens are drawn by."""
+    if logprobs_mode.startswith("raw"):
+        return scores
+
+    def drawn_by(_: None) -> jax.Array:
+        found, adjustments = changed, inputs.adjustments
+        if adjustments is not None:
+            found, _ = adjust(found, adjustments, inputs.fed_tokens().token_ids[inputs.sample_at])
+        # Beams compete by what the model finds.
+        return jnp.where(inputs.wants_logprobs[:, None], processed(found, inputs.sampling), scores)
+
+    return lax.cond(jnp.any(inputs.wants_logprobs), drawn_by, lambda _: scores, None)
 
 
 def _choose(scores: jax.Array, inputs: StepInputs) -> tuple[jax.Array, jax.Array]:
@@ -159,11 +192,15 @@ def step(
     backend: Backend = "auto",
     max_logprobs: int = 20,
     batch_invariant: bool = False,
+    **of_tokens: Any,
 ) -> tuple[StepOutputs, KVCache]:
-    """Compute the step's tokens, write their keys and values, and sample. Donate `cache`: it is updated in place."""
+    """Compute the step's tokens, write their keys and values, and sample. Donate `cache`: it is updated in place.
+
+    `of_tokens` are the options of `StepOutputs.of`.
+    """
     how: dict[str, Any] = {"config": config, "batch_invariant": batch_invariant}
     hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), backend=backend, **how)
-    outputs = StepOutputs.of(sampled_logits(weights, hidden, inputs, **how), inputs, max_logprobs)
+    outputs = StepOutputs.of(sampled_logits(weights, hidden, inputs, **how), inputs, max_logprobs, **of_tokens)
     return outputs.told(weights, hidden, inputs, max_logprobs, **how), cache
 
 
