@@ -72,5 +72,5 @@ def test_what_failed_and_stays_known_shows(monkeypatch: pytest.MonkeyPatch) -> N
         self.spoiled += [page for page in pages if not self.pool.num_owners(page)]
 
     monkeypatch.setattr(Scheduler, "_spoil", careless)
-    with pytest.raises(AssertionError, match="found by others|is in the prefix cache"):
+    with pytest.raises(AssertionError, match=r"found by others|is in the prefix cache"):
         faults.sick_crowds(range(20))

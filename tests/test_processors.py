@@ -1,4 +1,4 @@
-"""logprobs_mode, and logits processors: the numbers of vLLM's definitions over the oracle's logits, and nothing where they are not."""
+"""logprobs_mode and logits processors: the numbers of vLLM's definitions over the oracle, and nothing where they are not."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_one_that_does_not_fit_is_refused_at_the_start(processor, problem: str) 
 
 @pytest.mark.parametrize("mode", ["raw", "processed_logprob", None, 1])
 def test_an_unknown_mode_is_refused(mode: object) -> None:
-    with pytest.raises(ConfigError, match="logprobs_mode: got .*, expected one of raw_logprobs"):
+    with pytest.raises(ConfigError, match=r"logprobs_mode: got .*, expected one of raw_logprobs"):
         EngineConfig(logprobs_mode=mode)  # type: ignore[arg-type]
 
 
@@ -171,10 +171,10 @@ def test_without_processors_the_step_is_the_same_program() -> None:
         inputs = runner._padding(runner.buckets[0])  # type: ignore[attr-defined]
         options = {"config": MODEL, "backend": "xla"}
         plain = jax.make_jaxpr(lambda *given: model_step.step(*given, **options))(runner.weights, runner.cache, inputs)  # type: ignore[attr-defined]
-        named = jax.make_jaxpr(
-            lambda *given: model_step.step(*given, **options, logprobs_mode="raw_logprobs", processors=())
-        )(runner.weights, runner.cache, inputs)  # type: ignore[attr-defined]
-        processed = jax.make_jaxpr(
-            lambda *given: model_step.step(*given, **options, logprobs_mode="processed_logprobs")
-        )(runner.weights, runner.cache, inputs)  # type: ignore[attr-defined]
+        named = jax.make_jaxpr(lambda *given: model_step.step(*given, **options, logprobs_mode="raw_logprobs", processors=()))(
+            runner.weights, runner.cache, inputs
+        )  # type: ignore[attr-defined]
+        processed = jax.make_jaxpr(lambda *given: model_step.step(*given, **options, logprobs_mode="processed_logprobs"))(
+            runner.weights, runner.cache, inputs
+        )  # type: ignore[attr-defined]
     assert inputs.extra is None and str(plain) == str(named) != str(processed)

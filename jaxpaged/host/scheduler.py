@@ -505,8 +505,8 @@ class Scheduler(Searches):
     def commit(
         self, plan: StepPlan, token_ids: Seq[int], is_finite: Seq[bool], candidates: Seq[Candidates] | None = None
     ) -> list[TokenEvent]:
-        """Record the oldest step in flight, which ran. `token_ids` and `is_finite` are those of `plan.outputs()`, in its order, and
-        where something was not finite in one of `plan.unsampled()`, those too.
+        """Record the oldest step in flight, which ran. `token_ids` and `is_finite` are those of `plan.outputs()`, in its order,
+        and where something was not finite in one of `plan.unsampled()`, those too.
 
         A row that was not finite ends its own request with FinishReason.ERROR and no other. What it alone had of pages is known
         to no tier any more, and those are `spoiled`: to be zeroed behind the steps in flight and before those to come. Of a chunk

@@ -36,8 +36,8 @@ class LogitsProcessor:
         llm = LLM(logits_processors=[LogitsProcessor(favour, {"boost": 0.0})])
         llm.generate("Once", SamplingParams(extra_args={"boost": 2.5}))
 
-    It gets float32 [R, V], all rows of a step and padding among them, and LogitsRows; it returns as many float32 numbers, -inf for
-    tokens that cannot be chosen. It runs in every step, before all that requests want themselves; a row must not depend on
+    It gets float32 [R, V], all rows of a step and padding among them, and LogitsRows; it returns as many float32 numbers, -inf
+    for tokens that cannot be chosen. It runs in every step, before all that requests want themselves; a row must not depend on
     others. A row with NaN, +inf or nothing but -inf ends its request with an error. Beams are scored without it, as in vLLM.
 
     Args:

@@ -86,7 +86,8 @@ def logprobs_of(
     """Log-probability of one token of each row, float32 [R], and its rank, int32 [R], by the model alone: no temperature, nothing
     cut. The likeliest has rank 1; of equal ones all have the rank of the last, as in vLLM.
 
-    All are 0 in a step where no row of `is_wanted` [R] asks, which does no more than look. With `is_plain` it is the logit itself.
+    All are 0 in a step where no row of `is_wanted` [R] asks, which does no more than look. With `is_plain` it is the logit
+    itself.
     """
 
     def compute(_: None) -> tuple[jax.Array, jax.Array]:

@@ -15,7 +15,21 @@ from jaxpaged.host.request import Request, RequestError, SamplingParams
 
 V = 96
 BAD_IDS = (-1, V, V + 1, 2**31, 2**63, 1.5, True, "5", None)
-ODD_NUMBERS = (math.nan, math.inf, -math.inf, 1e400, -0.0, 1e-320, True, False, "1", 2**53 + 1, -(2**53) - 1, 10**4999, -(10**4999))
+ODD_NUMBERS = (
+    math.nan,
+    math.inf,
+    -math.inf,
+    1e400,
+    -0.0,
+    1e-320,
+    True,
+    False,
+    "1",
+    2**53 + 1,
+    -(2**53) - 1,
+    10**4999,
+    -(10**4999),
+)
 
 # field -> a request of which one id, here `bad`, is bad
 ID_FIELDS: dict[str, Callable[[Any], dict[str, Any]]] = {
