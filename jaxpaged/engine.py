@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from jaxpaged.config import EngineConfig, ModelConfig
+from jaxpaged.config import EngineConfig, ModelConfig, nearest
 from jaxpaged.duel import Duel
 from jaxpaged.host import scheduler
 from jaxpaged.host.beam_params import check_room
@@ -156,6 +156,13 @@ class Engine:
             wanted, limit = getattr(request.params, name) or 0, self.config.max_logprobs
             if wanted > limit:
                 raise RequestError(f"{name}: got {wanted}, the limit is max_logprobs {limit}")
+        if unknown := request.params.extra_numbers.keys() - self.config.extra_args.keys():
+            name, known = min(unknown), tuple(self.config.extra_args)
+            takes = f"expected one of {', '.join(known)}{nearest(name, known)}" if known else "no logits processor takes any"
+            raise RequestError(f"extra_args: got {name[:64]!a}, {takes}")
+        mode = self.config.logprobs_mode
+        if mode.endswith("logits") and request.params.best_of is not None:
+            raise RequestError(f"best_of: got {request.params.best_of}, log-probabilities rank outputs, logprobs_mode is {mode}")
         check_room(
             request,
             vocab_size=self.model.vocab_size,

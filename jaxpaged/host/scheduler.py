@@ -526,9 +526,9 @@ class Scheduler(Searches):
         self.spoiled = []
         grown: dict[str, BeamGroup] = {}
         outputs = plan.outputs()
-        num_sampled = len(outputs)
-        sampled = zip(outputs, token_ids[:num_sampled], is_finite[:num_sampled], strict=True)
-        for row, ((chunk, num_drafts), token_id, finite) in enumerate(sampled):
+        num_outputs = len(outputs)
+        yielded = zip(outputs, token_ids[:num_outputs], is_finite[:num_outputs], strict=True)
+        for row, ((chunk, num_drafts), token_id, finite) in enumerate(yielded):
             sequence = chunk.sequence
             if sequence.finish_reason is not None:  # aborted while the step ran, or ended by the token before
                 continue
@@ -563,7 +563,8 @@ class Scheduler(Searches):
             stop_reason = token_id if reason is FinishReason.STOP and token_id in params.stop_token_ids else None
             new_id, num_cached = token_id if finite else None, sequence.num_cached_tokens
             events.append(TokenEvent(sequence.request.request_id, new_id, reason, stop_reason, num_cached, sequence.index))
-        for chunk, finite in zip(plan.unsampled(), is_finite[num_sampled:], strict=False):  # mostly there are none of the latter
+        others = plan.unsampled() if len(token_ids) > num_outputs else ()
+        for chunk, _, finite in zip(others, token_ids[num_outputs:], is_finite[num_outputs:], strict=True):
             if not finite:  # by now siblings may have been forked from it
                 events += self._end_all(chunk.sequence.request.request_id, FinishReason.ERROR)
         for request_id, group in grown.items():

@@ -139,6 +139,6 @@ class PagedAttention:
 
 
 def written(new: jax.Array, cache: KVCache) -> jax.Array:
-    """New keys or values as pages hold them: 0 for what is not finite in the pages' dtype, which may have no room for a number."""
+    """New keys or values as pages hold them: 0 for what is not finite in the pages' dtype, which may lack room for a number."""
     new = new.astype(cache.dtype)
     return jnp.where(jnp.isfinite(new), new, 0)
