@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent / "host"))
 
 import figures
 import fuzz
+import invariance
 import reuse
 
 Figure = tuple[str, str, Callable[[float], int]]
@@ -43,6 +44,16 @@ def crowds(share: float) -> int:
     return sum(reuse.crowd(500, seed=seed) for seed in some(4, share))
 
 
+def families_that_score_alike(share: float) -> int:
+    """R20's and R22's."""
+    return invariance.scores(len(some(10, share)))
+
+
+def equal(share: float, dtype: str) -> int:
+    """R22's."""
+    return invariance.equal_compositions(len(some(1000, share)), dtype)
+
+
 FIGURES: list[Figure] = [
     ("R01", "operations of pool, cache and tiers against a model, a full check after each", operations),
     ("R02", "requests on pages of token ids, equal to isolated runs", lambda x: figures.equal_to_isolated_runs(some(1000, x))),
@@ -58,6 +69,11 @@ FIGURES: list[Figure] = [
     ("R07", "last in priority, ageing after 100 steps", lambda x: figures.unpopular(some(1000, x), ageing_steps=100)),
     ("R07", "last in priority, ageing by default: within 10,000 steps", lambda x: figures.unpopular(some(200, x))),
     ("R09", "aborts, at every moment of days of an engine", lambda x: figures.abort_everywhere(every=max(1, round(1 / x)))[0]),
+    ("R20", "families whose texts score as they were decoded, to the last bit if batch-invariant", families_that_score_alike),
+    ("R22", "batches around requests that are batch-invariant, 0 bits different", lambda x: equal(x, "float32")),
+    ("R22", "the same in bfloat16", lambda x: equal(x, "bfloat16")),
+    ("R22", "outputs with other bits where it is off", lambda x: invariance.other_bits(len(some(100, x)), "float32")),
+    ("R22", "the same in bfloat16", lambda x: invariance.other_bits(len(some(100, x)), "bfloat16")),
     ("R43", "requests whose pages are found by 4 bits of their keys", lambda x: figures.collisions(some(1000, x))[0]),
 ]
 
