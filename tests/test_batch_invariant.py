@@ -1,4 +1,4 @@
-"""`batch_invariant`: the same bits whatever is around a request, the same seed the same tokens wherever it runs. See invariance.py."""
+"""`batch_invariant`: the same bits whatever is around a request, the same seed the same tokens anywhere. See invariance.py."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def test_without_it_they_are_not() -> None:
     assert len(seen.differ) > seen.outputs / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["attention", "rows"])
 def test_half_of_it_would_show(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles for the rows without attention token by token, on the backend whose rows are summed together, and the reverse."""
@@ -85,9 +86,8 @@ print(json.dumps([event.token_id for _ in range(100) for event in engine.step()]
     found: dict[str, list[int]] = {}
     for turn in range(2):
         for number in range(7):
-            crowd.add_request(
-                [number, *prompt][:20], dataclasses.replace(params, seed=number), request_id=f"{turn} mate {number}"
-            )
+            mate = dataclasses.replace(params, seed=number)
+            crowd.add_request([number, *prompt][:20], mate, request_id=f"{turn} mate {number}")
         crowd.add_request(prompt, params, request_id=f"{turn} same")
         while crowd.has_unfinished:
             for event in crowd.step():
