@@ -297,7 +297,9 @@ class EngineConfig:
       max_logprobs: likeliest tokens of which a step can give the log-probabilities; a beam search needs its width and one for
         each id that ends it.
       batch_invariant: the same bits for a request, whatever shares its batch and however it is chunked, cached and preempted, on
-        one machine with one backend. It costs speed: see `python -m jaxpaged.bench.batch_invariant`.
+        one machine with one backend: tokens, log-probabilities, scores. Norms and products then run in tiles of 16 tokens, and
+        attention token by token. COST Seen on CPUs alone, with each backend that runs there; on a GPU it has not run, attention
+        would be called for one token at a time, and no promise is made.
       kv_cache_dtype: of the page pool; auto is dtype.
       num_gpu_blocks_override: pages of the pool, whatever the memory.
       kv_cache_memory_bytes: bytes of the pool; overrides gpu_memory_utilization.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -118,6 +119,17 @@ def test_no_step_copies_the_pool() -> None:
     assert pool_bytes >= 256 << 20 and len(analyses) == 2
     assert max(analysis.temp_size_in_bytes for analysis in analyses) < pool_bytes / 20
     assert min(analysis.alias_size_in_bytes for analysis in analyses) >= pool_bytes
+
+
+@pytest.mark.slow
+def test_a_duel_and_another_backend_beside_it_change_no_bit(engine: Engine, tmp_path: Path) -> None:
+    asks = invariance.asks(random.Random(1), engine.model.vocab_size, 6)
+    named = [(str(number), ask) for number, ask in enumerate(asks)]
+    wanted = invariance.serve(invariance.another_engine(engine), named)
+    options = {"compare_with": "xla", "compare_dir": str(tmp_path), "decode_row_buckets": (8,), "async_scheduling": False}
+    with invariance.new_engine(batch_invariant=True, **options) as one:
+        assert invariance.serve(one, named) == wanted
+        assert one.duel is not None and one.duel.breach is None and one.duel.num_steps > 0
 
 
 def test_it_is_a_switch() -> None:
