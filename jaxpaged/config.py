@@ -296,7 +296,9 @@ class EngineConfig:
       max_logprobs: likeliest tokens of which a step can give the log-probabilities; a beam search needs its width and one for
         each id that ends it.
       batch_invariant: the same bits for a request, whatever shares its batch and however it is chunked, cached and preempted, on
-        one machine with one backend. It costs speed: see `python -m jaxpaged.bench.batch_invariant`.
+        one machine with one backend: tokens, log-probabilities, scores. Norms and products then run in tiles of 16 tokens, and
+        attention token by token. COST Seen on CPUs alone, with each backend that runs there; on a GPU it has not run, attention
+        would be called for one token at a time, and no promise is made.
       logprobs_mode: what `logprobs` gives of new tokens: raw_logprobs, what the model alone finds; processed_logprobs, after all
         that changes or cuts logits and the temperature, -inf for what is cut, greedy rows without temperature; or raw_logits and
         processed_logits, the same before they are normalised. Those of prompts, and of beams, are always raw_logprobs.
