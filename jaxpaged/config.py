@@ -599,8 +599,8 @@ class EngineConfig:
 
     @property
     def max_drafts(self) -> int:
-        """Tokens that are proposed for one sequence in one step: there may be sure ones without speculation too."""
-        return self.speculation.num_speculative_tokens if self.speculation is not None else MAX_SURE_DRAFTS
+        """Tokens that are proposed for one sequence in one step at most: there may be sure ones without speculation too."""
+        return max(MAX_SURE_DRAFTS, self.speculation.num_speculative_tokens if self.speculation is not None else 0)
 
     def _rows_of(self, max_num_seqs: int, max_tokens: int) -> int:
         num_each = 1 + (self.speculation.num_speculative_tokens if self.speculation is not None else 0)
