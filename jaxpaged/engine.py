@@ -232,6 +232,8 @@ class Engine:
                     known.setdefault(place, likelihood)
         self._eyes.ran(*result[:3])
         events = self.scheduler.commit(plan, *result[:3])
+        if self.scheduler.spoiled:
+            self.runner.clean(self.scheduler.spoiled)
         self._eyes.committed()
         if self.matchers is not None and self.matchers.is_used:
             events = self._end_complete(events, plan)

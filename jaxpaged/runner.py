@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ from pallas_kernels.paged_decode_attention import dispatch
 logger = logging.getLogger("jaxpaged")
 
 MEASURED_STEPS = 4  # the first is slower than the others
+ZEROED_AT_ONCE = 64  # pages of a request that has failed, of all layers
 _CPU_POOL_BYTES = 4 << 30  # as much as vLLM's CPU build takes by default
 
 
@@ -74,7 +76,12 @@ class Runner(Protocol):
         """Start one step, behind those before it; the call that comes back waits for it.
 
         A chunk whose token is pending takes it from the step before.
+        Where one of `plan.unsampled()` was not finite, tokens and what was finite go on with those, in their order.
         """
+        ...
+
+    def clean(self, pages: Seq[int]) -> None:
+        """Zero pages, behind all that is submitted."""
         ...
 
     def fetched(self, *, wait: bool = False) -> list[tuple[bytes, bool]]:
@@ -133,6 +140,7 @@ class JaxRunner:
         self.duel = None
         backend = attention_backend(config, model)
         options = {"config": model, "backend": backend, "max_logprobs": config.max_logprobs}
+        options["batch_invariant"] = config.batch_invariant
         step = functools.partial(model_step.step, **options)
         if config.compare_with is not None:
             rival = attention_backend(config, model, "compare_with")
@@ -143,6 +151,7 @@ class JaxRunner:
         limit: int = config.max_num_seqs  # type: ignore[assignment]
         self._copy_sizes = [*itertools.takewhile(lambda size: size < limit, (4**i for i in itertools.count(1))), limit]
         self._copiers: dict[int, jax.stages.Compiled] = {}
+        self._jitted_zero = jax.jit(functools.partial(kv_cache.zero_pages, config=model), donate_argnums=0)
         self._jitted_copy = jax.jit(functools.partial(kv_cache.copy_pages, config=model), donate_argnums=0)
         self.offload = None
         if num_slots := config.num_host_pages(model):
@@ -177,6 +186,7 @@ class JaxRunner:
             outputs.is_finite.copy_to_host_async()
         sequences = [chunk.sequence for chunk, _ in plan.outputs()]
         self._feed = batch.Feed(outputs.token_ids, dict(zip(sequences, rows, strict=True)))
+        outputs.is_sound.copy_to_host_async()
         wanted = inputs.wants_logprobs[rows].tolist()
         prompts = [one for one in _prompt_places(plan, self.config.prefill_tile) if one[1]]  # type: ignore[arg-type]
         asked = []
@@ -186,7 +196,8 @@ class JaxRunner:
                 asked += [outputs.likeliest_ids, outputs.likeliest_logprobs]
         for array in asked + (jax.tree.leaves(outputs.prompt) if prompts else []):
             array.copy_to_host_async()
-        return functools.partial(self._result, step, rows, sequences, wanted, prompts)
+        result = functools.partial(self._result, step, rows, sequences, wanted, prompts)
+        return lambda: _with_faults(result(), np.asarray(outputs.is_sound), plan, bucket.decode_rows, self.config.prefill_tile)  # type: ignore[arg-type]
 
     def _choose_late(self) -> None:
         """Let the rows of the step before that have a grammar choose: the tokens before them are known by now."""
@@ -197,6 +208,17 @@ class JaxRunner:
         self._feed = self._feed._replace(token_ids=step.outputs.token_ids)
         step.outputs.token_ids.copy_to_host_async()
         step.outputs.is_finite.copy_to_host_async()
+
+    def clean(self, pages: Seq[int]) -> None:
+        """See `Runner.clean`."""
+        for start in range(0, len(pages), ZEROED_AT_ONCE):
+            some = np.zeros(ZEROED_AT_ONCE, np.int32)
+            some[: len(pages) - start] = pages[start : start + ZEROED_AT_ONCE]
+            self.cache = self._zeroer(self.cache, some)
+
+    @functools.cached_property
+    def _zeroer(self) -> jax.stages.Compiled:
+        return self._jitted_zero.lower(self.cache, np.zeros(ZEROED_AT_ONCE, np.int32)).compile()
 
     def fetched(self, *, wait: bool = False) -> list[tuple[bytes, bool]]:
         """See `Runner.fetched`."""
@@ -248,6 +270,7 @@ class JaxRunner:
             self.compiled = dict(zip(self.buckets, progress, strict=True))
             self._copiers = dict(zip(self._copy_sizes, copiers, strict=True))
         self.adjuster.warm_up()
+        _ = self._zeroer
         if self._chooser is not None:
             by_rows = {bucket.decode_rows + bucket.prefill_tiles: bucket for bucket in self.buckets}
             for bucket in by_rows.values():
@@ -331,6 +354,23 @@ class JaxRunner:
         self._feed = self._feed._replace(token_ids=np.zeros(0, np.int32), rows={})
         self.compiled.clear()
         self._copiers.clear()
+
+
+def _with_faults(result: Result, is_sound: np.ndarray, plan: StepPlan, num_rows: int, tile: int) -> Result:
+    """A result that also tells of numbers that are not finite before the last token of a chunk."""
+    if is_sound.all():
+        return result
+    sampled, unsampled, at = is_sound[: plan.num_rows].tolist(), [], num_rows
+    for chunk in plan.prefills:
+        num_tiles = -(-chunk.num_tokens // tile)
+        (sampled if chunk.samples else unsampled).append(bool(is_sound[at : at + num_tiles].all()))
+        at += num_tiles
+    result = result._replace(is_finite=[*map(operator.and_, result.is_finite, sampled)])
+    if all(unsampled):
+        return result
+    token_ids, is_finite = [*result.token_ids, *[0] * len(unsampled)], [*result.is_finite, *unsampled]
+    candidates = None if result.candidates is None else [*result.candidates, *[()] * len(unsampled)]
+    return result._replace(token_ids=token_ids, is_finite=is_finite, candidates=candidates)
 
 
 def _prompt_places(plan: StepPlan, tile: int) -> Iterator[tuple[Chunk, list[int]]]:

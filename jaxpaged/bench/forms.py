@@ -14,7 +14,20 @@ from typing import Any
 
 from jaxpaged.host.structured import StructuredOutputsParams
 
-_WORDS = ("name", "age", "city_of_birth", "tags", "is_active", "price", "unit", "comment", "owner", "created_at", "größe", "items")
+_WORDS = (
+    "name",
+    "age",
+    "city_of_birth",
+    "tags",
+    "is_active",
+    "price",
+    "unit",
+    "comment",
+    "owner",
+    "created_at",
+    "größe",
+    "items",
+)
 
 
 def schema(rng: random.Random, depth: int = 3) -> dict[str, Any]:
@@ -139,7 +152,9 @@ def _rules(rng: random.Random) -> str:
 
 
 def _union(rng: random.Random) -> dict[str, Any]:
-    some = [{"properties": {f"k{number}{other}": {"type": "string"} for other in range(4)}} for number in range(rng.randrange(4, 60))]
+    some = [
+        {"properties": {f"k{number}{other}": {"type": "string"} for other in range(4)}} for number in range(rng.randrange(4, 60))
+    ]
     return {rng.choice(["anyOf", "allOf", "oneOf"]): some}
 
 
@@ -148,7 +163,9 @@ def _refs(rng: random.Random) -> dict[str, Any]:
 
     def body() -> dict[str, Any]:
         one = {"$ref": f"#/$defs/{rng.choice(names)}"}
-        return rng.choice([one, {"allOf": [one, one]}, {"anyOf": [one, {"type": "null"}]}, {"items": one}, {"properties": {"a": one}}])
+        return rng.choice(
+            [one, {"allOf": [one, one]}, {"anyOf": [one, {"type": "null"}]}, {"items": one}, {"properties": {"a": one}}]
+        )
 
     return {"$defs": {name: body() for name in names}, "$ref": rng.choice(["#", "#/$defs/d0", "#/$defs/none", "http://x/y"])}
 
@@ -159,7 +176,9 @@ _HOSTILE: tuple[Callable[[random.Random], dict[str, Any]], ...] = (
     lambda rng: {"regex": "(a|b)*a" + "(a|b)" * rng.randrange(1, 3000)},
     lambda rng: {"regex": "|".join(_repeated(rng) for _ in range(rng.randrange(1, 200)))[:16000]},
     lambda rng: {"regex": _garbage(rng, rng.randrange(1, 200))},
-    lambda rng: {"regex": rng.choice(["(?=a)b", "(a)\\1", "\\bfoo", "(?<!x)y", "a\0b", "\ud800", "[", "*", "a{9999999999}", "(?P<n>"])},
+    lambda rng: {
+        "regex": rng.choice(["(?=a)b", "(a)\\1", "\\bfoo", "(?<!x)y", "a\0b", "\ud800", "[", "*", "a{9999999999}", "(?P<n>"])
+    },
     lambda rng: {"regex": "x" * 10**7},
     lambda rng: {"regex": rng.choice([b"a", 7, ["a"], {}, "", object(), 1.5])},
     lambda rng: {"json": _deep(rng, {}, lambda one: {"properties": {"a": one}}, 500)},
@@ -176,15 +195,23 @@ _HOSTILE: tuple[Callable[[random.Random], dict[str, Any]], ...] = (
     lambda rng: {"json": {"enum": [_garbage(rng, 5) for _ in range(rng.randrange(5000))]}},
     lambda rng: {"json": {"const": rng.choice(["\ud800", float("nan"), float("inf"), 10**5000, b"", object(), "x" * 10**7])}},
     lambda rng: {"json": {rng.choice([7, None, ("a",), "\ud800"]): {}}},
-    lambda rng: {"json": {"patternProperties": {_repeated(rng): {}, _garbage(rng, 9): {}}, "additionalProperties": {"$ref": "#"}}},
-    lambda rng: {"json": rng.choice([b"{}", 7, [], "nul", "{", "NaN", '{"a": 1e999}', '{"a": ' + "9" * 9000 + "}", "\ud800", ""])},
+    lambda rng: {
+        "json": {"patternProperties": {_repeated(rng): {}, _garbage(rng, 9): {}}, "additionalProperties": {"$ref": "#"}}
+    },
+    lambda rng: {
+        "json": rng.choice([b"{}", 7, [], "nul", "{", "NaN", '{"a": 1e999}', '{"a": ' + "9" * 9000 + "}", "\ud800", ""])
+    },
     lambda rng: {"grammar": _rules(rng)},
-    lambda rng: {"grammar": rng.choice(["start: start", "start: start start | ", "start: a\na: b\nb: a", "start:", "x", "%", "start: @x"])},
+    lambda rng: {
+        "grammar": rng.choice(["start: start", "start: start start | ", "start: a\na: b\nb: a", "start:", "x", "%", "start: @x"])
+    },
     lambda rng: {"grammar": "root ::= " + rng.choice(["root", "root root | ", "(" * 60, "[a-", '"a"{1,99999999}', "x" * 9000])},
     lambda rng: {"grammar": 'start: x\nx: "a"' + ' | "a" x x' * rng.randrange(1, 900)},
     lambda rng: {"grammar": _garbage(rng, rng.randrange(1, 500))},
     lambda rng: {"choice": rng.choice([[], [""], "abc", [7], [None], ["\ud800"], ["a"] * 10**5, ["x" * 10**7], {}, 7])},
-    lambda rng: {"structural_tag": rng.choice(["{}", "[]", '{"structures": [{}], "triggers": []}', _garbage(rng, 20), 7, "{" * 9000])},
+    lambda rng: {
+        "structural_tag": rng.choice(["{}", "[]", '{"structures": [{}], "triggers": []}', _garbage(rng, 20), 7, "{" * 9000])
+    },
     lambda rng: {"regex": "a", "json": {}},
     lambda rng: {"json_object": True, "whitespace_pattern": rng.choice([_repeated(rng), "(", 7, "", ".*"])},
     lambda rng: {rng.choice(["jsn", "regexp", "lark", "whitespace", "\ud800"]): "a"},

@@ -148,7 +148,7 @@ def structured_outputs(text: str) -> StructuredOutputsParams:
     except RequestError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     except (ValueError, RecursionError):
-        raise argparse.ArgumentTypeError("expected a JSON object, such as {\"regex\": \"[0-9]+\"}") from None
+        raise argparse.ArgumentTypeError('expected a JSON object, such as {"regex": "[0-9]+"}') from None
 
 
 _KINDS = {

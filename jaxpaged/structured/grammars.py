@@ -104,7 +104,9 @@ class Grammars:
             if key not in self._kept:
                 self._num_bytes += grammar.num_bytes
             self._kept[key] = grammar
-            while len(self._kept) > self.limits.num_cached or (self._num_bytes > self.limits.cached_bytes and len(self._kept) > 1):
+            while len(self._kept) > self.limits.num_cached or (
+                self._num_bytes > self.limits.cached_bytes and len(self._kept) > 1
+            ):
                 self._num_bytes -= self._kept.popitem(last=False)[1].num_bytes
 
     def _compile(self, text: str) -> llguidance.LLMatcher:
