@@ -11,7 +11,7 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
@@ -207,11 +207,13 @@ class Engine:
         try:
             self._take_fetched(wait=False)
             events, drafts = [], self._forced()
-            if self._drafting is not None and self._drafting.is_wanted(self._unforced(drafts)):
+            is_wanted = self._drafting is not None and self._drafting.is_wanted(self._unforced(drafts))
+            if is_wanted or drafts or any(chunk.drafts for plan, _ in self._in_flight for chunk in plan.decodes):
                 while self._in_flight:
                     events += self._finish_step()
                 drafts = self._forced()
-                drafts |= self._drafting.propose(self._unforced(drafts))
+            if is_wanted:
+                drafts |= self._possible(self._drafting.propose(self._unforced(drafts)))  # type: ignore[union-attr]
             self._eyes.planning(drafts)
             plan = self.scheduler.plan(drafts)
             self._eyes.planned(plan)
@@ -282,21 +284,22 @@ class Engine:
 
     def _forced(self) -> dict[Sequence, tuple[int, ...]]:
         """Tokens that running sequences will have next because their grammars leave no choice."""
-        if self.matchers is None or not self.matchers.is_used:
+        if self.matchers is None or not self.matchers.is_used or not self.scheduler.num_draft_rows():
             return {}
-        in_flight = {chunk.sequence: chunk for chunk in self._in_flight[-1][0].sampling()} if self._in_flight else {}
+        in_flight = {chunk.sequence for plan, _ in self._in_flight for chunk in plan.sampling()}
         found = {}
         for sequence in self.scheduler.running:
-            # Rules and penalties are told of tokens one by one.
-            if not is_constrained(sequence) or sequence.request.params.changes_logits:
-                continue
-            chunk = in_flight.get(sequence)
-            if chunk is None and sequence.num_uncomputed == 1:
-                found[sequence] = self.matchers.forced(sequence)
-            elif chunk is not None and not chunk.drafts:
-                # The token to come is the first that is forced, or nothing is known of those after it.
-                found[sequence] = self.matchers.forced(sequence)[1:]
+            # The token to come is the first that is forced, or nothing is known of those after it.
+            num_pending = sequence in in_flight
+            if is_constrained(sequence) and (num_pending or sequence.num_uncomputed == 1):
+                found[sequence] = self.matchers.forced(sequence, self.config.max_drafts + num_pending)[num_pending:]
         return {sequence: drafts for sequence, drafts in found.items() if drafts}
+
+    def _possible(self, drafts: Mapping[Sequence, tuple[int, ...]]) -> dict[Sequence, tuple[int, ...]]:
+        """The drafts as far as grammars let them be."""
+        if self.matchers is None or not self.matchers.is_used:
+            return dict(drafts)
+        return {one: self.matchers.allowed(one, found) if is_constrained(one) else found for one, found in drafts.items()}
 
     def _with_prompt(self, event: TokenEvent) -> TokenEvent:
         """The first event of a request's first output with what was found of its prompt."""

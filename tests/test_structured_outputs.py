@@ -269,7 +269,7 @@ def test_tokens_that_are_forced_come_several_in_a_step(engine: Engine) -> None:
     asks = [Ask([7, 8, number], SamplingParams(temperature=1.0, seed=number, max_tokens=90, structured_outputs=FIXED)) for number in range(3)]
     for is_async in (False, True):
         one, plain = (another_engine(engine, async_scheduling=is_async, enable_prefix_caching=False) for _ in range(2))
-        plain._drafts = lambda: {}  # type: ignore[method-assign]
+        plain._forced = lambda: {}  # type: ignore[method-assign]
         assert outputs_of(one, asks) == outputs_of(plain, asks)
         assert one.num_steps < 0.6 * plain.num_steps
 
@@ -334,7 +334,7 @@ def test_nothing_compiles(engine: Engine) -> None:
 def test_a_day_is_replayed(engine: Engine, tmp_path: Path) -> None:
     config = dataclasses.replace(engine.config, flight_recorder_bytes=4 << 20)
     one = Engine(config, engine.model, engine.runner, pool=PagePool(engine.runner.num_pages))
-    one._drafts = lambda: {}  # type: ignore[method-assign]  # a recording does not tell of drafts
+    one._forced = lambda: {}  # type: ignore[method-assign]  # a recording does not tell of drafts
     outputs_of(one, random_asks(12, 8))
     recording = Recording.load(one.save_recording(tmp_path / "day"))
     assert Replay(recording).run() is None

@@ -39,7 +39,7 @@ def percentile(values: list[float], share: float) -> float:
     return float(np.quantile(values, share))
 
 
-def masks(llm: LLM, *, num_schemas: int, max_tokens: int = 400) -> Iterator[str]:
+def masks(llm: LLM, *, num_schemas: int, max_tokens: int = 900) -> Iterator[str]:
     """Outputs of random schemas, judged; and how long each mask took."""
     rng, seconds, checked, found = random.Random(0), [], [], Counter()
     fill = Matchers.fill
@@ -51,7 +51,7 @@ def masks(llm: LLM, *, num_schemas: int, max_tokens: int = 400) -> Iterator[str]
         return count
 
     for number in range(num_schemas):
-        options = {} if number % 2 else {"disable_any_whitespace": True}
+        options = ({}, {"disable_any_whitespace": True}, {"whitespace_pattern": " ?"})[number % 3]
         form = StructuredOutputsParams(json=schema(rng), **options)
         started = time.perf_counter()
         llm.engine.matchers.grammars.find(form)  # type: ignore[union-attr]
@@ -72,6 +72,7 @@ def masks(llm: LLM, *, num_schemas: int, max_tokens: int = 400) -> Iterator[str]
     times = ", ".join(f"{name} {percentile(seconds, share) * 1e6:,.0f} us" for name, share in (("median", 0.5), ("p99", 0.99)))
     yield f"a mask: {times}, of {len(seconds):,}"
     again = StructuredOutputsParams(json=schema(random.Random(0)))
+    llm.engine.matchers.grammars.find(again)  # type: ignore[union-attr]
     started = time.perf_counter()
     for _ in range(100):
         llm.engine.matchers.grammars.find(again)  # type: ignore[union-attr]

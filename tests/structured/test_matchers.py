@@ -175,7 +175,7 @@ def test_forced_tokens_are_the_only_ones(grammars: Grammars, matchers: Matchers)
     sequence, num_forced = sequence_of(FIXED), 0
     rng = random.Random(3)
     while not matchers.is_complete(sequence):
-        forced = matchers.forced(sequence)
+        forced = matchers.forced(sequence, 16)
         assert len(forced) <= 16
         masks = allowed(matchers, sequence, forced)
         assert masks[: len(forced)] == [[one] for one in forced]
@@ -183,8 +183,8 @@ def test_forced_tokens_are_the_only_ones(grammars: Grammars, matchers: Matchers)
         sequence.tokens += forced
         sequence.tokens.append(rng.choice(masks[-1]))
     assert num_forced > 25
-    assert matchers.forced(sequence) == ()
-    assert matchers.forced(sequence_of(StructuredOutputsParams(regex="[ab]c"))) == ()
+    assert matchers.forced(sequence, 16) == ()
+    assert matchers.forced(sequence_of(StructuredOutputsParams(regex="[ab]c")), 16) == ()
 
 
 def test_what_others_have_spent_is_nobodys_loss(grammars: Grammars) -> None:
@@ -215,7 +215,7 @@ def test_a_sequence_that_has_spent_its_own_has_no_token() -> None:
     while go_on(matchers, sequence, rng):
         assert len(sequence.tokens) < 5000
     assert allowed(matchers, sequence) == [[]]
-    assert not matchers.is_complete(sequence) and matchers.forced(sequence) == () == matchers.allowed(sequence, (5,))
+    assert not matchers.is_complete(sequence) and matchers.forced(sequence, 16) == () == matchers.allowed(sequence, (5,))
     few.close()
 
 
