@@ -31,7 +31,7 @@ from jaxpaged.llm import LLM
 from jaxpaged.structured.matchers import Matchers
 
 PROMPTS = ("One day", "Sort these words: dog cat", "Who is the owner?", "Give me JSON.", "3 + 4 =")
-SMALL = {"use_tqdm_on_load": False, "max_num_seqs": 16, "decode_row_buckets": (1, 4, 16), "prefill_tile_buckets": (4,)}
+SMALL = {"use_tqdm_on_load": False, "max_num_seqs": 16, "decode_row_buckets": (1, 2, 4, 8, 16), "prefill_tile_buckets": (4,)}
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -101,7 +101,7 @@ def forced(llm: LLM, *, turns: int) -> Iterator[str]:
     fixed = {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
     form = StructuredOutputsParams(json=fixed, disable_any_whitespace=True)
     params = SamplingParams(temperature=1.0, seed=1, max_tokens=300, structured_outputs=form)
-    for count in (1, 4, 16):
+    for count in (1, 2, 4, 8, 16):
         taken: dict[bool, list[float]] = {False: [], True: []}
         texts = {}
         for turn in range(2 * turns + 2):

@@ -82,7 +82,7 @@ class Matchers:
         return tuple(drafts[: num_valid - is_last])
 
     def forced(self, sequence: Sequence, most: int) -> tuple[int, ...]:
-        """At most so many tokens that have to come next, where the grammar leaves one choice, as the tokenizer itself would write their text.
+        """At most so many tokens that have to come next, where the grammar leaves one choice, as the tokenizer writes their text.
 
         Each is the only one that its mask has, so that what is sampled is the same with and without knowing them.
         """
