@@ -180,7 +180,7 @@ class Scheduler(Searches):
         tokens_left, tiles_left = self.limits.max_num_batched_tokens, self.limits.max_prefill_tiles
         chunks: list[Chunk] = []
         has_preempted, is_by_arrival = False, self.waiting.policy is fcfs and not self.recall.has_disk
-        rows_left = self._num_draft_rows() if drafts else 0
+        rows_left = self.num_draft_rows() if drafts else 0
         self.waiting.step += 1
 
         index = 0
@@ -443,7 +443,7 @@ class Scheduler(Searches):
         sequence.pages += pages
         return True
 
-    def _num_draft_rows(self) -> int:
+    def num_draft_rows(self) -> int:
         """Rows of a step that whoever runs, is forked or may yet be admitted has no use for."""
         num_seqs = len(self.running) + sum(sequence.num_to_come for sequence in self.running) + len(self.waiting)
         return max(self.limits.max_num_rows, self.limits.max_num_seqs) - min(num_seqs, self.limits.max_num_seqs)
