@@ -17,11 +17,14 @@ LIBRARY = ("jaxpaged", "pallas_kernels", "convert")
 
 # From the ground up. A room imports from floors below its own; rooms of one floor never see each other.
 FLOORS = (
-    ("jaxpaged.version", "jaxpaged.config", "jaxpaged.outputs", "jaxpaged.stop_strings", "pallas_kernels"),
+    ("jaxpaged.version", "jaxpaged.errors", "jaxpaged.outputs", "jaxpaged.stop_strings"),
+    ("jaxpaged.speculative_config",),
+    ("jaxpaged.config", "pallas_kernels"),
     ("jaxpaged.host", "jaxpaged.model"),
     ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel", "jaxpaged.observe", "jaxpaged.offload"),
     ("jaxpaged.adjuster",),
     ("jaxpaged.runner", "jaxpaged.tokenizer", "jaxpaged.demo", "convert"),
+    ("jaxpaged.speculative",),
     ("jaxpaged.engine",),
     ("jaxpaged.growing",),
     ("jaxpaged.llm",),
@@ -35,7 +38,9 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that may import nothing but the standard library and these.
 ONLY = {
     "jaxpaged.version": (),
-    "jaxpaged.config": (),
+    "jaxpaged.errors": (),
+    "jaxpaged.speculative_config": ("jaxpaged.errors",),
+    "jaxpaged.config": ("jaxpaged.errors", "jaxpaged.speculative_config"),
     "jaxpaged.stop_strings": (),
     "jaxpaged.host": ("jaxpaged.config", "jaxpaged.host"),
     "jaxpaged.observe": ("jaxpaged.config", "jaxpaged.host", "jaxpaged.observe", "jaxpaged.version"),

@@ -147,6 +147,7 @@ _KINDS = {
 }
 _KINDS["str | tuple[str, ...]"] = _KINDS["str"]  # a list can only be given in Python
 _KINDS["str | Callable[..., Any]"] = _KINDS["str"]  # a function can only be given in Python
+_KINDS["SpeculativeConfig | Mapping[str, Any] | str"] = (str, "JSON")
 
 
 def add_fields(
