@@ -17,8 +17,10 @@ from jaxpaged.config import Bucket, ConfigError, EngineConfig, ModelConfig
 from jaxpaged.host.plan import Chunk, StepPlan
 from jaxpaged.host.request import Sequence
 from jaxpaged.model import cache as kv_cache
-from jaxpaged.model.draft import DraftInputs
+from jaxpaged.model.draft import BACKLOG, DraftInputs
 from jaxpaged.model.weights import Weights
+
+MAX_BACKLOG = 16 * BACKLOG  # a sequence that the draft is further behind with is left alone
 
 
 class _Proposed(NamedTuple):
@@ -52,11 +54,12 @@ class Drafter:
     """Owns the draft model's weights and pages: page p holds the same tokens as the target's page p.
 
     What is done to the pool's pages is done to both, so prefixes, forks and copies hold here too. A page is stale when the draft
-    has not computed all of its tokens: the step ran without the draft, or the page came from another tier, which keeps those of
-    the target alone. For a sequence with a stale page nothing is proposed until it begins again elsewhere; its tokens are the
-    same, only one at a time.
+    has not computed all of its tokens: a step ran without the draft, or the page came from another tier, which keeps those of the
+    target alone. A sequence on a stale page is one that the draft has to catch up with, BACKLOG tokens in a step and none of it
+    when it is more than MAX_BACKLOG behind; until then nothing is proposed for it, and its tokens are the same, only one at a
+    time.
 
-    Invariant: no page that holds tokens of a sequence with proposals is stale.
+    Invariant: a page that is not in `_stale` has the draft's keys and values of all tokens that the target's page has.
     """
 
     def __init__(self, model: ModelConfig, weights: Weights, config: EngineConfig, *, num_pages: int, max_drafts: int):
@@ -68,7 +71,7 @@ class Drafter:
         self.num_drafts = max_drafts  # that the next step proposes for each sequence; -1 and the draft does not run at all
         self.proposals: Mapping[Sequence, tuple[int, ...]] = {}  # of the last step that has been waited for
         self._proposed: dict[Sequence, _Proposed] = {}
-        self._stale: set[int] = set()
+        self._stale: dict[int, int] = {}  # page -> its first tokens that the draft has
 
     def num_sequences(self, bucket: Bucket) -> int:
         """Q: sequences that a step of this shape can propose for."""
@@ -76,14 +79,16 @@ class Drafter:
 
     def padding(self, bucket: Bucket) -> DraftInputs:
         """A step that proposes nothing and leaves the draft's pages as they are."""
-        first_rows, num_rows, num_known = np.zeros((3, self.num_sequences(bucket)), np.int32)
-        return DraftInputs(first_rows, num_rows, num_known, np.int32(-1))  # type: ignore[arg-type]
+        return DraftInputs.new(self.num_sequences(bucket), -1)
 
     def moved(self, plan: StepPlan) -> None:
         """Know what comes of a plan's transfers and copies, before its step."""
-        self._stale.update(page for _, page in plan.transfers.loads)
+        for _, page in plan.transfers.loads:
+            self._stale[page] = 0
         for source, target in plan.copies:
-            (self._stale.add if source in self._stale else self._stale.discard)(target)
+            self._stale.pop(target, None)
+            if source in self._stale:
+                self._stale[target] = self._stale[source]
 
     def inputs(self, plan: StepPlan, bucket: Bucket, rows: Seq[int]) -> tuple[DraftInputs, list[_Asked]]:
         """What the step is to propose, and for whom, in the order of its proposals; for `take`.
@@ -91,35 +96,68 @@ class Drafter:
         Args:
           rows: of `plan.outputs()`.
         """
-        inputs, asked = self.padding(bucket), []
+        # A prompt that the draft has not read would be too long to make up for.
+        num_drafts = max(self.num_drafts, 0) if plan.prefills else self.num_drafts
+        inputs, asked = DraftInputs.new(self.num_sequences(bucket), num_drafts), []
+        table: np.ndarray = inputs.table  # type: ignore[assignment]
         proposed, self._proposed, self.proposals = self._proposed, {}, {}
-        is_fresh = {chunk.sequence: self._computes(chunk) for chunk in plan.chunks()}
-        if self.num_drafts < 0:
-            return inputs, asked
         at = 0
-        for chunk in plan.sampling():
-            sequence, num_rows = chunk.sequence, 1 + len(chunk.drafts)
-            if is_fresh[sequence]:
-                before, place = proposed.get(sequence), len(asked)
-                num_known = chunk.start if before is None else before.num_known(chunk)
-                inputs.first_rows[place], inputs.num_rows[place] = rows[at], num_rows  # type: ignore[index]
-                inputs.num_known[place] = num_known if chunk.is_decode else chunk.end  # type: ignore[index]
-                asked.append(_Asked(sequence, sequence.pages, len(sequence.pages) * self.page_size))
-            at += num_rows
-        return inputs.replace(num_drafts=np.int32(self.num_drafts)), asked  # type: ignore[attr-defined]
+        for chunk in plan.chunks():
+            sequence, num_drafted = chunk.sequence, len(chunk.drafts)
+            known, after = self._advance(chunk) if num_drafts >= 0 else self._miss(chunk)
+            if chunk.samples and sequence.group is None and (after > known or known == chunk.end):
+                if known == chunk.start and sequence in proposed:
+                    known = proposed[sequence].num_known(chunk)
+                missed = sequence.tokens[known : min(known + BACKLOG, chunk.end - num_drafted - 1)]
+                place = len(asked)
+                table[place, :3] = rows[at], 1 + num_drafted, known
+                table[place, 4 : 4 + len(missed)] = missed
+                num_places = len(sequence.pages) * self.page_size if after == chunk.end else 0
+                asked.append(_Asked(sequence, sequence.pages, num_places))
+            at += 1 + num_drafted if chunk.samples else 0
+        return inputs, asked
 
-    def _computes(self, chunk: Chunk) -> bool:
-        """Note what a step makes of a chunk's pages; whether the draft then has all of its sequence's tokens."""
-        pages, size = chunk.sequence.pages, self.page_size
-        first_new, end = -(-chunk.start // size), -(-chunk.end // size)
-        is_fresh = self.num_drafts >= 0 and (not self._stale or self._stale.isdisjoint(pages[:first_new]))
-        if chunk.is_decode and (chunk.sequence.group is not None or len(chunk.drafts) > self.max_drafts):
-            is_fresh = False  # beams are nobody's to propose for, and of more drafts than that the step does not know the last
-        if is_fresh:
-            self._stale.difference_update(pages[first_new:end])
-        else:
-            self._stale.update(pages[chunk.start // size : end])
-        return is_fresh
+    def _miss(self, chunk: Chunk) -> tuple[int, int]:
+        """Note a chunk that is computed without the draft. Returns as `_advance`."""
+        known = self._num_known(chunk.sequence.pages, chunk.start)
+        self._note(chunk, chunk.start, known)
+        return known, known
+
+    def _advance(self, chunk: Chunk) -> tuple[int, int]:
+        """Note a chunk that the draft computes too: how many tokens of its sequence the draft has without the step's rows, and
+        how many when the step has run, which is all of them unless it is behind.
+        """
+        sequence, start, end = chunk.sequence, chunk.start, chunk.end
+        known = self._num_known(sequence.pages, start)
+        if not chunk.is_decode and known == start:
+            self._note(chunk, start, end)
+            return end, end
+        # Nobody proposes for beams; and of more drafts than that the step does not know which holds.
+        is_able = chunk.samples and sequence.group is None and len(chunk.drafts) <= self.max_drafts
+        last = end - len(chunk.drafts) - 1
+        if not is_able or last - known > MAX_BACKLOG:
+            return self._miss(chunk)
+        after = known + BACKLOG if known + BACKLOG < last else end
+        self._note(chunk, known, after)
+        return known, after
+
+    def _num_known(self, pages: Seq[int], num_tokens: int) -> int:
+        """How many of a sequence's first tokens, at most so many, the draft has."""
+        if self._stale:
+            for index, page in enumerate(pages[: -(-num_tokens // self.page_size)]):
+                if page in self._stale:
+                    return min(index * self.page_size + self._stale[page], num_tokens)
+        return num_tokens
+
+    def _note(self, chunk: Chunk, first: int, known: int) -> None:
+        """Keep of the pages from the place `first` to the chunk's end that the draft has the sequence's first `known` tokens."""
+        size, end = self.page_size, chunk.end
+        for index in range(first // size, -(-end // size)):
+            page, num_here = chunk.sequence.pages[index], known - index * size
+            if num_here >= min(size, end - index * size):
+                self._stale.pop(page, None)
+            elif page:  # not the null page, which takes the place of those behind a window
+                self._stale[page] = max(num_here, 0)
 
     def take(self, found: jax.Array, asked: Seq[_Asked], num_drafts: int) -> None:
         """Take in what a step proposed, as `step_and_propose` returns it. Waits for it.
