@@ -77,11 +77,11 @@ class Adjuster:
         """Those of a step, whose marks are brought up to date.
 
         Args:
-          rows: of the chunks of `plan.sampling()`.
+          rows: of `plan.outputs()`.
           num_rows: of the step that may sample.
           feed: as the step's.
         """
-        chunks = [(row, chunk) for row, chunk in zip(rows, plan.sampling(), strict=True) if _is_changed(chunk)]
+        chunks = [(row, chunk) for row, (chunk, _) in zip(rows, plan.outputs(), strict=True) if _is_changed(chunk)]
         if not chunks:
             return self.plain(num_rows)
         wanted = _nothing(num_rows)

@@ -35,17 +35,15 @@ def fit(plan: StepPlan, buckets: Seq[Bucket], tile: int) -> Bucket:
     """
     num_tiles = sum(-(-chunk.num_tokens // tile) for chunk in plan.prefills)
     for bucket in buckets:
-        if bucket.decode_rows >= len(plan.decodes) and bucket.prefill_tiles >= num_tiles:
+        if bucket.decode_rows >= plan.num_rows and bucket.prefill_tiles >= num_tiles:
             return bucket
-    raise ValueError(
-        f"no bucket holds {len(plan.decodes)} decode rows and {num_tiles} prefill tiles; the largest is {buckets[-1]}"
-    )
+    raise ValueError(f"no bucket holds {plan.num_rows} decode rows and {num_tiles} prefill tiles; the largest is {buckets[-1]}")
 
 
 def pad(
     plan: StepPlan, bucket: Bucket, feed: Feed, *, tile: int, page_size: int, max_blocks_per_seq: int
 ) -> tuple[StepInputs, list[int]]:
-    """The step's inputs in the bucket's shapes, and the row of the outputs of each chunk in `plan.sampling()`.
+    """The step's inputs in the bucket's shapes, and the row of the outputs of each of `plan.outputs()`.
 
     Padding is zeros: token 0 at position 0, slot 0 of the null page, a length of 0, and greedy sampling.
     """
@@ -63,32 +61,37 @@ def pad(
     prompt_targets = np.zeros(C * tile, np.int32)
     sampling_rows = []
 
-    def place(row: int, at: int, chunk: Chunk, start: int, end: int) -> None:
+    def place(row: int, at: int, chunk: Chunk, known: Seq[int], start: int, end: int) -> None:
         """Tokens [start, end) of the chunk's sequence go to places at, at + 1, ...; their table and length to `row`."""
         pages = np.asarray(chunk.sequence.pages, np.int32)
         count = end - start
         places = np.arange(start, end)
-        known = chunk.sequence.tokens[start:end]
         token_ids[at : at + len(known)] = known
         slots[at : at + count] = pages[places // page_size] * page_size + places % page_size
         tables[row, : len(pages)] = pages
         lens[row] = end
-        if chunk.samples and end == chunk.end:
+        if chunk.samples and end >= chunk.end - len(chunk.drafts):
             sample_at[row] = at + count - 1
             _set_sampling(sampling, beam_temperature, row, chunk)
             wants_logprobs[row] = chunk.sequence.request.params.wants_logprobs
             sampling_rows.append(row)
 
-    for row, chunk in enumerate(plan.decodes):
-        place(row, row, chunk, chunk.start, chunk.end)
-        positions[row] = chunk.start
+    row = 0
+    for chunk in plan.decodes:
         if chunk.start == len(chunk.sequence.tokens):  # its token is the pending one
             fed[row] = 1 + feed.rows[chunk.sequence]
+        # Drafts are rows of the same pages: all of them are written before any is attended to, and each sees those before it.
+        for position in range(chunk.start, chunk.end):
+            token_id = chunk.token(position)
+            place(row, row, chunk, () if token_id is None else (token_id,), position, position + 1)
+            positions[row] = position
+            row += 1
     row, at = D, D
     for chunk in plan.prefills:
         for start in range(chunk.start, chunk.end, tile):
-            place(row, at, chunk, start, min(start + tile, chunk.end))
-            if wanted := prompt_targets_of(chunk, start, min(start + tile, chunk.end)):
+            end = min(start + tile, chunk.end)
+            place(row, at, chunk, chunk.sequence.tokens[start:end], start, end)
+            if wanted := prompt_targets_of(chunk, start, end):
                 prompt_targets[at - D : at - D + len(wanted)] = np.asarray(wanted, np.int32) + 1
             # A tile's padding keeps counting, so that its first position alone tells all of them.
             positions[at : at + tile] = np.arange(start, start + tile)

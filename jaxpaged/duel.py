@@ -85,7 +85,7 @@ class Duel:
         """Take in one step, right after it ran: `cache` is what it left.
 
         Args:
-          rows: the row of each chunk of `plan.sampling()`.
+          rows: the row of each of `plan.outputs()`.
         """
         self.num_steps += 1
         errors = np.asarray(evidence.errors)
@@ -97,10 +97,11 @@ class Duel:
             self._breach(plan, inputs, errors, evidence, cache)
 
     def _look_for_a_flip(self, plan: StepPlan, rows: list[int], best: np.ndarray) -> None:
-        for chunk, row in zip(plan.sampling(), rows, strict=True):
+        for (chunk, num_drafts), row in zip(plan.outputs(), rows, strict=True):
             ours, theirs = (int(x) for x in best[:, row])
             if ours != theirs:
-                self.flip = Flip(self.num_steps, chunk.sequence.request.request_id, chunk.end, ours, theirs)
+                position = chunk.end - len(chunk.drafts) + num_drafts
+                self.flip = Flip(self.num_steps, chunk.sequence.request.request_id, position, ours, theirs)
                 logger.warning("[Duel] First token that differs: %s", dataclasses.asdict(self.flip))
                 return
 
@@ -112,9 +113,7 @@ class Duel:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"duel-{self.backend}-{self.rival}-step{self.num_steps}-layer{layer}.npz"
         operations.save(path, name, call)
-        owner = _owners(plan, inputs.tokens.tile)[
-            row if row < len(plan.decodes) else row - inputs.tokens.num_rows + len(plan.decodes)
-        ]
+        owner = _owners(plan, inputs.tokens.tile)[row if row < plan.num_rows else row - inputs.tokens.num_rows + plan.num_rows]
         position = int(call.arrays["kv_lens"][0]) - 1
         self.breach = Breach(self.num_steps, owner, position, layer, head, float(errors[layer, row, head]), str(path))
         logger.warning(
@@ -154,7 +153,7 @@ class Duel:
 
 def _owners(plan: StepPlan, tile: int) -> list[str]:
     """The request of each decode row, then of each tile."""
-    owners = [chunk.sequence.request.request_id for chunk in plan.decodes]
+    owners = [chunk.sequence.request.request_id for chunk in plan.decodes for _ in range(chunk.num_tokens)]
     for chunk in plan.prefills:
         owners += [chunk.sequence.request.request_id] * -(-chunk.num_tokens // tile)
     return owners

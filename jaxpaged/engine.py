@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -207,21 +206,21 @@ class Engine:
 
     def _finish_step(self, *, is_awaited: bool = True) -> list[TokenEvent]:
         plan, wait = self._in_flight.popleft()
-        result: tuple[Any, ...] = wait() if is_awaited else ([0] * len(plan.sampling()), [True] * len(plan.sampling()))
-        decisive, (likelihoods, prompts) = result[:3], result[3:] or (None, ())
-        for chunk, found in prompts:
+        count = len(plan.outputs())
+        result = Result(*wait()) if is_awaited else Result([0] * count, [True] * count)
+        for chunk, found in result.prompts:
             sequence = chunk.sequence
             if sequence.finish_reason is None:
                 # What has come first stays: a prompt that gave way begins again.
                 known = self._prompts.setdefault(sequence.request.request_id, {})
                 for place, likelihood in enumerate(found, chunk.start + 1):
                     known.setdefault(place, likelihood)
-        self._eyes.ran(*decisive)
-        events = self.scheduler.commit(plan, *decisive)
+        self._eyes.ran(*result[:3])
+        events = self.scheduler.commit(plan, *result[:3])
         self._eyes.committed()
         self.num_steps += 1
-        if likelihoods is not None:
-            events = _with_likelihoods(events, plan, likelihoods)
+        if result.likelihoods is not None:
+            events = _with_likelihoods(events, plan, result.likelihoods)
         return [self._with_prompt(event) for event in events] if self._prompts else events
 
     def _with_prompt(self, event: TokenEvent) -> TokenEvent:
@@ -302,10 +301,12 @@ class Engine:
 
 
 def _with_likelihoods(events: list[TokenEvent], plan: StepPlan, likelihoods: Seq[Likelihood | None]) -> list[TokenEvent]:
-    """The events of a step with the log-probabilities of their tokens: it samples each output of a request at most once."""
-    sequences = [chunk.sequence for chunk in plan.sampling()]
-    found = {(one.request.request_id, one.index): likelihood for one, likelihood in zip(sequences, likelihoods, strict=True)}
+    """The events of a step with the log-probabilities of their tokens, which of each output are the first of its rows."""
+    found: dict[tuple[str, int], deque[Likelihood | None]] = {}
+    for (chunk, _), likelihood in zip(plan.outputs(), likelihoods, strict=True):
+        found.setdefault((chunk.sequence.request.request_id, chunk.sequence.index), deque()).append(likelihood)
     # An event of a beam is not of this step alone, and has no token id.
     return [
-        event if event.token_id is None else event._replace(likelihood=found[event.request_id, event.index]) for event in events
+        event if event.token_id is None else event._replace(likelihood=found[event.request_id, event.index].popleft())
+        for event in events
     ]

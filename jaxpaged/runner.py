@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -49,12 +49,14 @@ class ResourceError(RuntimeError):
     """The machine has too little memory for what was asked. One line with both numbers."""
 
 
-Prompts = list[tuple[Chunk, list[Likelihood]]]
-Result = (
-    tuple[Seq[int], Seq[bool]]
-    | tuple[Seq[int], Seq[bool], Seq[Candidates]]
-    | tuple[Seq[int], Seq[bool], Seq[Candidates] | None, Seq[Likelihood | None] | None, Prompts]
-)
+class Result(NamedTuple):
+    """What a step yields, for each of `plan.outputs()` in its order; what nobody wants is None."""
+
+    token_ids: Seq[int]
+    is_finite: Seq[bool]  # whether the logits were finite numbers
+    candidates: Seq[Candidates] | None = None  # of beams; nothing for what is no beam
+    likelihoods: Seq[Likelihood | None] | None = None  # of the tokens; None for those of which it is not wanted
+    prompts: Seq[tuple[Chunk, list[Likelihood]]] = ()  # of the prompt's tokens from `chunk.start + 1` on
 
 
 class Runner(Protocol):
@@ -66,10 +68,6 @@ class Runner(Protocol):
     def submit(self, plan: StepPlan) -> Callable[[], Result]:
         """Start one step, behind those before it; the call that comes back waits for it.
 
-        It yields the token and whether its logits were finite, for each chunk of `plan.sampling()`, in its order. With a beam
-        among the chunks also the candidates of each, which are nothing for those that are no beams. With one among them that
-        wants log-probabilities, of its token or of its prompt, also that of each token, None for those that do not, and those of
-        the prompt's tokens from `chunk.start + 1` on for each chunk that has some; then what nobody wants is None.
         A chunk whose token is pending takes it from the step before.
         """
         ...
@@ -130,7 +128,7 @@ class JaxRunner:
         if self.offload is not None and any(plan.transfers):
             self.cache = self.offload.transfer(self.cache, plan.transfers)
         if not plan.chunks():
-            return lambda: ([], [])
+            return lambda: Result([], [])
         if plan.copies:
             self._copy(plan.copies)
         bucket = batch.fit(plan, self.buckets, self.config.prefill_tile)  # type: ignore[arg-type]
@@ -142,8 +140,8 @@ class JaxRunner:
         if self.duel is not None:
             outputs, evidence = outputs
             self.duel.record(plan, inputs, rows, evidence, self.cache)
-        sampling = plan.sampling()
-        self._feed = batch.Feed(outputs.token_ids, dict(zip((chunk.sequence for chunk in sampling), rows, strict=True)))
+        sequences = [chunk.sequence for chunk, _ in plan.outputs()]
+        self._feed = batch.Feed(outputs.token_ids, dict(zip(sequences, rows, strict=True)))
         outputs.token_ids.copy_to_host_async()
         outputs.is_finite.copy_to_host_async()
         wanted = inputs.wants_logprobs[rows].tolist()
@@ -151,11 +149,11 @@ class JaxRunner:
         asked = []
         if any(wanted):
             asked = [outputs.logprobs, outputs.ranks]
-            if any(chunk.sequence.request.params.logprobs for chunk in sampling):
+            if any(sequence.request.params.logprobs for sequence in sequences):
                 asked += [outputs.likeliest_ids, outputs.likeliest_logprobs]
         for array in asked + (jax.tree.leaves(outputs.prompt) if prompts else []):
             array.copy_to_host_async()
-        return functools.partial(self._result, outputs, rows, [chunk.sequence for chunk in sampling], wanted, prompts)
+        return functools.partial(self._result, outputs, rows, sequences, wanted, prompts)
 
     def fetched(self, *, wait: bool = False) -> list[tuple[bytes, bool]]:
         """See `Runner.fetched`."""
@@ -171,26 +169,25 @@ class JaxRunner:
     ) -> Result:
         groups = [sequence.group for sequence in sequences]
         token_ids, is_finite = np.asarray(outputs.token_ids), np.asarray(outputs.is_finite)
-        result, candidates = (token_ids[rows].tolist(), is_finite[rows].tolist()), None
+        result = Result(token_ids[rows].tolist(), is_finite[rows].tolist())
         if any(groups):
             ids, logprobs = np.asarray(outputs.likeliest_ids), np.asarray(outputs.likeliest_logprobs)
             counts = [group.num_candidates if group is not None else 0 for group in groups]
-            candidates = [
+            found = [
                 list(zip(ids[row, :count].tolist(), logprobs[row, :count].tolist(), strict=True))
                 for row, count in zip(rows, counts, strict=True)
             ]
-        if any(wanted) or prompts:
-            likelihoods = None
-            if any(wanted):
-                counts = [sequence.request.params.logprobs or 0 for sequence in sequences]
-                found = _likelihoods(outputs, rows, counts)
-                likelihoods = [one if is_wanted else None for one, is_wanted in zip(found, wanted, strict=True)]
-            of_prompts = [
+            result = result._replace(candidates=found)
+        if any(wanted):
+            found = _likelihoods(outputs, rows, [sequence.request.params.logprobs or 0 for sequence in sequences])
+            result = result._replace(likelihoods=[one if asked else None for one, asked in zip(found, wanted, strict=True)])
+        if prompts:
+            found = [
                 (chunk, _likelihoods(outputs.prompt, places, [chunk.sequence.request.params.prompt_logprobs or 0] * len(places)))  # type: ignore[arg-type]
                 for chunk, places in prompts
             ]
-            return *result, candidates, likelihoods, of_prompts
-        return result if candidates is None else (*result, candidates)
+            result = result._replace(prompts=found)
+        return result
 
     def warm_up(self, *, use_tqdm: bool) -> None:
         """Compile every bucket, in parallel, from the persistent cache where it has them."""

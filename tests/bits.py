@@ -61,12 +61,12 @@ class Keeper:
     def record(self, plan: StepPlan, inputs, rows: list[int], scores: jax.Array, cache: KVCache) -> None:
         """One step."""
         found = np.asarray(scores)
-        for chunk, row in zip(plan.sampling(), rows, strict=True):
+        for (chunk, num_drafts), row in zip(plan.outputs(), rows, strict=True):
             sequence = chunk.sequence
             assert np.isfinite(found[row]).all(), f"{sequence.request.request_id}: a logit that is not finite"
-            key = sequence.request.request_id, sequence.index, chunk.end
+            key = sequence.request.request_id, sequence.index, chunk.end - len(chunk.drafts) + num_drafts
             executable = len(inputs.fed), len(inputs.tokens.token_ids)
-            self.bits[key] = Row(found[row].tobytes(), "row" if chunk in plan.decodes else "tile", executable)
+            self.bits[key] = Row(found[row].tobytes(), "row" if chunk.is_decode else "tile", executable)
 
 
 class KeepingRunner(JaxRunner):

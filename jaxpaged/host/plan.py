@@ -26,6 +26,8 @@ class Limits:
       sliding_window: tokens up to and with itself that a token sees at most, in any layer; 0 when a layer sees all of them.
       eager_copy: a fork that sits a step out gets its copy of the page that it will write all the same.
       batch_merge_window: steps that a sequence may be held back, while others run, for more to be admitted with it.
+      max_num_rows: decode rows of a step, those of drafts among them; 0 for as many as sequences.
+      lookahead: places after its next token that a sequence gets pages for while nobody else lacks them.
     """
 
     page_size: int
@@ -38,23 +40,40 @@ class Limits:
     batch_merge_window: int = 0
     sliding_window: int = 0
     eager_copy: bool = False
+    max_num_rows: int = 0
+    lookahead: int = 0
 
 
 class Chunk(NamedTuple):
     """Tokens [start, start + num_tokens) of one sequence, computed in one step. Its pages already hold room for them.
 
     `samples`: the chunk ends with the last known token, so the step yields the next one.
+    `drafts`: what comes after that token as somebody proposes it, counted in `num_tokens`. The step yields the token after each
+    of them too, and those up to the first draft that it would not have drawn count. Only a decode has drafts.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
     samples: bool
+    drafts: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
         """One past the last token: the context length once the chunk is computed."""
         return self.start + self.num_tokens
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is rows of a step and not tiles: the last known token, and drafts."""
+        return self.samples and self.num_tokens - len(self.drafts) == 1
+
+    def token(self, position: int) -> int | None:
+        """Its token at a position of the sequence; None for the one that only the device knows."""
+        tokens = self.sequence.tokens
+        if position >= self.end - len(self.drafts):
+            return self.drafts[position - self.end]
+        return tokens[position] if position < len(tokens) else None
 
     @classmethod
     def next(cls, sequence: Sequence, num_tokens: int) -> Chunk:
@@ -81,7 +100,8 @@ NO_TRANSFERS = Transfers()
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step, decided. `decodes` are single tokens that sample; every other chunk is a prefill. It may have transfers alone.
+    """One step, decided. `decodes` are single tokens that sample, with drafts or without; every other chunk is a prefill. It may
+    have transfers alone.
 
     `copies` are (source, target) pages to copy before anything is computed; no target is a source, and none is twice in it.
     """
@@ -94,7 +114,12 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         """Tokens computed, padding not counted."""
-        return len(self.decodes) + sum(chunk.num_tokens for chunk in self.prefills)
+        return sum(chunk.num_tokens for chunk in self.chunks())
+
+    @property
+    def num_rows(self) -> int:
+        """Decode rows that it fills: one for each token of `decodes`."""
+        return sum(chunk.num_tokens for chunk in self.decodes)
 
     def chunks(self) -> tuple[Chunk, ...]:
         """All of them."""
@@ -103,3 +128,7 @@ class StepPlan:
     def sampling(self) -> list[Chunk]:
         """The chunks that yield a token, in the order of the step's outputs."""
         return [*self.decodes, *(chunk for chunk in self.prefills if chunk.samples)]
+
+    def outputs(self) -> list[tuple[Chunk, int]]:
+        """What the step yields, in order: each chunk of `sampling()`, with how many of its drafts come before the token."""
+        return [(chunk, num_drafts) for chunk in self.sampling() for num_drafts in range(len(chunk.drafts) + 1)]

@@ -441,6 +441,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_pending: int = 0  # 1 while its next token is sampled by a step in flight: the device has it, `tokens` does not
+    is_drafted: bool = False  # a step in flight has drafts of it: how many tokens that makes, nobody knows
     num_behind: int = 0  # its first pages that were given back because they are behind every layer's window
     num_recorded: int = 0  # its first pages that the prefix cache has been told of
     num_cached_tokens: int = 0  # tokens that the prefix cache had when the sequence was first admitted

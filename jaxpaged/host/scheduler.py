@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from bisect import insort
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 from jaxpaged.config import EngineConfig, ModelConfig
@@ -30,6 +31,7 @@ MAX_PREEMPTIONS = 8
 PREFETCH_AHEAD = 4  # sequences that wait whose pages are fetched before there is room for them
 PREFETCH_EVERY = 8  # steps between two looks at them, which cost microseconds for every page
 DEFAULT_COSTS = SwapCosts()
+NO_DRAFTS: Mapping[Sequence, Seq[int]] = {}
 
 
 def build(config: EngineConfig, model: ModelConfig, pool: PagePool, *, costs: SwapCosts | None = None) -> Scheduler:
@@ -49,6 +51,7 @@ def build(config: EngineConfig, model: ModelConfig, pool: PagePool, *, costs: Sw
         batch_merge_window=config.batch_merge_window,
         sliding_window=max(model.windows) if model.windows and all(model.windows) else 0,
         eager_copy=config.eager_copy,
+        max_num_rows=config.buckets()[-1].decode_rows,
     )
     num_slots = config.num_host_pages(model)
     if (config.enable_prefix_caching or num_slots) and pool.cache is None:
@@ -82,7 +85,7 @@ class Scheduler(Searches):
     One step may be in flight while the next is planned. What it computes then counts as computed, since the device runs steps in
     order, and a sequence that it samples has a pending token: the next step may compute that one without anybody here knowing
     which it is. When it ends the sequence, what the next step made of it is thrown away; when the sequence has to give way
-    meanwhile, its token still counts. A beam waits for its candidates.
+    meanwhile, its token still counts. A beam waits for its candidates, and a sequence with drafts for what came of them.
 
     Args:
       ageing_steps: how long a policy may hold a sequence back; see `WaitingLine`.
@@ -169,10 +172,14 @@ class Scheduler(Searches):
 
     # --- plan ---
 
-    def plan(self) -> StepPlan | None:
+    def plan(self, drafts: Mapping[Sequence, Seq[int]] = NO_DRAFTS) -> StepPlan | None:
         """Decide the next step and take the pages it writes to; None when there is nothing to do.
 
         At most one step may be in flight. None, too, when all depends on what it yields, or on pages that are being fetched.
+
+        Args:
+          drafts: proposed tokens to come, after those known or pending, of sequences that decode. As many of them are computed
+            as there is room for; nobody gives way to them.
         """
         if len(self._in_flight) > 1:
             raise RuntimeError(f"{len(self._in_flight)} steps are in flight: commit the oldest before the next is planned")
@@ -180,6 +187,7 @@ class Scheduler(Searches):
         tokens_left, tiles_left = self.limits.max_num_batched_tokens, self.limits.max_prefill_tiles
         chunks: list[Chunk] = []
         has_preempted, is_by_arrival = False, self.waiting.policy is fcfs and not self.recall.has_disk
+        rows_left = self._num_draft_rows() if drafts else 0
         self.waiting.step += 1
 
         index = 0
@@ -200,8 +208,15 @@ class Scheduler(Searches):
                 # A search gives way as a whole or not at all, and some of its beams may be planned: this one sits the step out.
                 num_tokens = 0
             if num_tokens:
-                chunks.append(Chunk.next(sequence, num_tokens))
-                tokens_left, tiles_left = tokens_left - num_tokens, tiles_left - self._num_tiles(chunks[-1])
+                chunk = Chunk.next(sequence, num_tokens)
+                if sequence in drafts and chunk.is_decode:
+                    most = min(rows_left, tokens_left - (len(self.running) - index))
+                    chunk = self._with_drafts(chunk, drafts[sequence], most)
+                    rows_left -= len(chunk.drafts)
+                chunks.append(chunk)
+                tokens_left, tiles_left = tokens_left - chunk.num_tokens, tiles_left - self._num_tiles(chunk)
+                if self.limits.lookahead and chunk.samples:
+                    self._reserve_ahead(sequence, chunk.end + self.limits.lookahead)
             elif self.limits.eager_copy and self._writes_shared_page(sequence):
                 self._reserve(sequence, sequence.num_computed + 1)
             index += 1
@@ -244,6 +259,8 @@ class Scheduler(Searches):
             self._fork(sequence)
             chunks.append(Chunk.next(sequence, num_tokens))
             tokens_left, tiles_left = tokens_left - num_tokens, tiles_left - self._num_tiles(chunks[-1])
+            if self.limits.lookahead and chunks[-1].samples:
+                self._reserve_ahead(sequence, chunks[-1].end + self.limits.lookahead)
 
         self._prefetch()
 
@@ -254,8 +271,8 @@ class Scheduler(Searches):
         if not chunks and not any(transfers):
             return None
         plan = StepPlan(
-            decodes=tuple(chunk for chunk in chunks if _is_decode(chunk)),
-            prefills=tuple(chunk for chunk in chunks if not _is_decode(chunk)),
+            decodes=tuple(chunk for chunk in chunks if chunk.is_decode),
+            prefills=tuple(chunk for chunk in chunks if not chunk.is_decode),
             copies=copies,
             transfers=transfers,
         )
@@ -271,8 +288,9 @@ class Scheduler(Searches):
         for chunk in self._in_flight[-1].chunks():
             sequence = chunk.sequence
             if sequence.finish_reason is None:
-                sequence.num_computed = chunk.end
+                sequence.num_computed = chunk.end - len(chunk.drafts)
                 sequence.num_pending = int(is_pending and chunk.samples and sequence.group is None)
+                sequence.is_drafted = is_pending and bool(chunk.drafts)
 
     def _prefetch(self) -> None:
         """Begin the fetches of those who are next, though there is no room for them yet."""
@@ -290,8 +308,8 @@ class Scheduler(Searches):
     def _chunk_len(self, sequence: Sequence, num_computed: int, tokens_left: int, tiles_left: int) -> int:
         """How many of a sequence's next tokens the rest of the step can hold; 0 when it has to sit the step out."""
         num_tokens = sequence.num_tokens - num_computed
-        if sequence.num_pending and sequence.num_tokens >= sequence.request.max_len:
-            return 0  # the pending token is its last
+        if sequence.num_pending and (sequence.is_drafted or sequence.num_tokens >= sequence.request.max_len):
+            return 0  # nobody knows how many tokens are pending, or the one that is comes last
         if num_tokens == 1:
             return min(1, tokens_left)  # a row, no tile; if it has forks, they are there before it is computed
         num_own = sequence.num_own
@@ -301,7 +319,7 @@ class Scheduler(Searches):
         return min(wanted, tiles_left * self.limits.tile)
 
     def _num_tiles(self, chunk: Chunk) -> int:
-        return 0 if _is_decode(chunk) else -(-chunk.num_tokens // self.limits.tile)
+        return 0 if chunk.is_decode else -(-chunk.num_tokens // self.limits.tile)
 
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.limits.page_size)
@@ -347,7 +365,7 @@ class Scheduler(Searches):
         most = self.limits.max_num_partial_prefills
         if not most or not is_partial:
             return False
-        num_ended = sum(chunk.samples and not _is_decode(chunk) for chunk in chunks)
+        num_ended = sum(chunk.samples and not chunk.is_decode for chunk in chunks)
         return sum(sequence.num_uncomputed > 1 for sequence in self.running) - num_ended >= most
 
     def _cached_len(self, sequence: Sequence) -> int:
@@ -432,6 +450,27 @@ class Scheduler(Searches):
         sequence.pages += pages
         return True
 
+    def _num_draft_rows(self) -> int:
+        """Rows of a step that whoever runs, is forked or may yet be admitted has no use for."""
+        num_seqs = len(self.running) + sum(sequence.num_to_come for sequence in self.running) + len(self.waiting)
+        return max(self.limits.max_num_rows, self.limits.max_num_seqs) - min(num_seqs, self.limits.max_num_seqs)
+
+    def _with_drafts(self, chunk: Chunk, drafts: Seq[int], most: int) -> Chunk:
+        """A decode with as many drafts as there are tokens to come, pages to spare and room for: at most `most`."""
+        sequence = chunk.sequence
+        # The step yields one more token than it has drafts.
+        count = min(len(drafts), most, sequence.request.max_len - sequence.num_tokens - 1)
+        if count > 0:
+            self._reserve_ahead(sequence, chunk.end + count)
+            count = min(count, len(sequence.pages) * self.limits.page_size - chunk.end)
+        return chunk._replace(num_tokens=1 + count, drafts=tuple(drafts[:count])) if count > 0 else chunk
+
+    def _reserve_ahead(self, sequence: Sequence, num_tokens: int) -> None:
+        """Give the sequence pages for so many tokens, or as far as it can come, from those that nobody who runs lacks."""
+        wanted = self._num_pages(min(num_tokens, _num_places(sequence))) - len(sequence.pages)
+        if wanted > 0 and wanted + sum(max(0, self._num_pages_lacking(other)) for other in self.running) <= self.pool.num_free:
+            sequence.pages += self.pool.allocate(wanted) or []
+
     def _preempt(self, sequence: Sequence, *, is_counted: bool = True) -> None:
         """Take all pages back; when it is admitted again the sequence recomputes what of them is no longer on any tier."""
         is_kept = self._is_worth_keeping(sequence)
@@ -473,9 +512,10 @@ class Scheduler(Searches):
     def commit(
         self, plan: StepPlan, token_ids: Seq[int], is_finite: Seq[bool], candidates: Seq[Candidates] | None = None
     ) -> list[TokenEvent]:
-        """Record the oldest step in flight, which ran. `token_ids` and `is_finite` are those of `plan.sampling()`, in its order.
+        """Record the oldest step in flight, which ran. `token_ids` and `is_finite` are those of `plan.outputs()`, in its order.
 
-        A row whose logits were not finite ends its own request with FinishReason.ERROR and no other.
+        A row whose logits were not finite ends its own request with FinishReason.ERROR and no other. Of a chunk with drafts, the
+        tokens count up to the first one that is not the draft after it.
 
         Args:
           candidates: likewise; needed where there is a beam among them, and read of beams alone.
@@ -489,11 +529,16 @@ class Scheduler(Searches):
             self.pool.tier.ended(plan.transfers)
         events, tenants = [], self.waiting.tenants
         grown: dict[str, BeamGroup] = {}
-        for row, (chunk, token_id, finite) in enumerate(zip(plan.sampling(), token_ids, is_finite, strict=True)):
+        for row, ((chunk, num_drafts), token_id, finite) in enumerate(zip(plan.outputs(), token_ids, is_finite, strict=True)):
             sequence = chunk.sequence
             if sequence.finish_reason is not None:  # aborted while the step ran, or ended by the token before
                 continue
-            sequence.num_pending = 0
+            if num_drafts:
+                if not _is_right(chunk, num_drafts):
+                    continue
+                # The draft is what was drawn, so its keys and values are the sequence's, unless it gave way while the step ran.
+                sequence.num_computed += sequence.num_computed == chunk.start + num_drafts
+            sequence.num_pending, sequence.is_drafted = 0, False
             if finite:
                 # Only here is it known that everything up to this token is sound, so that others may share it.
                 if self.pool.cache is not None:
@@ -606,8 +651,10 @@ class Scheduler(Searches):
             raise RuntimeError("a sequence is neither running nor waiting")
 
 
-def _is_decode(chunk: Chunk) -> bool:
-    return chunk.num_tokens == 1 and chunk.samples
+def _is_right(chunk: Chunk, num_drafts: int) -> bool:
+    """Whether the first so many drafts of a chunk are what was drawn; of all but the last of them it is known."""
+    tokens = chunk.sequence.tokens
+    return len(tokens) == chunk.start + 1 + num_drafts and tokens[-1] == chunk.drafts[num_drafts - 1]
 
 
 def _is_protected(sequence: Sequence) -> bool:

@@ -118,10 +118,10 @@ def _bucket(plan: StepPlan, buckets: Seq[Bucket], tile: int) -> Bucket:
     """The smallest bucket that holds a plan; see `jaxpaged.batch.fit`, whose module needs numpy and jax."""
     num_tiles = sum(-(-chunk.num_tokens // tile) for chunk in plan.prefills)
     for bucket in buckets:
-        if bucket.decode_rows >= len(plan.decodes) and bucket.prefill_tiles >= num_tiles:
+        if bucket.decode_rows >= plan.num_rows and bucket.prefill_tiles >= num_tiles:
             return bucket
     largest = f"the largest is {buckets[-1].decode_rows} and {buckets[-1].prefill_tiles}"
-    raise ConfigError(f"no step holds {len(plan.decodes)} decode rows and {num_tiles} prefill tiles; {largest}")
+    raise ConfigError(f"no step holds {plan.num_rows} decode rows and {num_tiles} prefill tiles; {largest}")
 
 
 class MeasuredSteps:

@@ -186,7 +186,7 @@ class FakeRunner(FakeTiers):
     def submit(self, plan):
         """See `jaxpaged.runner.Runner.submit`: it runs at once, and tells later."""
         result = self.run(plan)
-        self.sampled = dict(zip((chunk.sequence for chunk in plan.sampling()), result[0], strict=True))
+        self.sampled = dict(zip((chunk.sequence for chunk, _ in plan.outputs()), result[0], strict=True))
         return lambda: result
 
     def run(self, plan) -> tuple:
@@ -194,20 +194,20 @@ class FakeRunner(FakeTiers):
         size, places = self.page_size, self.places
         self.move(plan)
         for chunk in plan.chunks():
-            pages, tokens = chunk.sequence.pages, chunk.sequence.tokens
+            pages = chunk.sequence.pages
             for position in range(chunk.start, chunk.end):
-                is_known = position < len(tokens)
-                token_id = tokens[position] if is_known else self.sampled[chunk.sequence]
+                token_id = chunk.token(position)
+                token_id = self.sampled[chunk.sequence] if token_id is None else token_id
                 places[pages[position // size] * size + position % size] = token_id
         token_ids, is_finite, candidates = [], [], []
-        for chunk in plan.sampling():
-            context, group = array("I"), chunk.sequence.group
+        for chunk, num_drafts in plan.outputs():
+            context, group, end = array("I"), chunk.sequence.group, chunk.end - len(chunk.drafts) + num_drafts
             for page in chunk.sequence.pages:
                 context += places[page * size : (page + 1) * size]
-            ranked = sorted(next_logprobs(context[: chunk.end]), key=lambda one: -one[1]) if group else []  # type: ignore[arg-type]
+            ranked = sorted(next_logprobs(context[:end]), key=lambda one: -one[1]) if group else []  # type: ignore[arg-type]
             candidates.append(ranked[: group.num_candidates] if group else ())
-            token_ids.append(next_token(context[: chunk.end][-self.sliding_window :], chunk.sequence.index))  # type: ignore[arg-type]
-            is_finite.append(not self.fails(chunk.sequence.request.request_id, chunk.end - chunk.sequence.num_prompt))
+            token_ids.append(next_token(context[:end][-self.sliding_window :], chunk.sequence.index))  # type: ignore[arg-type]
+            is_finite.append(not self.fails(chunk.sequence.request.request_id, end - chunk.sequence.num_prompt))
         return (token_ids, is_finite, candidates) if any(candidates) else (token_ids, is_finite)
 
     def close(self) -> None:
@@ -261,7 +261,7 @@ class PaddedFakeRunner(FakeTiers):
     def submit(self, plan):
         """See `jaxpaged.runner.Runner.submit`."""
         self.move(plan)
-        if not plan.decodes and not plan.prefills:
+        if not plan.chunks():
             return lambda: ([], [])
         bucket = self.batch.fit(plan, self.buckets, self.tile)
         options = {"tile": self.tile, "page_size": self.page_size, "max_blocks_per_seq": self.max_blocks_per_seq}
@@ -269,7 +269,7 @@ class PaddedFakeRunner(FakeTiers):
         token_ids = self._step(inputs, bucket)
         result = [token_ids[row] for row in rows], [True] * len(rows)
         self.feed.token_ids[:] = np.resize(token_ids, len(self.feed.token_ids))
-        self.feed = self.feed._replace(rows=dict(zip((chunk.sequence for chunk in plan.sampling()), rows, strict=True)))
+        self.feed = self.feed._replace(rows=dict(zip((chunk.sequence for chunk, _ in plan.outputs()), rows, strict=True)))
         return lambda: result
 
     def _step(self, inputs, bucket) -> list[int]:

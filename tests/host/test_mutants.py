@@ -162,7 +162,7 @@ MUTANTS = [
     Mutant(
         "never uses up the tiles",
         SCHEDULER,
-        "return 0 if _is_decode(chunk) else -(-chunk.num_tokens // self.limits.tile)",
+        "return 0 if chunk.is_decode else -(-chunk.num_tokens // self.limits.tile)",
         "return 0",
     ),
     Mutant("ignores the chunk threshold", SCHEDULER, "if self.limits.long_prefill_token_threshold:", "if False:"),
@@ -179,13 +179,13 @@ MUTANTS = [
     Mutant(
         "a token stays pending",
         SCHEDULER,
-        "            sequence.num_pending = 0\n            if finite:",
+        "            sequence.num_pending, sequence.is_drafted = 0, False\n            if finite:",
         "            if finite:",
     ),
     Mutant(
         "goes on after the last pending token",
         SCHEDULER,
-        "            return 0  # the pending token is its last",
+        "            return 0  # nobody knows how many tokens are pending, or the one that is comes last",
         "            pass",
     ),
     Mutant("an ended sequence takes the token after", SCHEDULER, "if sequence.finish_reason is not None:", "if False:"),
@@ -256,9 +256,9 @@ MUTANTS = [
         "sample_at[row] = at + count - 1",
         "sample_at[row] = min(at + count, len(token_ids) - 1)",
     ),
-    Mutant("samples every tile of a chunk", BATCH, "chunk.samples and end == chunk.end", "chunk.samples"),
-    Mutant("decode position one too far", BATCH, "positions[row] = chunk.start", "positions[row] = chunk.end"),
-    Mutant("decode position of the chunk's row", BATCH, "positions[row] = chunk.start", "positions[row] = row"),
+    Mutant("samples every tile of a chunk", BATCH, "chunk.samples and end >= chunk.end - len(chunk.drafts)", "chunk.samples"),
+    Mutant("decode position one too far", BATCH, "positions[row] = position", "positions[row] = chunk.end"),
+    Mutant("decode position of the chunk's row", BATCH, "positions[row] = position", "positions[row] = row"),
     Mutant("tile positions count from zero", BATCH, "np.arange(start, start + tile)", "np.arange(tile)"),
     Mutant(
         "tile positions from the chunk's start",
@@ -283,8 +283,8 @@ MUTANTS = [
     Mutant(
         "bucket with too few rows",
         BATCH,
-        "bucket.decode_rows >= len(plan.decodes)",
-        "bucket.decode_rows >= len(plan.decodes) - 1",
+        "bucket.decode_rows >= plan.num_rows",
+        "bucket.decode_rows >= plan.num_rows - 1",
     ),
     Mutant("keys forget what the results of a page depend on", PREFIX, "blake2b(parent + tokens", "blake2b(tokens"),
     Mutant("a known prefix leaves no token to compute", PREFIX, "(len(sequence.tokens) - 1) //", "len(sequence.tokens) //"),
