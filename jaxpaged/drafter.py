@@ -6,9 +6,10 @@ found in the step, see `jaxpaged.model.draft`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -42,6 +43,13 @@ class _Proposed(NamedTuple):
         return chunk.start + 1 + min(num_same, len(self.token_ids) - 1)
 
 
+class Draft(NamedTuple):
+    """A draft model: what it is, and its weights, which the engine owns from here."""
+
+    model: ModelConfig
+    weights: Weights
+
+
 class _Asked(NamedTuple):
     """A sequence that a step proposes tokens for."""
 
@@ -62,15 +70,18 @@ class Drafter:
     Invariant: a page that is not in `_stale` has the draft's keys and values of all tokens that the target's page has.
     """
 
-    def __init__(self, model: ModelConfig, weights: Weights, config: EngineConfig, *, num_pages: int, max_drafts: int):
-        """`config` is resolved."""
-        self.model, self.weights, self.max_drafts = model, weights, max_drafts
+    def __init__(self, model: ModelConfig, weights: Weights, config: EngineConfig, *, num_pages: int):
+        """`config` is resolved, and has a `speculation`."""
+        self.model, self.weights = model, weights
+        self.max_drafts = config.speculation.num_speculative_tokens  # type: ignore[union-attr]
         self.page_size: int = config.block_size  # type: ignore[assignment]
         self.max_num_seqs: int = config.max_num_seqs  # type: ignore[assignment]
         self.cache = kv_cache.init_cache(model, num_pages, self.page_size, config.kv_cache_dtype)
-        self.num_drafts = max_drafts  # that the next step proposes for each sequence; -1 and the draft does not run at all
+        self.num_drafts = self.max_drafts  # that the next step proposes for each sequence; -1 and the draft does not run at all
         self.proposals: Mapping[Sequence, tuple[int, ...]] = {}  # of the last step that has been waited for
         self._proposed: dict[Sequence, _Proposed] = {}
+        self._asked: list[_Asked] = []  # of the last step, with the number of tokens that were to be proposed
+        self._num_asked = 0
         self._stale: dict[int, int] = {}  # page -> its first tokens that the draft has
 
     def num_sequences(self, bucket: Bucket) -> int:
@@ -90,8 +101,8 @@ class Drafter:
             if source in self._stale:
                 self._stale[target] = self._stale[source]
 
-    def inputs(self, plan: StepPlan, bucket: Bucket, rows: Seq[int]) -> tuple[DraftInputs, list[_Asked]]:
-        """What the step is to propose, and for whom, in the order of its proposals; for `take`.
+    def inputs(self, plan: StepPlan, bucket: Bucket, rows: Seq[int]) -> DraftInputs:
+        """What the step is to propose, and for whom.
 
         Args:
           rows: of `plan.outputs()`.
@@ -115,7 +126,20 @@ class Drafter:
                 num_places = len(sequence.pages) * self.page_size if after == chunk.end else 0
                 asked.append(_Asked(sequence, sequence.pages, num_places))
             at += 1 + num_drafted if chunk.samples else 0
-        return inputs, asked
+        self._asked, self._num_asked = asked, num_drafts
+        return inputs
+
+    def with_proposals(self, result: Callable[[], Any], found: jax.Array) -> Callable[[], Any]:
+        """What waits for the result of the step that `inputs` was for last, and for what it proposed, `found`, too."""
+        if self._asked:
+            found.copy_to_host_async()
+        take = functools.partial(self._take, found, self._asked, self._num_asked)
+
+        def wait() -> Any:
+            take()
+            return result()
+
+        return wait
 
     def _miss(self, chunk: Chunk) -> tuple[int, int]:
         """Note a chunk that is computed without the draft. Returns as `_advance`."""
@@ -159,12 +183,9 @@ class Drafter:
             elif page:  # not the null page, which takes the place of those behind a window
                 self._stale[page] = max(num_here, 0)
 
-    def take(self, found: jax.Array, asked: Seq[_Asked], num_drafts: int) -> None:
-        """Take in what a step proposed, as `step_and_propose` returns it. Waits for it.
-
-        Args:
-          asked, num_drafts: as they were for that step.
-        """
+    def _take(self, found: jax.Array, asked: Seq[_Asked], num_drafts: int) -> None:
+        if not asked:
+            return
         for one, (position, *token_ids) in zip(asked, np.asarray(found)[: len(asked)].tolist(), strict=True):
             # Past its pages there was nowhere to keep what a token is made of: what comes after that one is worth nothing.
             count = max(0, min(num_drafts, one.num_places - position))

@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 
 from jaxpaged.config import EngineConfig, ModelConfig
+from jaxpaged.drafter import Draft, check_draft
 from jaxpaged.duel import Duel
 from jaxpaged.host import scheduler
 from jaxpaged.host.beam_params import check_room
@@ -61,17 +62,30 @@ class Engine:
 
     @classmethod
     def from_weights(
-        cls, config: EngineConfig, model: ModelConfig, weights, *, use_tqdm: bool = False, pool_type: type[PagePool] = PagePool
+        cls,
+        config: EngineConfig,
+        model: ModelConfig,
+        weights,
+        *,
+        draft: Draft | None = None,
+        use_tqdm: bool = False,
+        pool_type: type[PagePool] = PagePool,
     ) -> Engine:
         """An engine on this machine's device, warmed up, from weights that are already there.
 
         Args:
           weights: `jaxpaged.model.weights.Weights` of `config.dtype`; the engine owns them from here and `close` deletes them.
+          draft: the draft model with its weights, likewise, where `config.speculation` is by one.
+
+        Raises:
+          ConfigError: an option cannot be, or the draft model cannot propose for this one.
         """
         config = config.resolved(model, jax.default_backend())
+        if draft is not None:
+            check_draft(draft.model, model)
         use_compilation_cache(config.compilation_cache_dir)
-        num_pages = plan_memory(config, model)
-        runner = JaxRunner(config, model, weights, num_pages=num_pages)
+        num_pages = plan_memory(config, model, draft.model if draft is not None else None)
+        runner = JaxRunner(config, model, weights, num_pages=num_pages, draft=draft)
         if not config.enforce_eager:
             runner.warm_up(use_tqdm=use_tqdm)
         runner.log_memory()
