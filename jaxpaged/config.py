@@ -19,6 +19,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _DTYPE_ALIASES = {"half": "float16", "float": "float32", "fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}
 
 MAX_SWAP_SPACE = 2**20  # GiB
+MAX_SURE_DRAFTS = 8  # as many rows as cost little more than one
 
 # One size a page may have. 8 and below waste table space, above 128 waste the tail of every sequence.
 BLOCK_SIZES = (8, 16, 32, 64, 128)
@@ -475,9 +476,7 @@ class EngineConfig:
         given = self.speculative_config
         if self.speculative_model is not None or self.num_speculative_tokens is not None:
             if given is not None:
-                raise ConfigError(
-                    "speculative_config: got speculative_model or num_speculative_tokens too, expected one of the two ways"
-                )
+                raise ConfigError("speculative_config: got the older speculative_model too, expected one of the two")
             given = SpeculativeConfig.of_old_names(self.speculative_model, self.num_speculative_tokens)
             object.__setattr__(self, "speculative_model", None)  # as for kv_offloading_size
             object.__setattr__(self, "num_speculative_tokens", None)
@@ -562,6 +561,11 @@ class EngineConfig:
     def max_decode_rows(self) -> int:
         """Decode rows of the largest step: of each sequence its last token, and those that are proposed. For resolved options."""
         return self._rows_of(self.max_num_seqs, self.max_num_batched_tokens)  # type: ignore[arg-type]
+
+    @property
+    def max_drafts(self) -> int:
+        """Tokens that are proposed for one sequence in one step: there may be sure ones without speculation too."""
+        return self.speculation.num_speculative_tokens if self.speculation is not None else MAX_SURE_DRAFTS
 
     def _rows_of(self, max_num_seqs: int, max_tokens: int) -> int:
         num_each = 1 + (self.speculation.num_speculative_tokens if self.speculation is not None else 0)

@@ -28,6 +28,8 @@ from jaxpaged.host.preemption import SwapCosts
 from jaxpaged.host.request import Likelihood, Request, RequestError, SamplingParams, TokenEvent
 from jaxpaged.observe import eyes
 from jaxpaged.runner import JaxRunner, Result, Runner, plan_memory, use_compilation_cache
+from jaxpaged.speculative import Proposer
+from jaxpaged.speculative.drafting import Drafting, new_drafting
 
 
 class Engine:
@@ -45,13 +47,19 @@ class Engine:
         pool: PagePool | None = None,
         clock: Callable[[], float] = time.monotonic,
         costs: SwapCosts | None = None,
+        proposers: Seq[Proposer] = (),
     ):
-        """`config` is resolved; `pool` and `clock` are for tests and simulations, `costs` for preemption_mode auto."""
+        """`config` is resolved; `pool` and `clock` are for tests and simulations, `costs` for preemption_mode auto.
+
+        Args:
+          proposers: of drafts, asked in their order and before the one that speculative_config names.
+        """
         self.config, self.model, self.runner, self.clock = config, model, runner, clock
         self.pool = pool if pool is not None else PagePool(runner.num_pages)
         self.scheduler = scheduler.build(config, model, self.pool, costs=costs)
         self._prompts: dict[str, dict[int, Likelihood]] = {}  # of running requests that want them: by place in the prompt
         self._eyes = eyes.Eyes(config, self.scheduler, clock)
+        self._drafting: Drafting | None = new_drafting(config, proposers, clock)
         self.num_steps = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
@@ -189,28 +197,37 @@ class Engine:
         return self.scheduler.has_unfinished
 
     def step(self) -> list[TokenEvent]:
-        """Start the next step and finish the oldest: at most one new token per output of a running request, none of a beam search
-        before its end.
+        """Start the next step and finish the oldest: at most one new token per output of a running request, and one more for each
+        of its drafts that was right; none of a beam search before its end.
 
-        With async_scheduling the oldest is the step before, and the first call finishes none. Empty also when there is nothing to
-        do, and when only prompts and beams have advanced.
+        With async_scheduling the oldest is the step before, and the first call finishes none; when there may be drafts, it is
+        finished before the next is planned. Empty also when nothing is to be done, and when only prompts and beams have advanced.
         """
         try:
             self._take_fetched(wait=False)
+            events, drafts = [], scheduler.NO_DRAFTS
+            if self._drafting is not None and self._drafting.is_wanted(self.scheduler.running):
+                while self._in_flight:
+                    events += self._finish_step()
+                drafts = self._drafting.propose(self.scheduler.running)
             self._eyes.planning()
-            plan = self.scheduler.plan()
+            plan = self.scheduler.plan(drafts)
             self._eyes.planned(plan)
+            if self._drafting is not None:
+                self._drafting.planned(plan)
             if plan is not None:
                 self._in_flight.append((plan, self.runner.submit(plan)))
             elif not self._in_flight and self.has_unfinished:
                 self._take_fetched(wait=True)  # it is for these that they wait
             is_ahead = plan is not None and self.config.async_scheduling and len(self._in_flight) == 1
-            events = [] if is_ahead or not self._in_flight else self._finish_step()
+            events += [] if is_ahead or not self._in_flight else self._finish_step()
             # What runs for nobody is not waited for: all that it was for has ended.
             while self._in_flight and not any(chunk.sequence.finish_reason is None for chunk in self._in_flight[0][0].chunks()):
                 self._finish_step(is_awaited=False)
         except BaseException as error:
             self._in_flight.clear()
+            if self._drafting is not None:
+                self._drafting.failed()
             self._eyes.failed(error)
             with contextlib.suppress(Exception):  # of a scheduler that is broken itself; what raised first is what to tell
                 self.scheduler.rewind()
@@ -233,6 +250,8 @@ class Engine:
         events = self.scheduler.commit(plan, *result[:3])
         self._eyes.committed()
         self.num_steps += 1
+        if self._drafting is not None:
+            self._drafting.ran(plan, result.token_ids if is_awaited else None, len(events), is_last=not self.has_unfinished)
         if result.likelihoods is not None:
             events = _with_likelihoods(events, plan, result.likelihoods)
         return [self._with_prompt(event) for event in events] if self._prompts else events
@@ -283,6 +302,7 @@ class Engine:
             "prefix_cache_hits": self.pool.cache.num_hit_tokens if self.pool.cache is not None else 0,
             "prompt_tokens": self.num_prompt_tokens,
             "generation_tokens": self.num_generation_tokens,
+            **(self._drafting.stats() if self._drafting is not None else {}),
             **eyes.stats(self.scheduler),
         }
 
@@ -303,6 +323,8 @@ class Engine:
         for request_id in dict.fromkeys(sequence.request.request_id for sequence in live):
             self.abort(request_id)
         self._in_flight.clear()
+        if self._drafting is not None:
+            self._drafting.close()
         self._eyes.close()
         self.runner.close()
         self._is_closed = True

@@ -164,7 +164,8 @@ class GrowingRequest:
             if self.request.params.prompt_logprobs is not None and self.prompt_logprobs is None and not event.index:
                 places = zip(self.request.prompt_token_ids[1:], event.prompt_likelihoods, strict=True)
                 self.prompt_logprobs = [None, *(named(*place, self.tokenizer) for place in places)]
-        return self.outputs[event.index].record(event)
+        # A step may bring more tokens after the one with which the text of an output has come to its end.
+        return self.outputs[event.index].finish_reason is None and self.outputs[event.index].record(event)
 
     def end(self, now: float) -> None:
         """Someone else took it out of the engine."""

@@ -111,6 +111,7 @@ class JaxRunner:
         num_rows = self.buckets[-1].decode_rows + self.buckets[-1].prefill_tiles
         self._feed = batch.Feed(np.zeros(num_rows, np.int32), {})
         limits = {"num_sequences": config.max_num_seqs, "max_model_len": config.max_model_len, "num_fed": num_rows}
+        limits["max_drafts"] = config.max_drafts
         self.adjuster = Adjuster(vocab_size=model.vocab_size, **limits)  # type: ignore[arg-type]
         self.duel = None
         backend = attention_backend(config, model)
