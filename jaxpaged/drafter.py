@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import jax
 import numpy as np
@@ -77,11 +78,13 @@ class Drafter:
         self.page_size: int = config.block_size  # type: ignore[assignment]
         self.max_num_seqs: int = config.max_num_seqs  # type: ignore[assignment]
         self.cache = kv_cache.init_cache(model, num_pages, self.page_size, config.kv_cache_dtype)
-        self.num_drafts = self.max_drafts  # that the next step proposes for each sequence; -1 and the draft does not run at all
+        self.num_drafts = self.max_drafts  # to propose in a step
         self.proposals: Mapping[Sequence, tuple[int, ...]] = {}  # of the last step that has been waited for
+        self._is_asked = self._is_on = True  # whether somebody wants drafts: for the next step, and as far as is known
         self._proposed: dict[Sequence, _Proposed] = {}
         self._asked: list[_Asked] = []  # of the last step, with the number of tokens that were to be proposed
         self._num_asked = 0
+        self._left: WeakSet[Sequence] = WeakSet()  # those that the draft is too far behind with
         self._stale: dict[int, int] = {}  # page -> its first tokens that the draft has
 
     def num_sequences(self, bucket: Bucket) -> int:
@@ -107,8 +110,7 @@ class Drafter:
         Args:
           rows: of `plan.outputs()`.
         """
-        # A prompt that the draft has not read would be too long to make up for.
-        num_drafts = max(self.num_drafts, 0) if plan.prefills else self.num_drafts
+        num_drafts = self._num_wanted(plan)
         inputs, asked = DraftInputs.new(self.num_sequences(bucket), num_drafts), []
         table: np.ndarray = inputs.table  # type: ignore[assignment]
         proposed, self._proposed, self.proposals = self._proposed, {}, {}
@@ -129,6 +131,18 @@ class Drafter:
         self._asked, self._num_asked = asked, num_drafts
         return inputs
 
+    def _num_wanted(self, plan: StepPlan) -> int:
+        """How many tokens a step is to propose; -1 when it runs without the draft model."""
+        if plan.decodes:  # else nobody can have asked
+            self._is_on = self._is_asked
+        self._is_asked = False
+        if self.proposals:
+            # One more than were thought worth it, so that it can be found that more are.
+            self.num_drafts = min(self.max_drafts, 1 + max((len(chunk.drafts) for chunk in plan.decodes), default=0))
+        if self._is_on:
+            return self.num_drafts
+        return 0 if plan.prefills else -1  # a prompt that the draft has not read would be too long to make up for
+
     def with_proposals(self, result: Callable[[], Any], found: jax.Array) -> Callable[[], Any]:
         """What waits for the result of the step that `inputs` was for last, and for what it proposed, `found`, too."""
         if self._asked:
@@ -140,6 +154,22 @@ class Drafter:
             return result()
 
         return wait
+
+    # --- as a proposer, see jaxpaged.speculative.Proposer: the tokens are there before it is asked ---
+
+    is_sure = False
+    is_free = True
+
+    def may_propose(self, sequence: Sequence) -> bool:
+        """See `Proposer.may_propose`."""
+        return sequence not in self._left
+
+    def propose(self, asked: Mapping[Sequence, int]) -> Mapping[Sequence, Seq[int]]:
+        """See `Proposer.propose`. The step after it proposes too."""
+        self._is_asked = True
+        return {one: self.proposals[one][:most] for one, most in asked.items() if one in self.proposals}
+
+    # --- inside ---
 
     def _miss(self, chunk: Chunk) -> tuple[int, int]:
         """Note a chunk that is computed without the draft. Returns as `_advance`."""
@@ -155,11 +185,13 @@ class Drafter:
         known = self._num_known(sequence.pages, start)
         if not chunk.is_decode and known == start:
             self._note(chunk, start, end)
+            self._left.discard(sequence)
             return end, end
         # Nobody proposes for beams; and of more drafts than that the step does not know which holds.
         is_able = chunk.samples and sequence.group is None and len(chunk.drafts) <= self.max_drafts
         last = end - len(chunk.drafts) - 1
         if not is_able or last - known > MAX_BACKLOG:
+            self._left.update([sequence] if last - known > MAX_BACKLOG else [])
             return self._miss(chunk)
         after = known + BACKLOG if known + BACKLOG < last else end
         self._note(chunk, known, after)

@@ -59,6 +59,8 @@ class Engine:
         self.scheduler = scheduler.build(config, model, self.pool, costs=costs)
         self._prompts: dict[str, dict[int, Likelihood]] = {}  # of running requests that want them: by place in the prompt
         self._eyes = eyes.Eyes(config, self.scheduler, clock)
+        if runner.drafter is not None:
+            proposers = *proposers, runner.drafter
         self._drafting: Drafting | None = new_drafting(config, proposers, clock)
         self.num_steps = 0
         self.num_prompt_tokens = 0

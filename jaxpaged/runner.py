@@ -69,6 +69,7 @@ class Runner(Protocol):
 
     num_pages: int
     duel: duel.Duel | None
+    drafter: Drafter | None
 
     def submit(self, plan: StepPlan) -> Callable[[], Result]:
         """Start one step, behind those before it; the call that comes back waits for it.
