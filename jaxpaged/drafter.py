@@ -78,10 +78,11 @@ class Drafter:
         self.page_size: int = config.block_size  # type: ignore[assignment]
         self.max_num_seqs: int = config.max_num_seqs  # type: ignore[assignment]
         self.cache = kv_cache.init_cache(model, num_pages, self.page_size, config.kv_cache_dtype)
+        self._is_adaptive = config.speculation.adaptive  # type: ignore[union-attr]
         self.num_drafts = self.max_drafts  # to propose in a step
-        self.proposals: Mapping[Sequence, tuple[int, ...]] = {}  # of the last step that has been waited for
-        self._is_asked = self._is_on = True  # whether somebody wants drafts: for the next step, and as far as is known
-        self._proposed: dict[Sequence, _Proposed] = {}
+        self._is_asked = True  # whether drafts are wanted of the next step
+        self._num_unasked = 0  # steps that decoded and of which none were, since one of which some were
+        self._proposed: dict[Sequence, _Proposed] = {}  # by the last step that has been waited for
         self._asked: list[_Asked] = []  # of the last step, with the number of tokens that were to be proposed
         self._num_asked = 0
         self._left: WeakSet[Sequence] = WeakSet()  # those that the draft is too far behind with
@@ -113,7 +114,7 @@ class Drafter:
         num_drafts = self._num_wanted(plan)
         inputs, asked = DraftInputs.new(self.num_sequences(bucket), num_drafts), []
         table: np.ndarray = inputs.table  # type: ignore[assignment]
-        proposed, self._proposed, self.proposals = self._proposed, {}, {}
+        proposed, self._proposed = self._proposed, {}
         at = 0
         for chunk in plan.chunks():
             sequence, num_drafted = chunk.sequence, len(chunk.drafts)
@@ -134,12 +135,12 @@ class Drafter:
     def _num_wanted(self, plan: StepPlan) -> int:
         """How many tokens a step is to propose; -1 when it runs without the draft model."""
         if plan.decodes:  # else nobody can have asked
-            self._is_on = self._is_asked
+            self._num_unasked = 0 if self._is_asked else self._num_unasked + 1
         self._is_asked = False
-        if self.proposals:
+        if self._is_adaptive and self._proposed and plan.decodes:
             # One more than were thought worth it, so that it can be found that more are.
-            self.num_drafts = min(self.max_drafts, 1 + max((len(chunk.drafts) for chunk in plan.decodes), default=0))
-        if self._is_on:
+            self.num_drafts = min(self.max_drafts, 1 + max(len(chunk.drafts) for chunk in plan.decodes))
+        if self._num_unasked < 2:  # the first may be one that was planned ahead, before it was known what to ask for
             return self.num_drafts
         return 0 if plan.prefills else -1  # a prompt that the draft has not read would be too long to make up for
 
@@ -167,7 +168,9 @@ class Drafter:
     def propose(self, asked: Mapping[Sequence, int]) -> Mapping[Sequence, Seq[int]]:
         """See `Proposer.propose`. The step after it proposes too."""
         self._is_asked = True
-        return {one: self.proposals[one][:most] for one, most in asked.items() if one in self.proposals}
+        known = ((one, most, self._proposed[one]) for one, most in asked.items() if one in self._proposed)
+        # A step that was planned ahead has a token more than what was proposed in the meantime.
+        return {one: found.token_ids[:most] for one, most, found in known if found.position == one.num_tokens - 1}
 
     # --- inside ---
 
@@ -222,11 +225,10 @@ class Drafter:
             # Past its pages there was nowhere to keep what a token is made of: what comes after that one is worth nothing.
             count = max(0, min(num_drafts, one.num_places - position))
             self._proposed[one.sequence] = _Proposed(position, tuple(token_ids[:count]), one.pages)
-        self.proposals = {sequence: one.token_ids for sequence, one in self._proposed.items() if one.token_ids}
 
     def close(self) -> None:
         """Give the memory back."""
-        self.proposals, self._proposed = {}, {}
+        self._proposed = {}
         for array in jax.tree.leaves((self.weights, self.cache)):
             if not array.is_deleted():
                 array.delete()
