@@ -20,10 +20,9 @@ import numpy as np
 import pytest
 from driving import Ask, ShuffledPool, greedy, outputs_of
 
-from jaxpaged import LLM
+from jaxpaged import LLM, drafter
 from jaxpaged.config import ConfigError, EngineConfig
-from jaxpaged.demo import DRAFT_DIR, MODEL_DIR
-from jaxpaged.drafter import MAX_BACKLOG, Draft
+from jaxpaged.drafter import Draft
 from jaxpaged.engine import Engine
 from jaxpaged.host.request import SamplingParams, Sequence
 from jaxpaged.model.draft import BACKLOG
@@ -81,11 +80,10 @@ def _plant_nan(cache, config: EngineConfig, model, num_pages: int, scheduler):
 
 
 def new_runner(family: families.Family, **options) -> PoisonedRunner:
-    """A runner whose draft model has the shape of its target, in one program unless there are options."""
+    """A runner whose draft model has the shape of its target, in one program."""
     config = EngineConfig(**{**OPTIONS, "decode_row_buckets": (4 * (1 + K),), **options}).resolved(family.config, "cpu")
     runner = PoisonedRunner(config, family.config, family.weights(), num_pages=PAGES, draft=Draft(family.config, family.weights()))
-    if not options:
-        runner.buckets = runner.buckets[-1:]
+    runner.buckets = runner.buckets[-1:]
     return runner
 
 
@@ -159,7 +157,7 @@ OPTIONS_OF_REQUESTS = [
     {"top_k": 5, "min_tokens": 4, "stop_token_ids": [7, 8, 9], "ignore_eos": False},
     {"top_p": 0.8, "prompt_logprobs": 1},
     {"logit_bias": {5: 4.0}, "bad_words_token_ids": [[5, 5]], "best_of": 3},
-    {"use_beam_search": True, "temperature": 0.0, "n": 2, "best_of": None},
+    {"use_beam_search": True, "temperature": 0.0, "n": 2, "seed": None},
 ]
 
 
@@ -217,25 +215,124 @@ def test_drafts_of_somebody_else_are_read_too() -> None:
     assert isinstance(others, Knowing)
 
 
-def test_what_steps_without_the_draft_have_computed_it_makes_up_for() -> None:
-    """Behind by a few tokens, by several steps' backlog, and by too many."""
-    asks = [Ask(LLAMA3.prompts(5)[index], greedy(60)) for index in (1, 2)]
+def test_what_steps_without_the_draft_have_computed_it_makes_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind by a few tokens, by one step's backlog, and by several."""
+    asks = [Ask(LLAMA3.prompts(5)[index], greedy(70)) for index in (1, 2)]
     plain = outputs_of(engine_of(runner_of(LLAMA3), is_plain=True), asks)
     for num_missed in (3, BACKLOG, 2 * BACKLOG + 3):
-        engine = engine_of(runner_of(LLAMA3), async_scheduling=num_missed == 3)
-        drafting, found = engine._drafting, {}
+        engine, found, step = engine_of(runner_of(LLAMA3)), {}, 0
+        is_off = range(4, 4 + num_missed)
+        monkeypatch.setattr(engine.runner.drafter, "may_propose", lambda _: step not in is_off)  # noqa: B023
         for number, ask in enumerate(asks):
             engine.add_request(ask.prompt, ask.params, request_id=str(number))
-        step = 0
         while engine.has_unfinished:
-            engine._drafting = None if 4 <= step < 4 + num_missed else drafting
-            if step == 4 + num_missed:
-                drafting._asked.clear()  # type: ignore[union-attr]
-                before = accepted(engine)
             for event in engine.step():
                 found.setdefault((event.request_id, event.index), []).append((event.token_id, event.finish_reason))
             step += 1
-        assert found == plain
+            if step == is_off.stop:
+                before = accepted(engine)
+                assert engine.runner.drafter._stale  # type: ignore[union-attr]
         after = accepted(engine)
-        assert after[0] == after[1] > before[1] + 10
-    assert MAX_BACKLOG > 2 * BACKLOG + 3
+        assert found == plain and after[0] == after[1] > before[1] + 10
+        assert not engine.runner.drafter._stale  # type: ignore[union-attr]
+
+
+def test_a_sequence_that_the_draft_is_far_behind_with_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafter, "MAX_BACKLOG", 5)
+    ask = Ask(LLAMA3.prompts(5)[1], greedy(40))
+    plain = outputs_of(engine_of(runner_of(LLAMA3), is_plain=True), [ask])["0", 0]
+    engine, step = engine_of(runner_of(LLAMA3)), 0
+    monkeypatch.setattr(engine.runner.drafter, "may_propose", lambda one: step not in range(4, 20) and may_propose(one))
+    may_propose = type(engine.runner.drafter).may_propose.__get__(engine.runner.drafter)
+    engine.add_request(ask.prompt, ask.params, request_id="0")
+    found = []
+    while engine.has_unfinished:
+        found += [event.token_id for event in engine.step()]
+        step += 1
+        if step == 18:
+            before = accepted(engine)
+    assert found == [token for token, _ in plain]
+    assert accepted(engine) == before and engine.num_steps > 25
+    # What begins after that is followed again, on the very same pages.
+    assert outputs_of(engine, [dataclasses.replace(ask, params=greedy(20))])["0", 0][0][0] == found[0]
+    assert accepted(engine)[0] == accepted(engine)[1] > before[1]
+
+
+def test_pages_from_host_memory_are_made_up_for() -> None:
+    """What comes from another tier has the target's keys and values alone."""
+    runner = new_runner(LLAMA3, decode_row_buckets=(16,), swap_space=0.001, preemption_mode="swap")
+    for temperature in (0.0, 1.0):
+        known = expected(LLAMA3, temperature)
+        engine = engine_of(runner, num_pages=FEW_PAGES)
+        runner.scheduler = None  # what is being saved belongs to nobody: it must not be NaN yet
+        assert outputs_of(engine, asks_of(LLAMA3, temperature)) == known
+        num_right, num_proposed = accepted(engine)
+        assert engine.scheduler.num_swaps > 0 and num_right == num_proposed > 50
+    runner.close()
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterable[Engine]:
+    """A draft model of another shape than its target, and a program of each kind."""
+    family = dataclasses.replace(LLAMA3, fields={**LLAMA3.fields, "num_hidden_layers": 1, "num_key_value_heads": 2})
+    options = {"decode_row_buckets": (1, 16), "num_gpu_blocks_override": 6000}
+    draft = Draft(family.config, family.weights())
+    with Engine.from_weights(EngineConfig(**{**OPTIONS, **options}), LLAMA3.config, LLAMA3.weights(), draft=draft) as engine:
+        yield engine
+
+
+def test_no_step_copies_the_pages_of_either_model(small: Engine) -> None:
+    runner: JaxRunner = small.runner  # type: ignore[assignment]
+    sizes = [sum(array.nbytes for array in jax.tree.leaves(cache)) for cache in runner._caches()]
+    assert min(sizes) > 6 * 2**20 and len(runner.compiled) == 4
+    for program in (*runner.compiled.values(), *runner._copiers.values()):
+        analysis = program.memory_analysis()
+        assert analysis.alias_size_in_bytes >= sum(sizes) and analysis.temp_size_in_bytes < min(sizes) / 4
+
+
+def test_a_draft_model_of_another_shape_changes_no_token(small: Engine) -> None:
+    for temperature in (0.0, 1.0):
+        assert outputs_of(small, asks_of(LLAMA3, temperature)) == expected(LLAMA3, temperature)
+    assert 0 < accepted(small)[0] < accepted(small)[1]
+
+
+def test_memory_of_the_draft_model_is_told_and_counted(small: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    runner: JaxRunner = small.runner  # type: ignore[assignment]
+    draft = runner.drafter.model  # type: ignore[union-attr]
+    with caplog.at_level(logging.INFO, "jaxpaged"):
+        runner.log_memory()
+    assert "weights of the draft model (float32)" in caplog.text
+    assert f"its KV pages (6,000 x {draft.page_bytes(PAGE, 'float32'):,} bytes)" in caplog.text
+    both = sum(model.page_bytes(PAGE, "float32") for model in (runner.model, draft))
+    config = dataclasses.replace(small.config, num_gpu_blocks_override=None, kv_cache_memory_bytes=100 * both)
+    assert plan_memory(config, runner.model, draft) == 100 < plan_memory(config, runner.model)
+
+
+def test_a_closed_engine_holds_nothing_of_the_draft_model(small: Engine) -> None:
+    small.close()
+    draft: drafter.Drafter = small.runner.drafter  # type: ignore[assignment]
+    assert all(array.is_deleted() for array in jax.tree.leaves((draft.cache, draft.weights)))
+
+
+def test_a_draft_model_that_cannot_propose_is_refused(tmp_path) -> None:
+    draft = dataclasses.replace(LLAMA3, fields={**LLAMA3.fields, "vocab_size": 64})
+    with pytest.raises(ConfigError, match=r"^speculative_config: model: its vocabulary has 64 tokens, the target's has 96$"):
+        Engine.from_weights(EngineConfig(**OPTIONS), LLAMA3.config, None, draft=Draft(draft.config, None))
+    speculation = {"model": str(draft.save(tmp_path)), "num_speculative_tokens": 2}
+    with pytest.raises(ConfigError, match=r"^speculative_config: model: its vocabulary has 64 tokens, the target's has 1,536$"):
+        LLM(speculative_config=speculation)
+
+
+@pytest.mark.slow
+def test_the_bundled_models_agree_often() -> None:
+    options = {"max_num_seqs": 4, "enforce_eager": True, "use_tqdm_on_load": False, "max_model_len": 256, "dtype": "float32"}
+    speculation = {"method": "draft_model", "num_speculative_tokens": 2, "adaptive": False}
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(temperature=temperature, max_tokens=60, seed=3)
+        texts = []
+        for given in (None, speculation):
+            with LLM(speculative_config=given, **options) as llm:
+                outputs = llm.generate(["Once upon a time there was a", "One day a little girl"], params, use_tqdm=False)
+                texts.append([output.outputs[0].text for output in outputs])
+                found = accepted(llm.engine) if given else None
+        assert texts[0] == texts[1] and found is not None and found[0] > 0.5 * found[1]
