@@ -294,6 +294,8 @@ class EngineConfig:
       enable_prefix_caching: requests that begin with the same tokens share the pages of that beginning.
       max_logprobs: likeliest tokens of which a step can give the log-probabilities; a beam search needs its width and one for
         each id that ends it.
+      batch_invariant: the same bits for a request, whatever shares its batch and however it is chunked, cached and preempted, on
+        one machine with one backend. It costs speed: see `python -m jaxpaged.bench.batch_invariant`.
       kv_cache_dtype: of the page pool; auto is dtype.
       num_gpu_blocks_override: pages of the pool, whatever the memory.
       kv_cache_memory_bytes: bytes of the pool; overrides gpu_memory_utilization.
@@ -353,6 +355,7 @@ class EngineConfig:
     ageing_steps: int = 5000
     enable_prefix_caching: bool = True
     max_logprobs: int = 20
+    batch_invariant: bool = False
     kv_cache_dtype: str = "auto"
     num_gpu_blocks_override: int | None = None
     kv_cache_memory_bytes: int | None = None
@@ -435,7 +438,7 @@ class EngineConfig:
             value = self.compare_tolerance
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ConfigError(f"compare_tolerance: got {value!r}, expected a number above 0")
-        flags = ("enable_prefix_caching", "async_scheduling", "eager_copy", "enforce_eager")
+        flags = ("enable_prefix_caching", "batch_invariant", "async_scheduling", "eager_copy", "enforce_eager")
         for name in (*flags, "skip_tokenizer_init", "allow_nonfinite"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected True or False")
@@ -564,8 +567,8 @@ class EngineConfig:
 
     @property
     def max_drafts(self) -> int:
-        """Tokens that are proposed for one sequence in one step: there may be sure ones without speculation too."""
-        return self.speculation.num_speculative_tokens if self.speculation is not None else MAX_SURE_DRAFTS
+        """Tokens that are proposed for one sequence in one step at most: there may be sure ones without speculation too."""
+        return max(MAX_SURE_DRAFTS, self.speculation.num_speculative_tokens if self.speculation is not None else 0)
 
     def _rows_of(self, max_num_seqs: int, max_tokens: int) -> int:
         num_each = 1 + (self.speculation.num_speculative_tokens if self.speculation is not None else 0)

@@ -212,7 +212,7 @@ class Engine:
                 while self._in_flight:
                     events += self._finish_step()
                 drafts = self._drafting.propose(self.scheduler.running)
-            self._eyes.planning()
+            self._eyes.planning(drafts)
             plan = self.scheduler.plan(drafts)
             self._eyes.planned(plan)
             if self._drafting is not None:
@@ -250,6 +250,8 @@ class Engine:
                     known.setdefault(place, likelihood)
         self._eyes.ran(*result[:3])
         events = self.scheduler.commit(plan, *result[:3])
+        if self.scheduler.spoiled:
+            self.runner.clean(self.scheduler.spoiled)
         self._eyes.committed()
         self.num_steps += 1
         if self._drafting is not None:

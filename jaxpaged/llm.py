@@ -32,6 +32,7 @@ from jaxpaged.model.weights import Weights
 from jaxpaged.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Metric, RequestOutput, ScoreOutput
 from jaxpaged.runner import attention_backend
 from jaxpaged.tokenizer import Tokenizer
+from jaxpaged.tools import TOOL_CALL_PARSERS, UnknownParserError, check_parser, fitting_parser, parse
 
 logger = logging.getLogger("jaxpaged")
 
@@ -132,34 +133,50 @@ class LLM:
         priority: int | Seq[int] | None = None,
         tenant: str | Seq[str] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool | str = False,
         chat_template: str | None = None,
         tools: list[dict[str, Any]] | None = None,
+        tool_call_parser: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or a list of them: messages are {"role": ..., "content": ...}.
 
+        Calls of `tools` stand in the text as the model writes them. With a `tool_call_parser` each output also has them as
+        `tool_calls`, and as `content` the text without them; `skip_special_tokens` is off then, since the markers are special
+        tokens in some models. `jaxpaged.tools.tool_parser` does the same for a text of `stream` while it grows.
+
         Args:
           priority, tenant: as for `generate`.
-          add_generation_prompt: end the prompt with the beginning of the assistant's turn.
-          chat_template: Jinja source to use instead of the model's.
-          chat_template_kwargs: further names that the template can read.
+          add_generation_prompt, continue_final_message, chat_template, tools, chat_template_kwargs: as for
+            `Tokenizer.apply_chat_template`.
+          tool_call_parser: one of `jaxpaged.tools.TOOL_CALL_PARSERS`, or "auto": the one that fits the chat template.
 
         Raises:
-          RequestError: as `generate`; also when the model has no chat template or its template refuses the messages.
+          RequestError: as `generate`; also when the model has no chat template, its template refuses the messages, or there is no
+            such parser.
         """
+        parser = None
+        if tool_call_parser is not None:
+            source = self.get_tokenizer().chat_template(chat_template, has_tools=bool(tools))
+            parser = _tool_call_parser(tool_call_parser, source)
+            sampling_params = _with_special_tokens(
+                self.get_default_sampling_params() if sampling_params is None else sampling_params
+            )
         is_one = not messages or isinstance(messages[0], Mapping)
         conversations: Seq[Any] = [messages] if is_one else messages
         prompts = [
             self.chat_prompt(
                 conversation,
                 add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
                 chat_template=chat_template,
                 tools=tools,
-                **(chat_template_kwargs or {}),
+                chat_template_kwargs=chat_template_kwargs,
             )
             for conversation in conversations
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, tenant=tenant)
+        outputs = self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, tenant=tenant)
+        return outputs if parser is None else [_with_tool_calls(output, parser) for output in outputs]
 
     def beam_search(
         self,
@@ -518,6 +535,39 @@ def _default_params(checkpoint: Checkpoint) -> SamplingParams:
         return SamplingParams(**options)
     except RequestError as error:
         raise CheckpointError(f"{checkpoint.directory / 'generation_config.json'}: {error}") from None
+
+
+def _tool_call_parser(name: str, chat_template: str) -> str:
+    """The parser that is meant by `tool_call_parser`."""
+    found = fitting_parser(chat_template) if name == "auto" else name
+    if found is None:
+        allowed = ", ".join(TOOL_CALL_PARSERS)
+        raise RequestError(f"tool_call_parser: got 'auto', and no parser fits the model's chat template: name one of {allowed}")
+    try:
+        check_parser(found)
+    except UnknownParserError as error:
+        raise RequestError(str(error)) from None
+    return found
+
+
+def _with_special_tokens(params: SamplingParams | Seq[SamplingParams]) -> Any:
+    """Parameters whose text has the markers of tool calls."""
+    if isinstance(params, Seq):
+        return [_with_special_tokens(one) for one in params]
+    if not isinstance(params, SamplingParams):
+        return params  # refused with all others
+    if not params.detokenize:
+        raise RequestError("tool_call_parser: calls are found in the text, and detokenize=False gives none")
+    return replace(params, skip_special_tokens=False)
+
+
+def _with_tool_calls(output: RequestOutput, parser: str) -> RequestOutput:
+    """An output whose texts are taken apart."""
+    completions = []
+    for one in output.outputs:
+        reply = parse(one.text, parser)
+        completions.append(replace(one, content=reply.content, tool_calls=reply.tool_calls))
+    return replace(output, outputs=completions)
 
 
 def _one_for_each(name: str, given: Any, prompts: list[Any]) -> list[Any]:

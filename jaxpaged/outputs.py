@@ -9,6 +9,8 @@ import html
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from jaxpaged.tools import ToolCall
+
 
 @dataclass(frozen=True)
 class RequestStateStats:
@@ -48,6 +50,8 @@ class CompletionOutput:
     `token_ids` hold the tokens that ended it, `text` does not unless include_stop_str_in_output is set. `stop_reason` is the
     entry of `stop` or `stop_token_ids` that ended it, None for the model's own end of sequence. `finish_reason` is "stop",
     "length", "abort" or "error", None while it still grows.
+
+    Of a chat with a `tool_call_parser` the text is there as the model wrote it, and taken apart into `content` and `tool_calls`.
     """
 
     index: int
@@ -57,6 +61,8 @@ class CompletionOutput:
     logprobs: list[PositionLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
     def finished(self) -> bool:
         """Whether nothing will be added."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ logger = logging.getLogger("jaxpaged")
 
 FEW_ON_CPU = 1  # sequences that get a way of their own through the draft model: a CPU pays for each row of it
 MEASURED_STEPS = 4  # the first is slower than the others
+ZEROED_AT_ONCE = 64  # pages of a request that has failed, of all layers
 _CPU_POOL_BYTES = 4 << 30  # as much as vLLM's CPU build takes by default
 
 
@@ -75,7 +77,12 @@ class Runner(Protocol):
         """Start one step, behind those before it; the call that comes back waits for it.
 
         A chunk whose token is pending takes it from the step before.
+        Where one of `plan.unsampled()` was not finite, tokens and what was finite go on with those, in their order.
         """
+        ...
+
+    def clean(self, pages: Seq[int]) -> None:
+        """Zero pages, behind all that is submitted."""
         ...
 
     def fetched(self, *, wait: bool = False) -> list[tuple[bytes, bool]]:
@@ -117,6 +124,7 @@ class JaxRunner:
         self.duel = None
         backend = attention_backend(config, model)
         options = {"config": model, "backend": backend, "max_logprobs": config.max_logprobs}
+        options["batch_invariant"] = config.batch_invariant
         step = functools.partial(model_step.step, **options)
         if config.compare_with is not None:
             rival = attention_backend(config, model, "compare_with")
@@ -125,11 +133,9 @@ class JaxRunner:
         self.drafter = None
         if draft is not None:
             self.drafter = Drafter(*draft, config, num_pages=num_pages)
-            both = backend, attention_backend(config, draft.model)
-            options = {**options, "backends": both, "draft": draft.model, "max_drafts": self.drafter.max_drafts}
-            del options["backend"]
-            few = FEW_ON_CPU if jax.default_backend() == "cpu" else 0
-            step = functools.partial(model_draft.step_and_propose, few=few, **options)
+            options = {"config": draft.model, "backend": attention_backend(config, draft.model)}
+            options |= {"max_drafts": self.drafter.max_drafts, "few": FEW_ON_CPU if jax.default_backend() == "cpu" else 0}
+            step = functools.partial(model_draft.step_and_propose, step=step, **options)  # type: ignore[arg-type]
         self._jitted = jax.jit(step, donate_argnums=1)
         # A step copies at most one page of each sequence; few sizes, so that a step of two copies does not move 256 null pages.
         limit: int = config.max_num_seqs  # type: ignore[assignment]
@@ -137,6 +143,7 @@ class JaxRunner:
         self._copiers: dict[int, jax.stages.Compiled] = {}
         models = (model,) if draft is None else (model, draft.model)
         self._jitted_copy = jax.jit(functools.partial(_copy_pages, models=models), donate_argnums=0)
+        self._jitted_zero = jax.jit(functools.partial(kv_cache.zero_pages, config=model), donate_argnums=0)
         self.offload = None
         if num_slots := config.num_host_pages(model):
             where = {"offload_dir": config.offload_dir, "num_threads": config.offload_num_threads}
@@ -168,6 +175,7 @@ class JaxRunner:
         self._feed = batch.Feed(outputs.token_ids, dict(zip(sequences, rows, strict=True)))
         outputs.token_ids.copy_to_host_async()
         outputs.is_finite.copy_to_host_async()
+        outputs.is_sound.copy_to_host_async()
         wanted = inputs.wants_logprobs[rows].tolist()
         prompts = [one for one in _prompt_places(plan, self.config.prefill_tile) if one[1]]  # type: ignore[arg-type]
         asked = []
@@ -178,7 +186,9 @@ class JaxRunner:
         for array in asked + (jax.tree.leaves(outputs.prompt) if prompts else []):
             array.copy_to_host_async()
         result = functools.partial(self._result, outputs, rows, sequences, wanted, prompts)
-        return result if self.drafter is None else self.drafter.with_proposals(result, proposals)
+        if self.drafter is not None:
+            result = self.drafter.with_proposals(result, proposals)
+        return lambda: _with_faults(result(), np.asarray(outputs.is_sound), plan, bucket.decode_rows, self.config.prefill_tile)  # type: ignore[arg-type]
 
     def _run(self, bucket: Bucket, inputs: StepInputs, drafting: DraftInputs | None) -> tuple[Any, jax.Array | None]:
         """Run a step on the pages: its outputs, and what the draft model proposes where there is one."""
@@ -188,6 +198,17 @@ class JaxRunner:
         weights, caches = (self.weights, self.drafter.weights), (self.cache, self.drafter.cache)
         found, (self.cache, self.drafter.cache) = self.compiled[bucket](weights, caches, (inputs, drafting))
         return found
+
+    def clean(self, pages: Seq[int]) -> None:
+        """See `Runner.clean`."""
+        for start in range(0, len(pages), ZEROED_AT_ONCE):
+            some = np.zeros(ZEROED_AT_ONCE, np.int32)
+            some[: len(pages) - start] = pages[start : start + ZEROED_AT_ONCE]
+            self.cache = self._zeroer(self.cache, some)
+
+    @functools.cached_property
+    def _zeroer(self) -> jax.stages.Compiled:
+        return self._jitted_zero.lower(self.cache, np.zeros(ZEROED_AT_ONCE, np.int32)).compile()
 
     def fetched(self, *, wait: bool = False) -> list[tuple[bytes, bool]]:
         """See `Runner.fetched`."""
@@ -236,6 +257,7 @@ class JaxRunner:
             self.compiled = dict(zip(self.buckets, progress, strict=True))
             self._copiers = dict(zip(self._copy_sizes, copiers, strict=True))
         self.adjuster.warm_up()
+        _ = self._zeroer
         if self.offload is not None:
             self.offload.warm_up()
         logger.info("Compiled %d steps in %.1f s.", len(self.buckets), time.perf_counter() - started)
@@ -338,6 +360,23 @@ def _copy_pages(
     """The same copies in the pages of each model."""
     pairs = zip(caches, models, strict=True)
     return tuple(kv_cache.copy_pages(cache, sources, targets, config=model) for cache, model in pairs)
+
+
+def _with_faults(result: Result, is_sound: np.ndarray, plan: StepPlan, num_rows: int, tile: int) -> Result:
+    """A result that also tells of numbers that are not finite before the last token of a chunk."""
+    if is_sound.all():
+        return result
+    sampled, unsampled, at = is_sound[: plan.num_rows].tolist(), [], num_rows
+    for chunk in plan.prefills:
+        num_tiles = -(-chunk.num_tokens // tile)
+        (sampled if chunk.samples else unsampled).append(bool(is_sound[at : at + num_tiles].all()))
+        at += num_tiles
+    result = result._replace(is_finite=[*map(operator.and_, result.is_finite, sampled)])
+    if all(unsampled):
+        return result
+    token_ids, is_finite = [*result.token_ids, *[0] * len(unsampled)], [*result.is_finite, *unsampled]
+    candidates = None if result.candidates is None else [*result.candidates, *[()] * len(unsampled)]
+    return result._replace(token_ids=token_ids, is_finite=is_finite, candidates=candidates)
 
 
 def _prompt_places(plan: StepPlan, tile: int) -> Iterator[tuple[Chunk, list[int]]]:

@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 
 from jaxpaged.host.request import RequestError
+from jaxpaged.templates import messages as chats
+from jaxpaged.templates.process import Look, TemplateError, shared
 
 if TYPE_CHECKING:
-    import jinja2
-
     from jaxpaged.checkpoint.files import CheckpointError
 
 logger = logging.getLogger("jaxpaged")
 
 MAX_TOKENIZER_BYTES = 200 * 2**20
-MAX_RENDERED = 4 * 2**20  # characters of a rendered chat: a template may loop over what a user sends
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -59,11 +58,12 @@ class Tokenizer:
         self.backend.no_padding()
         self.special_tokens = special_tokens or {}
         self.chat_templates = chat_templates or {}
+        self._looks = {}
         for name, source in self.chat_templates.items():
             try:
-                _compile(source)
-            except Exception as error:
-                raise _damaged(f"{where}: chat template {name!r}: {_one_line(error)}") from None
+                self._looks[source] = look(source)
+            except TemplateError as error:
+                raise _damaged(f"{where}: chat template {name!r}: {error}") from None
         has_byte_fallback = "ByteFallback" in json.dumps(json.loads(backend.to_str()).get("decoder"))
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.known_ids = frozenset(vocabulary.values())
@@ -164,32 +164,71 @@ class Tokenizer:
         messages: Seq[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool | str = False,
         chat_template: str | None = None,
-        tools: list[dict[str, Any]] | None = None,
+        tools: Seq[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
         **variables: Any,
     ) -> str:
         """One conversation as the text that the model was trained on; encode it with add_special_tokens=False.
 
         Control tokens spelled out in a message are control tokens in the result, as in transformers: a caller who does not
-        trust the author of a message has to filter it.
+        trust the author of a message has to filter it. A template runs in a process of its own, within 200 ms of processor
+        time and 4 MiB of text.
 
         Args:
+          messages: with texts, or lists of {"type": "text", "text": ...}, as their content; `tool_calls` as in OpenAI's.
           add_generation_prompt: end with the beginning of the assistant's turn.
-          chat_template: Jinja source to use instead of the model's.
-          variables: further names that the template can read.
+          continue_final_message: end inside the last message, so that a model goes on with it; a text names the field, by default
+            its content. Not with add_generation_prompt.
+          chat_template: Jinja source to use instead of the model's. It is a program: never one that a stranger sent.
+          tools: as in OpenAI's requests.
+          chat_template_kwargs: further names that the template can read, such as enable_thinking; those that it does not read are
+            left out. `variables` are more of them.
+          now: what `strftime_now` shows, None is the time.
 
         Raises:
           RequestError: there is no template, or it refuses these messages.
         """
-        if chat_template is None:
-            chat_template = self.chat_templates.get("tool_use") if tools else None
-            chat_template = chat_template or self.chat_templates.get("default")
-        if chat_template is None:
+        source = self.chat_template(chat_template, has_tools=bool(tools))
+        if continue_final_message and add_generation_prompt:
+            raise RequestError("continue_final_message: not with add_generation_prompt")
+        try:
+            found = self._looks.get(source) or look(source)
+            variables = {**(chat_template_kwargs or {}), **variables}
+            values = {**self.special_tokens, **chats.allowed(variables, found.variables, self.special_tokens)}
+            conversation = chats.conversation(messages, lists_content=found.lists_content)
+            last = ""
+            if continue_final_message:
+                conversation, last = chats.marked(conversation, continue_final_message)
+            values |= {
+                "messages": conversation,
+                "tools": chats.tool_list(tools),
+                "documents": None,
+            }
+            values["add_generation_prompt"] = bool(add_generation_prompt)
+            text = shared().render(source, values, now or datetime.now())
+        except TemplateError as error:
+            raise RequestError(f"chat template: {error}") from None
+        return chats.cut(text, last) if continue_final_message else text
+
+    def chat_template(self, chat_template: str | None = None, *, has_tools: bool = False) -> str:
+        """The source of the template that a conversation gets: the one given, the one for tools, or the model's only one.
+
+        Raises:
+          RequestError: there is none.
+        """
+        own = (self.chat_templates.get("tool_use") if has_tools else None) or self.chat_templates.get("default")
+        if chat_template is None and own is None:
             raise RequestError("the model has no chat template: pass chat_template, or use generate with a plain prompt")
-        names = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
-        if clash := sorted(names.keys() & variables.keys()):
-            raise RequestError(f"chat_template_kwargs: {clash[0]!r} cannot be set")
-        return _render(chat_template, {**self.special_tokens, **_plain(variables), **_plain(names)})
+        return chat_template if chat_template is not None else own  # type: ignore[return-value]
+
+
+@functools.lru_cache(maxsize=32)
+def look(source: str) -> Look:
+    """What there is to know of a template. Raises TemplateError."""
+    return shared().look(source)
 
 
 class Detokenizer:
@@ -285,100 +324,6 @@ def _templates(value: Any, path: Path) -> dict[str, str]:
     if not sound:
         raise _damaged(f"{path}: chat_template: expected a string or a list of {{name, template}}")
     return templates
-
-
-# --- templates ---------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    """The environment in which templates of the hub are written, closed against templates that are not just templates."""
-    import jinja2.ext
-    from jinja2 import nodes
-    from jinja2.exceptions import SecurityError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks the assistant's words for training; here its body is just printed."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
-            lineno = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(lineno)
-
-    class SafeNamespace(Namespace):
-        def __init__(*args: Any, **kwargs: Any) -> None:  # no named self, so that namespace(self=...) works
-            values = dict(*args[1:], **kwargs)
-            for name in values:
-                _check_name(name)
-            Namespace.__init__(args[0], values)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            _check_name(name)
-            Namespace.__setitem__(self, name, value)
-
-    def _check_name(name: object) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise SecurityError(f"a namespace cannot hold {name!r}")
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        # Jinja's own escapes HTML, which no model was trained on.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-        "namespace": SafeNamespace,
-        "dict": lambda *args, **kwargs: dict(*args, **kwargs),  # the type itself would open its methods
-    }
-    return environment
-
-
-@functools.lru_cache(maxsize=32)
-def _compile(source: str) -> jinja2.Template:
-    return _environment().from_string(source)
-
-
-def _render(source: str, variables: dict[str, Any]) -> str:
-    """Fill in a template; whatever goes wrong inside it is the request's fault, in one line."""
-    parts, size = [], 0
-    try:
-        for part in _compile(source).generate(variables):
-            parts.append(part)
-            size += len(part)
-            if size > MAX_RENDERED:
-                raise RequestError(f"chat template: more than {MAX_RENDERED:,} characters")
-    except RequestError:
-        raise
-    except Exception as error:  # templates can raise anything: TypeError, ZeroDivisionError, RecursionError, ...
-        raise RequestError(f"chat template: {_one_line(error)}") from None
-    return "".join(parts)
-
-
-def _plain(value: Any) -> Any:
-    """A copy made of JSON types alone: a template can neither change the caller's objects nor call their methods."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if isinstance(value, Mapping):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    for plain_type in (str, int, float):
-        if isinstance(value, plain_type):
-            return plain_type(value)
-    return f"<{type(value).__name__}>"
 
 
 def _one_line(error: BaseException, limit: int = 200) -> str:

@@ -17,10 +17,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "host"))
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
 
+import faults
 import figures
 import fuzz
 import reuse
+import tool_texts
 
 Figure = tuple[str, str, Callable[[float], int]]
 
@@ -43,6 +46,11 @@ def crowds(share: float) -> int:
     return sum(reuse.crowd(500, seed=seed) for seed in some(4, share))
 
 
+def sick(share: float) -> int:
+    """R12's: four places a crowd, all but those that the prefix cache has computed before."""
+    return faults.sick_crowds(some(540, share))
+
+
 FIGURES: list[Figure] = [
     ("R01", "operations of pool, cache and tiers against a model, a full check after each", operations),
     ("R02", "requests on pages of token ids, equal to isolated runs", lambda x: figures.equal_to_isolated_runs(some(1000, x))),
@@ -58,6 +66,12 @@ FIGURES: list[Figure] = [
     ("R07", "last in priority, ageing after 100 steps", lambda x: figures.unpopular(some(1000, x), ageing_steps=100)),
     ("R07", "last in priority, ageing by default: within 10,000 steps", lambda x: figures.unpopular(some(200, x))),
     ("R09", "aborts, at every moment of days of an engine", lambda x: figures.abort_everywhere(every=max(1, round(1 / x)))[0]),
+    ("R12", "places of a real model's requests that become NaN, each ends alone and leaves no trace", sick),
+    (
+        "R17",
+        "texts with tool calls, right and wrong, in deltas and whole, against a slow oracle",
+        lambda x: tool_texts.fuzz(some(10_000, x)),
+    ),
     ("R43", "requests whose pages are found by 4 bits of their keys", lambda x: figures.collisions(some(1000, x))[0]),
 ]
 

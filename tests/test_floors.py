@@ -17,11 +17,11 @@ LIBRARY = ("jaxpaged", "pallas_kernels", "convert")
 
 # From the ground up. A room imports from floors below its own; rooms of one floor never see each other.
 FLOORS = (
-    ("jaxpaged.version", "jaxpaged.errors", "jaxpaged.outputs", "jaxpaged.stop_strings"),
+    ("jaxpaged.version", "jaxpaged.errors", "jaxpaged.stop_strings", "jaxpaged.tools"),
     ("jaxpaged.speculative_config",),
     ("jaxpaged.config", "pallas_kernels"),
-    ("jaxpaged.host", "jaxpaged.model"),
-    ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel", "jaxpaged.observe", "jaxpaged.offload"),
+    ("jaxpaged.host", "jaxpaged.model", "jaxpaged.outputs"),
+    ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel", "jaxpaged.observe", "jaxpaged.offload", "jaxpaged.templates"),
     ("jaxpaged.adjuster",),
     ("jaxpaged.runner", "jaxpaged.tokenizer", "jaxpaged.demo", "convert"),
     ("jaxpaged.speculative",),
@@ -42,15 +42,18 @@ ONLY = {
     "jaxpaged.speculative_config": ("jaxpaged.errors",),
     "jaxpaged.config": ("jaxpaged.errors", "jaxpaged.speculative_config"),
     "jaxpaged.stop_strings": (),
+    "jaxpaged.tools": ("jaxpaged.tools",),
     "jaxpaged.host": ("jaxpaged.config", "jaxpaged.host"),
     "jaxpaged.observe": ("jaxpaged.config", "jaxpaged.host", "jaxpaged.observe", "jaxpaged.version"),
     "jaxpaged.simulate": ("jaxpaged.config", "jaxpaged.host", "jaxpaged.simulate"),
+    "jaxpaged.templates": ("jaxpaged.host", "jaxpaged.templates", "jinja2"),
     "pallas_kernels": ("pallas_kernels", "jax", "jaxlib", "numpy", "ml_dtypes"),
 }
 # file -> the only reads of the environment in library code: they set no option of ours.
 ENVIRONMENT = {
     "jaxpaged/runner.py": "os.environ.get('XDG_CACHE_HOME')",  # the desktop standard's variable for the user's cache
     "jaxpaged/cli/collect_env.py": "os.environ.items()",  # prints them for a bug report
+    "jaxpaged/templates/child.py": "os.environ.clear()",  # what a template that leaves its sandbox is not to find
     # What its processes inherit: jax takes the folder of its compiler's dumps from the environment alone, when it starts.
     "pallas_kernels/compile_check.py": "os.environ.copy()",
 }

@@ -12,7 +12,8 @@ from text_model import KINDS, write_tokenizer
 from jaxpaged.checkpoint import CheckpointError
 from jaxpaged.demo.corpus import CHAT_TEMPLATE as DEMO_TEMPLATE
 from jaxpaged.host.request import RequestError
-from jaxpaged.tokenizer import MAX_RENDERED, Tokenizer
+from jaxpaged.templates.process import MAX_RENDERED
+from jaxpaged.tokenizer import Tokenizer
 
 TEXTS = ["", "hello world", "  two  spaces ", "Grüße 日本語 😀!", "a\nb\tc", "<eos> and </s>", "\x00", "e\u0301", "lo lo lo" * 50]
 

@@ -132,3 +132,7 @@ class StepPlan:
     def outputs(self) -> list[tuple[Chunk, int]]:
         """What the step yields, in order: each chunk of `sampling()`, with how many of its drafts come before the token."""
         return [(chunk, num_drafts) for chunk in self.sampling() for num_drafts in range(len(chunk.drafts) + 1)]
+
+    def unsampled(self) -> list[Chunk]:
+        """The others, in their order."""
+        return [chunk for chunk in self.prefills if not chunk.samples]

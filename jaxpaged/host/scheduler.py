@@ -118,6 +118,7 @@ class Scheduler(Searches):
         self._copies: list[tuple[int, int]] = []  # of the plan being made
         self._in_flight: deque[StepPlan] = deque()  # planned and not committed, the oldest first
         self._is_advanced = False  # whether the sequences of the last of them are where it leaves them
+        self.spoiled: list[int] = []  # pages that the last commit took from rows that were not finite; nobody owns them
 
     # --- events ---
 
@@ -132,15 +133,7 @@ class Scheduler(Searches):
 
     def abort(self, request_id: str) -> list[TokenEvent]:
         """End a request now and free its pages: an event for each output that had not ended, none when it is unknown or over."""
-        sequences = list(self._by_id.get(request_id, ()))
-        if sequences and sequences[0].group is not None:
-            return self._end_beams(sequences, FinishReason.ABORT)
-        events = []
-        for sequence in sequences:
-            for index in range(sequence.index, sequence.index + 1 + sequence.num_forks):
-                events.append(TokenEvent(request_id, None, FinishReason.ABORT, index=index))
-            self._finish(sequence, FinishReason.ABORT)
-        return events
+        return self._end_all(request_id, FinishReason.ABORT)
 
     def stop(self, request_id: str, index: int) -> bool:
         """End one output that has tokens now, because of what its text says, and free its pages; False when it has ended.
@@ -513,10 +506,12 @@ class Scheduler(Searches):
     def commit(
         self, plan: StepPlan, token_ids: Seq[int], is_finite: Seq[bool], candidates: Seq[Candidates] | None = None
     ) -> list[TokenEvent]:
-        """Record the oldest step in flight, which ran. `token_ids` and `is_finite` are those of `plan.outputs()`, in its order.
+        """Record the oldest step in flight, which ran. `token_ids` and `is_finite` are those of `plan.outputs()`, in its order,
+        and where something was not finite in one of `plan.unsampled()`, those too.
 
-        A row whose logits were not finite ends its own request with FinishReason.ERROR and no other. Of a chunk with drafts, the
-        tokens count up to the first one that is not the draft after it.
+        A row that was not finite ends its own request with FinishReason.ERROR and no other. What it alone had of pages is known
+        to no tier any more, and those are `spoiled`: to be zeroed behind the steps in flight and before those to come. Of a chunk
+        with drafts, the tokens count up to the first one that is not the draft after it.
 
         Args:
           candidates: likewise; needed where there is a beam among them, and read of beams alone.
@@ -529,8 +524,12 @@ class Scheduler(Searches):
         if self.pool.tier is not None:
             self.pool.tier.ended(plan.transfers)
         events, tenants = [], self.waiting.tenants
+        self.spoiled = []
         grown: dict[str, BeamGroup] = {}
-        for row, ((chunk, num_drafts), token_id, finite) in enumerate(zip(plan.outputs(), token_ids, is_finite, strict=True)):
+        outputs = plan.outputs()
+        num_sampled = len(outputs)
+        sampled = zip(outputs, token_ids[:num_sampled], is_finite[:num_sampled], strict=True)
+        for row, ((chunk, num_drafts), token_id, finite) in enumerate(sampled):
             sequence = chunk.sequence
             if sequence.finish_reason is not None:  # aborted while the step ran, or ended by the token before
                 continue
@@ -565,6 +564,9 @@ class Scheduler(Searches):
             stop_reason = token_id if reason is FinishReason.STOP and token_id in params.stop_token_ids else None
             new_id, num_cached = token_id if finite else None, sequence.num_cached_tokens
             events.append(TokenEvent(sequence.request.request_id, new_id, reason, stop_reason, num_cached, sequence.index))
+        for chunk, finite in zip(plan.unsampled(), is_finite[num_sampled:], strict=False):  # mostly there are none of the latter
+            if not finite:  # by now siblings may have been forked from it
+                events += self._end_all(chunk.sequence.request.request_id, FinishReason.ERROR)
         for request_id, group in grown.items():
             beams = self._by_id.get(request_id, [])
             if beams and all(beam.candidates for beam in beams):
@@ -591,6 +593,18 @@ class Scheduler(Searches):
             return FinishReason.LENGTH
         return None
 
+    def _end_all(self, request_id: str, reason: FinishReason) -> list[TokenEvent]:
+        """End what has not ended of a request: an event for each output."""
+        sequences = list(self._by_id.get(request_id, ()))
+        if sequences and sequences[0].group is not None:
+            return self._end_beams(sequences, reason)
+        events = []
+        for sequence in sequences:
+            for index in range(sequence.index, sequence.index + 1 + sequence.num_forks):
+                events.append(TokenEvent(request_id, None, reason, index=index))
+            self._finish(sequence, reason)
+        return events
+
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         siblings = self._by_id[sequence.request.request_id]
         siblings.remove(sequence)
@@ -601,13 +615,24 @@ class Scheduler(Searches):
     def _leave(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
         self.recall.leave(sequence)
+        pages = sequence.owned_pages
         self._release(sequence)
+        if reason is FinishReason.ERROR:
+            self._spoil(sequence, pages)
         if self.pool.cache is not None and self.pool.cache.is_private:
             self._drop(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
+
+    def _spoil(self, sequence: Sequence, pages: list[int]) -> None:
+        """Let nobody find what a sequence has computed and nobody else has, and note its pages. Others' rows speak for theirs."""
+        for key in sequence.page_keys if self.pool.cache is not None else ():
+            page = self.pool.cache.page_of(key)  # type: ignore[union-attr]
+            if page is None or not self.pool.num_owners(page):
+                self.pool.drop(key)
+        self.spoiled += [page for page in pages if not self.pool.num_owners(page)]
 
     def _drop(self, sequence: Sequence) -> None:
         """Forget what a sequence has computed: nobody but its siblings may ask for it."""

@@ -15,6 +15,10 @@ from jaxpaged.config import ModelConfig
 from jaxpaged.model.cache import KVCache
 from pallas_kernels import paged_decode_attention, paged_prefill_attention, write_kv_pages
 from pallas_kernels.backends import Backend
+from pallas_kernels.row_tiles import RowTiles
+
+# Tokens that a batch-invariant step computes at a time.
+ROW_TILE = 16
 
 
 @flax.struct.dataclass
@@ -52,31 +56,70 @@ class PagedTokens:
         """int32 [C], the position of each tile's first token."""
         return self.positions[self.num_rows :: max(self.tile, 1)]
 
+    @property
+    def is_real(self) -> jax.Array:
+        """bool [X], false for padding."""
+        lens = jnp.repeat(self.tile_lens, self.tile, total_repeat_length=self.num_tiles * self.tile)
+        return jnp.concatenate([self.row_lens > 0, self.positions[self.num_rows :] < lens])
+
+    def is_finite(self, hidden: jax.Array) -> jax.Array:
+        """bool [R]: of each row and each tile, whether all hidden states [X, D] of its real tokens are finite."""
+        is_sound = jnp.all(jnp.isfinite(hidden), axis=-1) | ~self.is_real
+        tiles = is_sound[self.num_rows :].reshape(self.num_tiles, self.tile)
+        return jnp.concatenate([is_sound[: self.num_rows], jnp.all(tiles, axis=-1)])
+
+    def row_tiles(self, *, batch_invariant: bool) -> RowTiles | None:
+        """What the tokens are computed in, None for all at once."""
+        return RowTiles.of(self.is_real, ROW_TILE) if batch_invariant else None
+
+    def apart(self) -> PagedTokens:
+        """The same tokens, each of them a tile of one: what it yields is one sum, whether it comes in a row or in a tile."""
+        tables = jnp.repeat(self.tile_tables, self.tile, axis=0, total_repeat_length=self.num_tiles * self.tile)
+        return self.replace(  # type: ignore[attr-defined]
+            row_tables=self.row_tables[:0],
+            row_lens=self.row_lens[:0],
+            tile_tables=jnp.concatenate([self.row_tables, tables]),
+            tile_lens=jnp.where(self.is_real, self.positions + 1, 0),
+        )
+
 
 @dataclass(frozen=True)
 class PagedAttention:
-    """The `attend` of `transformer.forward` for one step's tokens; its state is the KVCache."""
+    """The `attend` of `transformer.forward` for one step's tokens; its state is the KVCache.
+
+    Invariant: no page ever holds a number that is not finite, whatever weights and activations do. What is not finite is written
+    as 0, and all that its token makes of the attention is NaN, so that the token's hidden state tells of it.
+    """
 
     tokens: PagedTokens
     config: ModelConfig
     backend: Backend
+    batch_invariant: bool = False
 
     def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Write the layer's new keys and values, then attend to all there are."""
         cache = self.write(layer, k, v, cache)
-        return self.read(layer, q, cache), cache
+        return self.told(self.read(layer, q, cache), q, k, v, cache), cache
+
+    @staticmethod
+    def told(attended: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> jax.Array:
+        """What was read, [X, N, H], with NaN for each token of which something is not finite."""
+        is_sound = jnp.all(jnp.isfinite(q), axis=(1, 2))
+        for new in (k, v):
+            is_sound &= jnp.all(jnp.isfinite(new.astype(cache.dtype)), axis=(1, 2))
+        return jnp.where(is_sound[:, None, None], attended, jnp.nan)
 
     def write(self, layer: int, k: jax.Array, v: jax.Array, cache: KVCache) -> KVCache:
         """The cache with the tokens' keys and values [X, K, H] in their slots of a layer."""
         # Layer l's page p is row l * P + p of the flat pool, its null page row l * P.
         slots = self.tokens.slots + layer * cache.pages_per_layer(self.config) * cache.page_size
-        k_pages = write_kv_pages(cache.k_pages, k, slots, backend=self.backend)
-        v_pages = write_kv_pages(cache.v_pages, v, slots, backend=self.backend)
+        k_pages = write_kv_pages(cache.k_pages, written(k, cache), slots, backend=self.backend)
+        v_pages = write_kv_pages(cache.v_pages, written(v, cache), slots, backend=self.backend)
         return KVCache.of(k_pages, v_pages)
 
     def read(self, layer: int, q: jax.Array, cache: KVCache) -> jax.Array:
         """What the queries [X, N, H] gather from a layer's pages: [X, N, H]."""
-        tokens, config = self.tokens, self.config
+        tokens, config = self.tokens.apart() if self.batch_invariant else self.tokens, self.config
         first_page = layer * cache.pages_per_layer(config)
         window = config.windows[layer] if config.windows else 0
         options = {"scale": config.head_dim**-0.5, "window": window, "backend": self.backend}
@@ -89,6 +132,13 @@ class PagedAttention:
         if C:
             tables, firsts = tokens.tile_tables + first_page, tokens.first_positions
             tiles = q[D:].reshape(C, tile, *q.shape[1:])
-            tiles = paged_prefill_attention(tiles, *pages, tables, tokens.tile_lens, firsts, **options)
+            alone = self.batch_invariant
+            tiles = paged_prefill_attention(tiles, *pages, tables, tokens.tile_lens, firsts, batch_invariant=alone, **options)
             parts.append(tiles.reshape(-1, *q.shape[1:]))
         return jnp.concatenate(parts)
+
+
+def written(new: jax.Array, cache: KVCache) -> jax.Array:
+    """New keys or values as pages hold them: 0 for what is not finite in the pages' dtype, which may have no room for a number."""
+    new = new.astype(cache.dtype)
+    return jnp.where(jnp.isfinite(new), new, 0)

@@ -68,6 +68,13 @@ def copy_pages(cache: KVCache, sources: jax.Array, targets: jax.Array, *, config
     return cache.replace(k=copy(cache.k), v=copy(cache.v))  # type: ignore[attr-defined]
 
 
+def zero_pages(cache: KVCache, page_numbers: jax.Array, *, config: ModelConfig) -> KVCache:
+    """Page `page_numbers[x]` of every layer becomes zeros; 0 is padding. Donate `cache`."""
+    P = cache.pages_per_layer(config)
+    rows = (jnp.arange(config.num_layers)[:, None] * P + page_numbers).reshape(-1)
+    return cache.replace(k=cache.k.at[rows].set(0), v=cache.v.at[rows].set(0))  # type: ignore[attr-defined]
+
+
 def gather_pages(cache: KVCache, page_numbers: jax.Array, *, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Copies of pages, keys and values as the cache holds them: [X, L, K, S, H] each, all layers of a page in one piece."""
     gather = functools.partial(pallas_kernels.gather_pages, page_numbers=page_numbers, num_layers=config.num_layers)

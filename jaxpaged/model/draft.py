@@ -7,6 +7,7 @@ accepted it finds out by itself, so that the host is asked once per step and not
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -18,7 +19,7 @@ from jaxpaged.config import ModelConfig
 from jaxpaged.model.attention import PagedTokens
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.sampler import SamplingInputs, sample
-from jaxpaged.model.step import StepInputs, StepOutputs, forward_paged, step
+from jaxpaged.model.step import StepInputs, StepOutputs, forward_paged
 from jaxpaged.model.transformer import logits
 from jaxpaged.model.weights import Weights
 from pallas_kernels.backends import Backend
@@ -133,26 +134,26 @@ def step_and_propose(
     caches: tuple[KVCache, KVCache],
     inputs: tuple[StepInputs, DraftInputs],
     *,
+    step: Callable[[Weights, KVCache, StepInputs], tuple[StepOutputs, KVCache]],
     config: ModelConfig,
-    draft: ModelConfig,
-    backends: tuple[Backend, Backend],
+    backend: Backend = "auto",
     max_drafts: int,
-    max_logprobs: int = 20,
     few: int = 0,
 ) -> tuple[tuple[StepOutputs, jax.Array], tuple[KVCache, KVCache]]:
-    """`step` of the target, and what the draft model proposes after it; of each pair the target's comes first. Donate `caches`.
+    """A step of the target, and what the draft model proposes after it; of each pair the target's comes first. Donate `caches`.
 
     Args:
+      step: the target's.
+      config: the draft's.
       few: a step without tiles has a way of its own for so many sequences or fewer; 0 for none.
 
     Returns beside the outputs the proposals, int32 [Q, 1 + max_drafts]: the position of the sequence's last token, and the tokens
     proposed after it; those past `num_drafts` mean nothing.
     """
-    outputs, cache = step(weights[0], caches[0], inputs[0], config=config, backend=backends[0], max_logprobs=max_logprobs)
+    outputs, cache = step(weights[0], caches[0], inputs[0])
     Q = len(inputs[1].num_rows)
     sizes = (few, Q) if 0 < few < Q and not inputs[0].tokens.num_tiles else (Q,)
-
-    run = functools.partial(propose, weights[1], config=draft, backend=backends[1], max_drafts=max_drafts)
+    run = functools.partial(propose, weights[1], config=config, backend=backend, max_drafts=max_drafts)
 
     def run_first(_: jax.Array, state: tuple[jax.Array, KVCache], *, count: int) -> tuple[jax.Array, KVCache]:
         proposals, draft_cache = run(state[1], inputs[0], outputs.token_ids, inputs[1].first(count))

@@ -5,7 +5,9 @@ Knows how to compare. Refuses to judge: what counts as a breach, and what become
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import flax.struct
 import jax
@@ -14,8 +16,8 @@ import jax.numpy as jnp
 from jaxpaged.config import ModelConfig
 from jaxpaged.model.attention import PagedAttention, PagedTokens
 from jaxpaged.model.cache import KVCache
-from jaxpaged.model.step import PromptLogprobs, StepInputs, StepOutputs
-from jaxpaged.model.transformer import forward, logits
+from jaxpaged.model.step import StepInputs, StepOutputs, sampled_logits
+from jaxpaged.model.transformer import forward
 from jaxpaged.model.weights import Weights
 from pallas_kernels.backends import Backend
 
@@ -41,7 +43,7 @@ class _Duellists:
         cache = self.attention.write(layer, k, v, cache)
         ours, theirs = self.attention.read(layer, q, cache), self.rival.read(layer, q, cache)
         error = _distance(ours, theirs, self.attention.tokens)
-        return ours, (cache, (*errors, error), (*queries, q))
+        return self.attention.told(ours, q, k, v, cache), (cache, (*errors, error), (*queries, q))
 
 
 def step(
@@ -53,6 +55,7 @@ def step(
     backend: Backend,
     rival: Backend,
     max_logprobs: int = 20,
+    batch_invariant: bool = False,
 ) -> tuple[tuple[StepOutputs, Evidence], KVCache]:
     """`model.step.step` on `backend`, and beside it the evidence of its duel with `rival`. Donate `cache`.
 
@@ -60,29 +63,30 @@ def step(
     over the pages that the backend's pass has written.
     """
     tokens = inputs.fed_tokens()
-    attention, opponent = PagedAttention(tokens, config, backend), PagedAttention(tokens, config, rival)
-    ids, positions = tokens.token_ids, tokens.positions
-    hidden, (cache, errors, queries) = forward(weights, config, ids, positions, _Duellists(attention, opponent), (cache, (), ()))
-    scores = logits(weights, config, hidden[inputs.sample_at])
+    how: dict[str, Any] = {"config": config, "batch_invariant": batch_invariant}
+    attention, opponent = (PagedAttention(tokens, backend=name, **how) for name in (backend, rival))
+    run = functools.partial(
+        forward, weights, config, tokens.token_ids, tokens.positions, tiles=tokens.row_tiles(batch_invariant=batch_invariant)
+    )
+    hidden, (cache, errors, queries) = run(_Duellists(attention, opponent), (cache, (), ()))
+    scores = sampled_logits(weights, hidden, inputs, **how)
     outputs = StepOutputs.of(scores, inputs, max_logprobs)
-    outputs = outputs.replace(prompt=PromptLogprobs.of(weights, config, hidden, inputs, max_logprobs))  # type: ignore[attr-defined]
+    outputs = outputs.told(weights, config, hidden, inputs, max_logprobs, batch_invariant=batch_invariant)
 
     def read_only(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         return opponent.read(layer, q, cache), cache
 
-    hidden, cache = forward(weights, config, ids, positions, read_only, cache)
-    rival_scores = logits(weights, config, hidden[inputs.sample_at])
+    hidden, cache = run(read_only, cache)
+    rival_scores = sampled_logits(weights, hidden, inputs, **how)
     best = jnp.stack([jnp.argmax(scores, axis=-1), jnp.argmax(rival_scores, axis=-1)]).astype(jnp.int32)
     return (outputs, Evidence(errors=jnp.stack(errors), queries=jnp.stack(queries), best=best)), cache
 
 
 def _distance(ours: jax.Array, theirs: jax.Array, tokens: PagedTokens) -> jax.Array:
     """float32 [R, N] of two results [X, N, H]; infinite where one is not a number, 0 for padding."""
-    D, C = tokens.num_rows, tokens.num_tiles
+    D, C, is_real = tokens.num_rows, tokens.num_tiles, tokens.is_real[:, None]
     ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
     apart = jnp.where(jnp.isfinite(ours) & jnp.isfinite(theirs), jnp.abs(ours - theirs), jnp.inf)
-    lens = jnp.repeat(tokens.tile_lens, tokens.tile) if C else tokens.tile_lens
-    is_real = jnp.concatenate([tokens.row_lens > 0, tokens.positions[D:] < lens])[:, None]
     apart = jnp.where(is_real, jnp.max(apart, axis=-1), 0.0)
     size = jnp.where(is_real, jnp.max(jnp.abs(theirs), axis=-1), 0.0)
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,13 @@ from jax import lax
 
 from jaxpaged.config import ModelConfig
 from jaxpaged.model.adjust import Adjustments, adjust
-from jaxpaged.model.attention import PagedAttention, PagedTokens
+from jaxpaged.model.attention import ROW_TILE, PagedAttention, PagedTokens
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.sampler import SamplingInputs, likeliest, logprobs_of, sample
 from jaxpaged.model.transformer import forward, logits
 from jaxpaged.model.weights import Weights
 from pallas_kernels.backends import Backend
+from pallas_kernels.row_tiles import RowTiles
 
 
 @flax.struct.dataclass
@@ -52,7 +55,14 @@ class PromptLogprobs:
 
     @classmethod
     def of(
-        cls, weights: Weights, config: ModelConfig, hidden: jax.Array, inputs: StepInputs, max_logprobs: int
+        cls,
+        weights: Weights,
+        config: ModelConfig,
+        hidden: jax.Array,
+        inputs: StepInputs,
+        max_logprobs: int,
+        *,
+        batch_invariant: bool = False,
     ) -> PromptLogprobs | None:
         """What follows from the hidden states [X, D] of a step's tokens; None in a step without tiles.
 
@@ -66,7 +76,8 @@ class PromptLogprobs:
 
         def compute(tile: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
             states, targets = tile
-            scores, is_wanted = logits(weights, config, states), targets > 0
+            is_wanted = targets > 0
+            scores = logits(weights, config, states, tiles=RowTiles.of(is_wanted, ROW_TILE) if batch_invariant else None)
             best = likeliest(scores, jnp.ones(T, jnp.float32), count)
             return *logprobs_of(scores, jnp.maximum(targets - 1, 0), is_wanted), *best
 
@@ -94,6 +105,7 @@ class StepOutputs:
     logprobs: jax.Array  # float32 [R], of the token by the model alone; 0 in a step where no row wants it
     ranks: jax.Array  # int32 [R], of the token, likewise
     prompt: PromptLogprobs | None = None
+    is_sound: jax.Array | None = None  # bool [R]: all hidden states of the row or tile are finite, whether it samples or not
 
     @classmethod
     def of(cls, scores: jax.Array, inputs: StepInputs, max_logprobs: int) -> StepOutputs:
@@ -104,6 +116,20 @@ class StepOutputs:
         logprobs, ranks = logprobs_of(scores, token_ids, inputs.wants_logprobs)
         token_ids = jnp.pad(token_ids, (0, len(inputs.previous) - len(token_ids)))
         return cls(token_ids, is_finite, *best, logprobs, ranks)
+
+    def told(
+        self,
+        weights: Weights,
+        config: ModelConfig,
+        hidden: jax.Array,
+        inputs: StepInputs,
+        max_logprobs: int,
+        *,
+        batch_invariant: bool = False,
+    ) -> StepOutputs:
+        """The same, with what follows from the hidden states [X, D] of all tokens."""
+        prompt = PromptLogprobs.of(weights, config, hidden, inputs, max_logprobs, batch_invariant=batch_invariant)
+        return self.replace(prompt=prompt, is_sound=inputs.tokens.is_finite(hidden))  # type: ignore[attr-defined]
 
 
 def _choose(scores: jax.Array, inputs: StepInputs) -> tuple[jax.Array, jax.Array]:
@@ -132,19 +158,37 @@ def step(
     config: ModelConfig,
     backend: Backend = "auto",
     max_logprobs: int = 20,
+    batch_invariant: bool = False,
 ) -> tuple[StepOutputs, KVCache]:
     """Compute the step's tokens, write their keys and values, and sample. Donate `cache`: it is updated in place."""
-    hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), config=config, backend=backend)
-    scores = logits(weights, config, hidden[inputs.sample_at])
-    outputs = StepOutputs.of(scores, inputs, max_logprobs)
-    return outputs.replace(prompt=PromptLogprobs.of(weights, config, hidden, inputs, max_logprobs)), cache  # type: ignore[attr-defined]
+    how: dict[str, Any] = {"config": config, "batch_invariant": batch_invariant}
+    hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), backend=backend, **how)
+    outputs = StepOutputs.of(sampled_logits(weights, hidden, inputs, **how), inputs, max_logprobs)
+    return outputs.told(weights, config, hidden, inputs, max_logprobs, batch_invariant=batch_invariant), cache
 
 
 def forward_paged(
-    weights: Weights, cache: KVCache, tokens: PagedTokens, *, config: ModelConfig, backend: Backend = "auto"
+    weights: Weights,
+    cache: KVCache,
+    tokens: PagedTokens,
+    *,
+    config: ModelConfig,
+    backend: Backend = "auto",
+    batch_invariant: bool = False,
 ) -> tuple[jax.Array, KVCache]:
     """Hidden states [X, D] of a step's tokens, and the cache with their keys and values written."""
-    return forward(weights, config, tokens.token_ids, tokens.positions, PagedAttention(tokens, config, backend), cache)
+    attention = PagedAttention(tokens, config, backend, batch_invariant)
+    tiles = tokens.row_tiles(batch_invariant=batch_invariant)
+    return forward(weights, config, tokens.token_ids, tokens.positions, attention, cache, tiles=tiles)
+
+
+def sampled_logits(
+    weights: Weights, hidden: jax.Array, inputs: StepInputs, *, config: ModelConfig, batch_invariant: bool = False
+) -> jax.Array:
+    """Logits, float32 [R, V], of the rows that may sample, from the hidden states [X, D] of a step's tokens."""
+    is_real = inputs.tokens.is_real[inputs.sample_at]
+    tiles = RowTiles.of(is_real, ROW_TILE) if batch_invariant else None
+    return logits(weights, config, hidden[inputs.sample_at], tiles=tiles)
 
 
 def prefill(

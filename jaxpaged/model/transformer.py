@@ -6,6 +6,7 @@ passes in, so that paged steps, dense training and tests run the very same layer
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -15,6 +16,7 @@ from jax import lax
 from jaxpaged.config import ModelConfig
 from jaxpaged.model.layers import apply_rope, gated_mlp, linear, rms_norm, rope_tables
 from jaxpaged.model.weights import Layer, Weights
+from pallas_kernels.row_tiles import RowTiles, by_rows
 
 State = TypeVar("State")
 
@@ -29,43 +31,55 @@ class Attend(Protocol):
 
 
 def forward(
-    weights: Weights, config: ModelConfig, token_ids: jax.Array, positions: jax.Array, attend: Attend, state: State
+    weights: Weights,
+    config: ModelConfig,
+    token_ids: jax.Array,
+    positions: jax.Array,
+    attend: Attend,
+    state: State,
+    *,
+    tiles: RowTiles | None = None,
 ) -> tuple[jax.Array, State]:
     """Hidden states after the final norm, [X, D], and the state after the last layer.
 
     Args:
       token_ids: int32 [X], tokens of any number of sequences in any order; only `attend` relates them to each other.
       positions: int32 [X], each token's place in its own sequence.
+      tiles: those that tokens are computed in, so that a token's bits depend on that token and on `attend` alone.
     """
     x = weights.embed[token_ids]
-    cos_sin = rope_tables(config, positions)
+    cos, sin = by_rows(tiles, functools.partial(rope_tables, config), positions)
     for index, layer in enumerate(weights.layers):
-        x, state = _layer(layer, config, index, x, cos_sin, attend, state)
-    return rms_norm(x, weights.norm, config.rms_norm_eps), state
-
-
-def _layer(
-    layer: Layer, config: ModelConfig, index: int, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], attend: Attend, state: Any
-) -> tuple[jax.Array, Any]:
-    q, k, v = _project(layer, config, rms_norm(x, layer.attention_norm, config.rms_norm_eps), cos_sin)
-    attended, state = attend(index, q, k, v, state)
-    x = x + linear(attended.reshape(x.shape[0], -1), layer.o, layer.o_bias)
-    return x + gated_mlp(rms_norm(x, layer.mlp_norm, config.rms_norm_eps), layer), state
+        q, k, v = by_rows(tiles, functools.partial(_project, layer, config), x, cos, sin)
+        attended, state = attend(index, q, k, v, state)
+        x = by_rows(tiles, functools.partial(_combine, layer, config), x, attended)
+    return by_rows(tiles, lambda x: rms_norm(x, weights.norm, config.rms_norm_eps), x), state
 
 
 def _project(
-    layer: Layer, config: ModelConfig, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]
+    layer: Layer, config: ModelConfig, x: jax.Array, cos: jax.Array, sin: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [X, D] -> q [X, N, H], k [X, K, H], v [X, K, H]; q and k normalised where the model says so, then rotated."""
     X, G, H = x.shape[0], config.group_size, config.head_dim
+    x = rms_norm(x, layer.attention_norm, config.rms_norm_eps)
     qkv = linear(x, layer.qkv, layer.qkv_bias)  # [X, K, G+2, H]
     q, k, v = qkv[:, :, :G].reshape(X, -1, H), qkv[:, :, G], qkv[:, :, G + 1]
     if config.qk_norm:
         q, k = rms_norm(q, layer.q_norm, config.rms_norm_eps), rms_norm(k, layer.k_norm, config.rms_norm_eps)  # type: ignore[arg-type]
-    return apply_rope(q, *cos_sin), apply_rope(k, *cos_sin), v
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
 
-def logits(weights: Weights, config: ModelConfig, hidden: jax.Array) -> jax.Array:
-    """Scores of the next token: hidden [R, D] -> float32 [R, V]."""
+def _combine(layer: Layer, config: ModelConfig, x: jax.Array, attended: jax.Array) -> jax.Array:
+    """x [X, D] with what attention [X, N, H] and then the MLP add to it."""
+    x = x + linear(attended.reshape(x.shape[0], -1), layer.o, layer.o_bias)
+    return x + gated_mlp(rms_norm(x, layer.mlp_norm, config.rms_norm_eps), layer)
+
+
+def logits(weights: Weights, config: ModelConfig, hidden: jax.Array, *, tiles: RowTiles | None = None) -> jax.Array:
+    """Scores of the next token: hidden [R, D] -> float32 [R, V]; `tiles` as in `forward`."""
     head = weights.embed if weights.lm_head is None else weights.lm_head
-    return lax.dot_general(hidden, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    def score(hidden: jax.Array) -> jax.Array:
+        return lax.dot_general(hidden, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    return by_rows(tiles, score, hidden)

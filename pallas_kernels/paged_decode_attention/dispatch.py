@@ -7,12 +7,14 @@ Both are one function in every backend but Mosaic's: causal attention of T conse
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import backends, native
+from pallas_kernels.row_tiles import RowTiles
 from pallas_kernels.target import Target
 
 DECODE, PREFILL = "paged_decode_attention", "paged_prefill_attention"
@@ -41,8 +43,14 @@ class Options(NamedTuple):
     soft_cap: float = 0.0
 
 
-def attend(operation: str, backend: str, arrays: Arrays, options: Options) -> tuple[jax.Array, jax.Array]:
-    """The operation on the backend of that name: the result [B, T, N, H] and its LSE [B, T, N]. Raises as the operations say."""
+def attend(
+    operation: str, backend: str, arrays: Arrays, options: Options, *, batch_invariant: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """The operation on the backend of that name: the result [B, T, N, H] and its LSE [B, T, N]. Raises as the operations say.
+
+    Args:
+      batch_invariant: a row's bits depend on nothing but that row.
+    """
     arrays = jax.tree.map(jnp.asarray, arrays)  # numpy arrays are welcome outside of jit too
     check(operation, arrays, options)
     choice = choose(
@@ -53,11 +61,26 @@ def attend(operation: str, backend: str, arrays: Arrays, options: Options) -> tu
         dtypes=(arrays.q.dtype.name, arrays.k_pages.dtype.name),
     )
     if choice.name == "native":
-        return native.attend(arrays, options)
-    if choice.target is not None:
-        return _mosaic(operation).attend(arrays, options, choice.target)
-    # Modules are named here, not imported above: who runs on a CPU does not wait for Mosaic's import.
-    return importlib.import_module(f"pallas_kernels.paged_decode_attention.{choice.name}").attend(arrays, options)
+        return native.attend(arrays, options)  # one task is one row and head: batch-invariant as it is
+
+    def call(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+        if choice.target is not None:
+            return _mosaic(operation).attend(arrays, options, choice.target)
+        # Modules are named here, not imported above: who runs on a CPU does not wait for Mosaic's import.
+        return importlib.import_module(f"pallas_kernels.paged_decode_attention.{choice.name}").attend(arrays, options)
+
+    return _one_by_one(call, arrays) if batch_invariant else call(arrays)
+
+
+def _one_by_one(call: Callable[[Arrays], tuple[jax.Array, jax.Array]], arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    """`call` for each row by itself, padding left out."""
+
+    def one(*rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return call(arrays._replace(**dict(zip(names, rows, strict=True))))
+
+    names = "q", "block_tables", "kv_lens", "first_positions"
+    out, lse = RowTiles.of(arrays.kv_lens > 0, 1).map(one, *(getattr(arrays, name) for name in names))
+    return out, jnp.where(arrays.kv_lens[:, None, None] > 0, lse, -jnp.inf)
 
 
 def choose(operation: str, backend: str, *, head_dim: int, page_size: int, dtypes: tuple[str, str]) -> backends.Choice:

@@ -25,6 +25,7 @@ def paged_prefill_attention(
     k_scales: jax.Array | None = None,
     v_scales: jax.Array | None = None,
     return_lse: bool = False,
+    batch_invariant: bool = False,
     backend: backends.Backend = "auto",
 ) -> Any:
     """Attend each tile's T consecutive query tokens to the pages of the sequence that the tile is cut from.
@@ -45,6 +46,8 @@ def paged_prefill_attention(
       block_tables: int32 [B, M], the whole table of the tile's sequence.
       kv_lens: int32 [B], tokens of the sequence up to the tile's last real token. 0 marks a padding tile, whose result is 0.
       first_positions: int32 [B], position of the tile's first token.
+      batch_invariant: a tile's bits depend on nothing but that tile. Backends that sum over several at once then take one after
+        the other, all but native, which never does.
       scale, window, soft_cap, sinks, k_scales, v_scales, return_lse, backend: as in `paged_decode_attention`, as are what is
         returned, what is raised, and the sources.
     """
@@ -53,5 +56,6 @@ def paged_prefill_attention(
         backend,
         dispatch.Arrays(q, k_pages, v_pages, block_tables, kv_lens, first_positions, sinks, k_scales, v_scales),
         dispatch.Options(scale=scale, window=window, soft_cap=soft_cap),
+        batch_invariant=batch_invariant,
     )
     return (out, lse) if return_lse else out

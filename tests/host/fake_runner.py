@@ -19,7 +19,7 @@ VOCAB_SIZE = 50_021
 BEAM_VOCAB_SIZE = 16
 POISON = 2**32 - 1  # what a page holds that nobody owns; not a token id
 
-Fails = Callable[[str, int], bool]  # request id, output tokens so far -> this row's logits are not finite
+Fails = Callable[[str, int], bool]  # request id, output tokens so far, below 0 in a prompt -> what is computed is not finite
 
 
 def next_token(context: bytes, index: int = 0) -> int:
@@ -129,6 +129,11 @@ class FakeTiers:
             self.host.pop(slot, None)
             self.coming.append((key, slot))
 
+    def clean(self, pages: Sequence[int]) -> None:
+        """See `jaxpaged.runner.Runner.clean`."""
+        for page in pages:
+            self.poison(page)
+
     def lose(self, plan) -> None:
         """Nobody knows what of this plan was done, so nobody may count on any of it."""
         for _, key in plan.transfers.spills:
@@ -186,7 +191,7 @@ class FakeRunner(FakeTiers):
     def submit(self, plan):
         """See `jaxpaged.runner.Runner.submit`: it runs at once, and tells later."""
         result = self.run(plan)
-        self.sampled = dict(zip((chunk.sequence for chunk, _ in plan.outputs()), result[0], strict=True))
+        self.sampled = dict(zip((chunk.sequence for chunk, _ in plan.outputs()), result[0], strict=False))
         return lambda: result
 
     def run(self, plan) -> tuple:
@@ -207,8 +212,19 @@ class FakeRunner(FakeTiers):
             ranked = sorted(next_logprobs(context[:end]), key=lambda one: -one[1]) if group else []  # type: ignore[arg-type]
             candidates.append(ranked[: group.num_candidates] if group else ())
             token_ids.append(next_token(context[:end][-self.sliding_window :], chunk.sequence.index))  # type: ignore[arg-type]
-            is_finite.append(not self.fails(chunk.sequence.request.request_id, end - chunk.sequence.num_prompt))
+            is_finite.append(self._is_sound(chunk, end))
+        others = [self._is_sound(chunk, chunk.end) for chunk in plan.unsampled()]
+        if not all(others):
+            token_ids, is_finite, candidates = (
+                [*token_ids, *[0] * len(others)],
+                is_finite + others,
+                candidates + [()] * len(others),
+            )
         return (token_ids, is_finite, candidates) if any(candidates) else (token_ids, is_finite)
+
+    def _is_sound(self, chunk, end: int) -> bool:
+        request_id, num_prompt = chunk.sequence.request.request_id, chunk.sequence.num_prompt
+        return not any(self.fails(request_id, end - num_prompt) for end in range(chunk.start + 1, end + 1))
 
     def close(self) -> None:
         """See `jaxpaged.runner.Runner.close`."""

@@ -51,7 +51,7 @@ class Ask:
     arrival: int  # the step before which it comes
     abort: int | None = None  # the step at which it is aborted
     abort_in_flight: bool = False  # between plan and commit
-    error_at: int | None = None  # output tokens after which its logits are not finite
+    error_at: int | None = None  # output tokens after which what is computed is not finite; below 0 it is a token of the prompt
     cache_salt: str | None = None
     priority: int = 0
     tenant: str = ""
@@ -161,6 +161,8 @@ def random_scenario(
             cache_salt=rng.choice((None, None, None, "a")) if shares else None,
             error_at=rng.randint(0, 5) if with_faults and not is_padded and rng.random() < 0.05 else None,
         )
+        if ask.error_at is not None and ask.error_at > 3:  # every third of them
+            ask = dataclasses.replace(ask, error_at=-(number * ask.error_at % num_prompt))
         if rng.random() < 0.3:  # tokens that will come, so that they stop it
             output = scenario.expected(ask)
             eos = (rng.choice(output),) if rng.random() < 0.5 else ()
@@ -207,6 +209,7 @@ class Outcome:
     num_hit_tokens: int = 0
     num_evictions: int = 0
     num_copies: int = 0
+    num_spoiled: int = 0
     num_saved: int = 0
     num_loaded: int = 0
     num_spilled: int = 0
@@ -413,11 +416,26 @@ class Simulation:
 
     def commit(self) -> None:
         plan, result = self.in_flight.popleft()
+        owned = {chunk.sequence: chunk.sequence.owned_pages for chunk in plan.chunks()}
         events = self.scheduler.commit(plan, *result())
+        self.look_at_spoiled(owned)
+        self.runner.clean(self.scheduler.spoiled)
         self.check()
         assert len({output_of(event) for event in events}) == len(events)
         for event in events:
             self.take(event)
+
+    def look_at_spoiled(self, owned: dict) -> None:
+        """What a request that has failed alone had, is noted to be cleaned, and nobody finds it again."""
+        spoiled = set(self.scheduler.spoiled)
+        of_others = {page for one, pages in owned.items() if one.finish_reason != "error" for page in pages}
+        for sequence, pages in owned.items():
+            if sequence.finish_reason == "error":
+                mine = {page for page in pages if not self.pool.num_owners(page)} - of_others
+                assert mine <= spoiled, "a page of a request that failed is not cleaned"
+                self.outcome.num_spoiled += len(mine)
+        assert not any(self.pool.num_owners(page) for page in spoiled), "a page that somebody owns is cleaned"
+        assert self.cache is None or not any(page in self.cache for page in spoiled), "what failed is known to the prefix cache"
 
     def take_fetched(self, *, wait: bool) -> None:
         """Tell the scheduler what has come from disk."""
@@ -530,10 +548,11 @@ class Simulation:
                 assert ask.abort is not None and output == expected[: len(output)]
             elif event.finish_reason == "error":
                 assert event.token_id is None and event.stop_reason is None
-                assert len(output) == ask.error_at and output == expected[: len(output)]
+                assert len(output) == max(0, ask.error_at) and output == expected[: len(output)]
             else:
                 assert output == expected, f"{request_id} of seed {self.scenario.seed} differs from its isolated run"
-                assert ask.error_at is None or ask.error_at >= len(output)
+                # A token of a prompt that the prefix cache has is not computed.
+                assert ask.error_at is None or ask.error_at >= len(output) or (ask.error_at < 0 and self.cache is not None)
                 stops = ask.params["stop_token_ids"] + (() if ask.params["ignore_eos"] else ask.eos_token_ids)
                 assert event.finish_reason == ("stop" if output[-1] in stops else "length")
                 assert event.stop_reason == (output[-1] if output[-1] in ask.params["stop_token_ids"] else None)

@@ -282,5 +282,5 @@ def test_limits_come_from_the_options_of_their_name():
     assert found == (32, 7, 100, 9) and (limits.tile, limits.max_prefill_tiles) == (64, 2)
     for limit in dataclasses.fields(Limits):
         name = run._OPTION_OF.get(limit.name, limit.name)
-        of_others = ("max_prefill_tiles", "sliding_window")  # a property of the options, and the model's
+        of_others = ("max_prefill_tiles", "sliding_window", "max_num_rows", "lookahead")  # of the options, the model, speculation
         assert name in run.OPTIONS or name in of_others, name
