@@ -7,6 +7,7 @@ found in the step, see `jaxpaged.model.draft`.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
@@ -39,8 +40,8 @@ class _Proposed(NamedTuple):
         """
         if self.position != chunk.start or self.pages is not chunk.sequence.pages or not self.token_ids:
             return chunk.start
-        num_same = next((at for at, pair in enumerate(zip(self.token_ids, chunk.drafts)) if pair[0] != pair[1]), None)
-        num_same = min(len(self.token_ids), len(chunk.drafts)) if num_same is None else num_same
+        pairs = zip(self.token_ids, chunk.drafts, strict=False)
+        num_same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         return chunk.start + 1 + min(num_same, len(self.token_ids) - 1)
 
 
@@ -119,7 +120,7 @@ class Drafter:
         for chunk in plan.chunks():
             sequence, num_drafted = chunk.sequence, len(chunk.drafts)
             known, after = self._advance(chunk) if num_drafts >= 0 else self._miss(chunk)
-            if chunk.samples and sequence.group is None and (after > known or known == chunk.end):
+            if chunk.samples and _is_drawn(sequence) and (after > known or known == chunk.end):
                 if known == chunk.start and sequence in proposed:
                     known = proposed[sequence].num_known(chunk)
                 missed = sequence.tokens[known : min(known + BACKLOG, chunk.end - num_drafted - 1)]
@@ -163,7 +164,7 @@ class Drafter:
 
     def may_propose(self, sequence: Sequence) -> bool:
         """See `Proposer.may_propose`."""
-        return sequence not in self._left
+        return sequence not in self._left and _is_drawn(sequence)
 
     def propose(self, asked: Mapping[Sequence, int]) -> Mapping[Sequence, Seq[int]]:
         """See `Proposer.propose`. The step after it proposes too."""
@@ -190,8 +191,8 @@ class Drafter:
             self._note(chunk, start, end)
             self._left.discard(sequence)
             return end, end
-        # Nobody proposes for beams; and of more drafts than that the step does not know which holds.
-        is_able = chunk.samples and sequence.group is None and len(chunk.drafts) <= self.max_drafts
+        # Of more drafts than that the step does not know which holds.
+        is_able = chunk.samples and _is_drawn(sequence) and len(chunk.drafts) <= self.max_drafts
         last = end - len(chunk.drafts) - 1
         if not is_able or last - known > MAX_BACKLOG:
             self._left.update([sequence] if last - known > MAX_BACKLOG else [])
@@ -232,6 +233,11 @@ class Drafter:
         for array in jax.tree.leaves((self.weights, self.cache)):
             if not array.is_deleted():
                 array.delete()
+
+
+def _is_drawn(sequence: Sequence) -> bool:
+    """Whether a step knows its token: those of beams are found by the host, those with a grammar when the step has ended."""
+    return sequence.group is None and sequence.request.params.structured_outputs is None
 
 
 def check_draft(draft: ModelConfig, target: ModelConfig) -> None:

@@ -31,6 +31,7 @@ from jaxpaged.host.request import RequestError, RequestOutputKind, SamplingParam
 from jaxpaged.model.weights import Weights
 from jaxpaged.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Metric, RequestOutput, ScoreOutput
 from jaxpaged.runner import attention_backend
+from jaxpaged.structured.grammars import Grammars
 from jaxpaged.tokenizer import Tokenizer
 from jaxpaged.tools import TOOL_CALL_PARSERS, UnknownParserError, check_parser, fitting_parser, parse
 
@@ -91,7 +92,9 @@ class LLM:
             options = {"allow_nonfinite": config.allow_nonfinite, "use_tqdm": use_tqdm_on_load}
             draft = Draft(draft_checkpoint.config, checkpoints.load(draft_checkpoint, resolved.dtype, **options))
         self.load_s = time.perf_counter() - started
-        self.engine = Engine.from_weights(config, checkpoint.config, weights, draft=draft, use_tqdm=use_tqdm_on_load)
+        grammars = Grammars(self.tokenizer.backend.to_str) if self.tokenizer is not None else None
+        options = {"draft": draft, "grammars": grammars, "use_tqdm": use_tqdm_on_load}
+        self.engine = Engine.from_weights(config, checkpoint.config, weights, **options)  # type: ignore[arg-type]
         self.warm_up_s = time.perf_counter() - started - self.load_s
         self.config: EngineConfig = self.engine.config
         self.model_config: ModelConfig = checkpoint.config
@@ -284,6 +287,8 @@ class LLM:
         engine = self._open_engine()
         text, token_ids = self._tokens(prompt)
         params = self._with_bad_words(params)
+        if params.structured_outputs is not None and self.tokenizer is None:
+            raise RequestError("structured_outputs: need the tokenizer, and skip_tokenizer_init is set")
         options = {**options, "cache_salt": prompt.get("cache_salt") if isinstance(prompt, Mapping) else None}
         engine.check_request(token_ids, params, request_id="prompt", **options)
         if params.stop and self.tokenizer is None:

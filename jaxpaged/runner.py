@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -41,6 +42,9 @@ from jaxpaged.model.draft import DraftInputs
 from jaxpaged.model.step import PromptLogprobs, StepInputs, StepOutputs
 from jaxpaged.model.weights import Weights
 from jaxpaged.offload.transfer import Offload
+from jaxpaged.structured.chooser import Chooser, Late
+from jaxpaged.structured.grammars import Grammars
+from jaxpaged.structured.matchers import Matchers
 from pallas_kernels import backends
 from pallas_kernels.paged_decode_attention import dispatch
 
@@ -72,6 +76,7 @@ class Runner(Protocol):
     num_pages: int
     duel: duel.Duel | None
     drafter: Drafter | None
+    matchers: Matchers | None
 
     def submit(self, plan: StepPlan) -> Callable[[], Result]:
         """Start one step, behind those before it; the call that comes back waits for it.
@@ -100,6 +105,13 @@ class Runner(Protocol):
         ...
 
 
+@dataclass(eq=False)
+class _Step:
+    """One that was submitted. What its masked rows sample is put in later."""
+
+    outputs: StepOutputs
+
+
 class JaxRunner:
     """Owns the weights, the page pool and one executable per bucket.
 
@@ -107,9 +119,18 @@ class JaxRunner:
     """
 
     def __init__(
-        self, config: EngineConfig, model: ModelConfig, weights: Weights, *, num_pages: int, draft: Draft | None = None
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        weights: Weights,
+        *,
+        num_pages: int,
+        draft: Draft | None = None,
+        grammars: Grammars | None = None,
     ):
-        """`draft`: the draft model, where speculation has one."""
+        """`draft`: the model that proposes, if one does. `grammars`: those of the model's tokenizer; without them no request may
+        have one.
+        """
         self.config, self.model, self.weights, self.num_pages = config, model, weights, num_pages
         self.buckets = config.buckets()
         self.cache = kv_cache.init_cache(model, num_pages, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
@@ -121,6 +142,11 @@ class JaxRunner:
         limits = {"num_sequences": config.max_num_seqs, "max_model_len": config.max_model_len, "num_fed": num_rows}
         limits["max_drafts"] = config.max_drafts
         self.adjuster = Adjuster(vocab_size=model.vocab_size, **limits)  # type: ignore[arg-type]
+        self.matchers, self._chooser = None, None
+        if grammars is not None:
+            self.matchers = Matchers(grammars, vocab_size=model.vocab_size)
+            self._chooser = Chooser(self.matchers, num_fed=num_rows)
+        self._late: tuple[_Step, Late] | None = None
         self.duel = None
         backend = attention_backend(config, model)
         options = {"config": model, "backend": backend, "max_logprobs": config.max_logprobs}
@@ -151,6 +177,7 @@ class JaxRunner:
 
     def submit(self, plan: StepPlan) -> Callable[[], Result]:
         """See `Runner.submit`."""
+        self._choose_late()
         if self.offload is not None and any(plan.transfers):
             self.cache = self.offload.transfer(self.cache, plan.transfers)
         if self.drafter is not None:
@@ -171,10 +198,16 @@ class JaxRunner:
         if self.duel is not None:
             outputs, evidence = outputs
             self.duel.record(plan, inputs, rows, evidence, self.cache)
+        step = _Step(outputs)
+        late = self._chooser.late(plan, rows, inputs) if self._chooser is not None else None
+        if late is not None:
+            self._late = step, late
+        else:
+            step.outputs = outputs.replace(logits=None)
+            outputs.token_ids.copy_to_host_async()
+            outputs.is_finite.copy_to_host_async()
         sequences = [chunk.sequence for chunk, _ in plan.outputs()]
         self._feed = batch.Feed(outputs.token_ids, dict(zip(sequences, rows, strict=True)))
-        outputs.token_ids.copy_to_host_async()
-        outputs.is_finite.copy_to_host_async()
         outputs.is_sound.copy_to_host_async()
         wanted = inputs.wants_logprobs[rows].tolist()
         prompts = [one for one in _prompt_places(plan, self.config.prefill_tile) if one[1]]  # type: ignore[arg-type]
@@ -185,7 +218,7 @@ class JaxRunner:
                 asked += [outputs.likeliest_ids, outputs.likeliest_logprobs]
         for array in asked + (jax.tree.leaves(outputs.prompt) if prompts else []):
             array.copy_to_host_async()
-        result = functools.partial(self._result, outputs, rows, sequences, wanted, prompts)
+        result = functools.partial(self._result, step, rows, sequences, wanted, prompts)
         if self.drafter is not None:
             result = self.drafter.with_proposals(result, proposals)
         return lambda: _with_faults(result(), np.asarray(outputs.is_sound), plan, bucket.decode_rows, self.config.prefill_tile)  # type: ignore[arg-type]
@@ -198,6 +231,16 @@ class JaxRunner:
         weights, caches = (self.weights, self.drafter.weights), (self.cache, self.drafter.cache)
         found, (self.cache, self.drafter.cache) = self.compiled[bucket](weights, caches, (inputs, drafting))
         return found
+
+    def _choose_late(self) -> None:
+        """Let the rows of the step before that have a grammar choose: the tokens before them are known by now."""
+        if self._late is None:
+            return
+        (step, late), self._late = self._late, None
+        step.outputs = self._chooser.choose(late, step.outputs)  # type: ignore[union-attr]
+        self._feed = self._feed._replace(token_ids=step.outputs.token_ids)
+        step.outputs.token_ids.copy_to_host_async()
+        step.outputs.is_finite.copy_to_host_async()
 
     def clean(self, pages: Seq[int]) -> None:
         """See `Runner.clean`."""
@@ -214,14 +257,17 @@ class JaxRunner:
         """See `Runner.fetched`."""
         return self.offload.fetched(wait) if self.offload is not None else []
 
-    @staticmethod
     def _result(
-        outputs: StepOutputs,
+        self,
+        step: _Step,
         rows: list[int],
         sequences: list[Sequence],
         wanted: list[bool],
         prompts: list[tuple[Chunk, list[int]]],
     ) -> Result:
+        if self._late is not None and self._late[0] is step:
+            self._choose_late()
+        outputs = step.outputs
         groups = [sequence.group for sequence in sequences]
         token_ids, is_finite = np.asarray(outputs.token_ids), np.asarray(outputs.is_finite)
         result = Result(token_ids[rows].tolist(), is_finite[rows].tolist())
@@ -258,6 +304,10 @@ class JaxRunner:
             self._copiers = dict(zip(self._copy_sizes, copiers, strict=True))
         self.adjuster.warm_up()
         _ = self._zeroer
+        if self._chooser is not None:
+            by_rows = {bucket.decode_rows + bucket.prefill_tiles: bucket for bucket in self.buckets}
+            for bucket in by_rows.values():
+                self._chooser.compile(self._padding(bucket))
         if self.offload is not None:
             self.offload.warm_up()
         logger.info("Compiled %d steps in %.1f s.", len(self.buckets), time.perf_counter() - started)
@@ -284,7 +334,8 @@ class JaxRunner:
     def _compile(self, bucket: Bucket) -> jax.stages.Compiled:
         arguments = self.weights, self.cache, self._padding(bucket)
         if self.drafter is not None:
-            arguments = tuple(zip(arguments, (self.drafter.weights, self.drafter.cache, self.drafter.padding(bucket)), strict=True))
+            of_draft = self.drafter.weights, self.drafter.cache, self.drafter.padding(bucket)
+            arguments = tuple(zip(arguments, of_draft, strict=True))
         return self._jitted.lower(*arguments).compile()
 
     def _padding(self, bucket: Bucket) -> StepInputs:
@@ -346,6 +397,8 @@ class JaxRunner:
         self.adjuster.close()
         if self.drafter is not None:
             self.drafter.close()
+        if self.matchers is not None:
+            self.matchers.grammars.close()
         for array in jax.tree.leaves((self.weights, self.cache)):
             if not array.is_deleted():
                 array.delete()

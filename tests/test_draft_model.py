@@ -25,6 +25,8 @@ from jaxpaged.config import ConfigError, EngineConfig
 from jaxpaged.drafter import Draft
 from jaxpaged.engine import Engine
 from jaxpaged.host.request import SamplingParams, Sequence
+from jaxpaged.host.scheduler import Scheduler
+from jaxpaged.model.cache import KVCache
 from jaxpaged.model.draft import BACKLOG
 from jaxpaged.runner import JaxRunner, plan_memory
 
@@ -43,7 +45,8 @@ OPTIONS = {
 }
 IN_SHORT = ("llama3", "mistral")  # one key/value head; a window in each layer, so that pages behind it are given back
 FAMILIES = [
-    pytest.param(family, id=family.name, marks=[] if family.name in IN_SHORT else pytest.mark.slow) for family in families.FAMILIES
+    pytest.param(family, id=family.name, marks=[] if family.name in IN_SHORT else pytest.mark.slow)
+    for family in families.FAMILIES
 ]
 LLAMA3 = next(family for family in families.FAMILIES if family.name == "llama3")
 
@@ -53,14 +56,14 @@ class PoisonedRunner(JaxRunner):
     draft's, which go on for as many tokens as are proposed.
     """
 
-    scheduler = None
+    scheduler: Scheduler | None = None
+    drafter: drafter.Drafter  # type: ignore[assignment]
 
     def submit(self, plan):
         """See JaxRunner.submit."""
         if self.scheduler is not None:
             self.cache = bits.plant_nan(self.cache, self, self.scheduler)
-            of_draft = dataclasses.replace(self.config), self.drafter.model
-            self.drafter.cache = _plant_nan(self.drafter.cache, *of_draft, self.num_pages, self.scheduler)
+            self.drafter.cache = _plant_nan(self.drafter, self.num_pages, self.scheduler)
         return super().submit(plan)
 
     def check_null_page(self) -> None:
@@ -69,20 +72,22 @@ class PoisonedRunner(JaxRunner):
         assert np.isfinite(np.asarray(pages.k_pages)[null]).all() and np.isfinite(np.asarray(pages.v_pages)[null]).all()
 
 
-def _plant_nan(cache, config: EngineConfig, model, num_pages: int, scheduler):
-    unused = np.ones((model.num_layers, num_pages, PAGE), bool)
+def _plant_nan(draft: drafter.Drafter, num_pages: int, scheduler: Scheduler) -> KVCache:
+    unused = np.ones((draft.model.num_layers, num_pages, PAGE), bool)
     unused[:, 0] = False  # rows of padding write there, and it is checked at the end
     for sequence in scheduler.running:
         places = np.arange(min(sequence.num_computed + 1 + K, len(sequence.pages) * PAGE))
         unused[:, np.array(sequence.pages, int)[places // PAGE], places % PAGE] = False
-    unused[:, [page for page in range(num_pages) if page in scheduler.pool.cache]] = False
-    return bits._plant(cache, unused.reshape(-1, PAGE))
+    unused[:, [page for page in range(num_pages) if page in scheduler.pool.cache]] = False  # type: ignore[operator]
+    return bits._plant(draft.cache, unused.reshape(-1, PAGE))
 
 
 def new_runner(family: families.Family, **options) -> PoisonedRunner:
     """A runner whose draft model has the shape of its target, in one program."""
     config = EngineConfig(**{**OPTIONS, "decode_row_buckets": (4 * (1 + K),), **options}).resolved(family.config, "cpu")
-    runner = PoisonedRunner(config, family.config, family.weights(), num_pages=PAGES, draft=Draft(family.config, family.weights()))
+    runner = PoisonedRunner(
+        config, family.config, family.weights(), num_pages=PAGES, draft=Draft(family.config, family.weights())
+    )
     runner.buckets = runner.buckets[-1:]
     return runner
 
@@ -99,17 +104,23 @@ def weights_of_another(family: families.Family):
 
 
 def engine_of(
-    runner: PoisonedRunner, *, is_same: bool = True, num_pages: int = PAGES, is_plain: bool = False, proposers: Seq = (), **options
+    runner: PoisonedRunner,
+    *,
+    is_same: bool = True,
+    num_pages: int = PAGES,
+    is_plain: bool = False,
+    proposers: Seq = (),
+    **options,
 ) -> Engine:
     """An engine around a runner; the draft model is the target itself or another one."""
     family = next(one for one in families.FAMILIES if one.config == runner.model)
     runner.drafter.weights = runner.weights if is_same else weights_of_another(family)
     config = dataclasses.replace(runner.config, **options)
-    drafter = runner.drafter
+    draft = runner.drafter
     if is_plain:
-        runner.drafter = None
+        runner.drafter = None  # type: ignore[assignment]
     engine = Engine(config, runner.model, runner, pool=ShuffledPool(num_pages), proposers=proposers)
-    runner.drafter, runner.scheduler = drafter, engine.scheduler
+    runner.drafter, runner.scheduler = draft, engine.scheduler
     return engine
 
 
@@ -118,7 +129,10 @@ def asks_of(family: families.Family, temperature: float, count: int = 12) -> lis
     prompts = family.prompts(count)
     prompts[5:7] = [[*prompts[4][:33], 1, 2], [*prompts[4][:24], 3]]
     return [
-        Ask(prompt[:70], SamplingParams(temperature=temperature, max_tokens=5 + 2 * index, ignore_eos=True, seed=index, n=1 + index % 3 // 2))
+        Ask(
+            prompt[:70],
+            SamplingParams(temperature=temperature, max_tokens=5 + 2 * index, ignore_eos=True, seed=index, n=1 + index % 3 // 2),
+        )
         for index, prompt in enumerate(prompts)
     ]
 
@@ -138,7 +152,9 @@ def expected(family: families.Family, temperature: float) -> dict:
 @pytest.mark.parametrize("num_pages", [PAGES, FEW_PAGES])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_are_those_without_and_the_target_is_always_right(family: families.Family, temperature: float, num_pages: int) -> None:
+def test_tokens_are_those_without_and_the_target_is_always_right(
+    family: families.Family, temperature: float, num_pages: int
+) -> None:
     runner = runner_of(family)
     for is_same in (True, False):
         engine = engine_of(runner, is_same=is_same, num_pages=num_pages)
@@ -242,8 +258,8 @@ def test_a_sequence_that_the_draft_is_far_behind_with_is_left_alone(monkeypatch:
     ask = Ask(LLAMA3.prompts(5)[1], greedy(40))
     plain = outputs_of(engine_of(runner_of(LLAMA3), is_plain=True), [ask])["0", 0]
     engine, step = engine_of(runner_of(LLAMA3)), 0
+    may_propose = engine.runner.drafter.may_propose  # type: ignore[union-attr]
     monkeypatch.setattr(engine.runner.drafter, "may_propose", lambda one: step not in range(4, 20) and may_propose(one))
-    may_propose = type(engine.runner.drafter).may_propose.__get__(engine.runner.drafter)
     engine.add_request(ask.prompt, ask.params, request_id="0")
     found = []
     while engine.has_unfinished:
@@ -287,7 +303,7 @@ def test_no_step_copies_the_pages_of_either_model(small: Engine) -> None:
     assert min(sizes) > 6 * 2**20 and len(runner.compiled) == 4
     for program in (*runner.compiled.values(), *runner._copiers.values()):
         analysis = program.memory_analysis()
-        assert analysis.alias_size_in_bytes >= sum(sizes) and analysis.temp_size_in_bytes < min(sizes) / 4
+        assert analysis is not None and analysis.alias_size_in_bytes >= sum(sizes) and analysis.temp_size_in_bytes < min(sizes) / 4
 
 
 def test_a_draft_model_of_another_shape_changes_no_token(small: Engine) -> None:
@@ -317,7 +333,7 @@ def test_a_closed_engine_holds_nothing_of_the_draft_model(small: Engine) -> None
 def test_a_draft_model_that_cannot_propose_is_refused(tmp_path) -> None:
     draft = dataclasses.replace(LLAMA3, fields={**LLAMA3.fields, "vocab_size": 64})
     with pytest.raises(ConfigError, match=r"^speculative_config: model: its vocabulary has 64 tokens, the target's has 96$"):
-        Engine.from_weights(EngineConfig(**OPTIONS), LLAMA3.config, None, draft=Draft(draft.config, None))
+        Engine.from_weights(EngineConfig(**OPTIONS), LLAMA3.config, None, draft=Draft(draft.config, None))  # type: ignore[arg-type]
     speculation = {"model": str(draft.save(tmp_path)), "num_speculative_tokens": 2}
     with pytest.raises(ConfigError, match=r"^speculative_config: model: its vocabulary has 64 tokens, the target's has 1,536$"):
         LLM(speculative_config=speculation)

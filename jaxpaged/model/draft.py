@@ -76,7 +76,9 @@ class Accepted:
 
     start: jax.Array  # int32 [Q], the position of the first of them
     last: jax.Array  # int32 [Q], the position of the last, which was sampled and is not computed yet
-    goal: jax.Array  # int32 [Q], the position up to which the draft is to compute: the last, or before `start` with a long backlog
+    goal: (
+        jax.Array
+    )  # int32 [Q], the position up to which the draft is to compute: the last, or before `start` with a long backlog
     token_ids: jax.Array  # int32 [Q, K + 2], from `start` on; past `last` they mean nothing
     wanted: DraftInputs
     sampling: SamplingInputs  # [Q]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -106,6 +107,7 @@ class StepOutputs:
     ranks: jax.Array  # int32 [R], of the token, likewise
     prompt: PromptLogprobs | None = None
     is_sound: jax.Array | None = None  # bool [R]: all hidden states of the row or tile are finite, whether it samples or not
+    logits: jax.Array | None = None  # float32 [R, V], of the model alone, for `rechoose`
 
     @classmethod
     def of(cls, scores: jax.Array, inputs: StepInputs, max_logprobs: int) -> StepOutputs:
@@ -115,7 +117,7 @@ class StepOutputs:
         best = likeliest(scores, inputs.beam_temperature, min(max_logprobs, scores.shape[1]))
         logprobs, ranks = logprobs_of(scores, token_ids, inputs.wants_logprobs)
         token_ids = jnp.pad(token_ids, (0, len(inputs.previous) - len(token_ids)))
-        return cls(token_ids, is_finite, *best, logprobs, ranks)
+        return cls(token_ids, is_finite, *best, logprobs, ranks, logits=scores)
 
     def told(
         self,
@@ -148,6 +150,41 @@ def _choose(scores: jax.Array, inputs: StepInputs) -> tuple[jax.Array, jax.Array
 
     # Tokens come out of the branches and not logits, which a step that changes none would copy.
     return lax.cond(adjustments.is_wanted(), adjusted, plainly, None)
+
+
+@flax.struct.dataclass
+class Masks:
+    """Which tokens rows may have. What there is to know of the rows is a step's, but for the places and last tokens."""
+
+    allowed: jax.Array  # uint32 [R, ceil(V / 32)], bit i % 32 of word i // 32 for token i
+    is_masked: jax.Array  # bool [R], the others keep their tokens
+    positions: jax.Array  # int32 [R], where the new token goes in its sequence
+    last: jax.Array  # int32 [R], the token before it
+    sampling: SamplingInputs
+    wants_logprobs: jax.Array  # bool [R]
+    adjustments: Adjustments
+
+
+def rechoose(
+    logits: jax.Array, token_ids: jax.Array, is_finite: jax.Array, logprobs: jax.Array, ranks: jax.Array, masks: Masks
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What a step says of its rows, the arguments after `logits`, once it is known which tokens its masked rows may have.
+
+    The masks come last, after all that a request wants of its logits, and take tokens away as that does: what is -inf stays so.
+    Log-probabilities are those of the model alone, as without a mask.
+    """
+    changed = lax.cond(masks.adjustments.is_wanted(), lambda x: adjust(x, masks.adjustments, masks.last)[0], lambda x: x, logits)
+    bits = masks.allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    is_allowed = bits.reshape(len(logits), -1)[:, : logits.shape[1]] != 0
+    changed = jnp.where(is_allowed, changed, -jnp.inf)
+    # A row that may have nothing draws from what is all -inf, and a row that is not masked is drawn again: neither is read.
+    chosen = sample(changed, masks.sampling, masks.positions)
+    found = logprobs_of(logits, chosen, masks.wants_logprobs & masks.is_masked)
+    keep = functools.partial(jnp.where, masks.is_masked)
+    R = len(logits)
+    token_ids = token_ids.at[:R].set(keep(chosen, token_ids[:R]))
+    is_finite = is_finite & (~masks.is_masked | (jnp.max(changed, axis=-1) > -jnp.inf))
+    return token_ids, is_finite, keep(found[0], logprobs), keep(found[1], ranks)
 
 
 def step(

@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxpaged.host.plan import NO_TRANSFERS, Transfers
 from jaxpaged.host.request import Request, SamplingParams
+from jaxpaged.host.structured import StructuredOutputsParams
 
 KEY_WORDS = 4  # of a key of the prefix cache
 MAX_ERROR = 1000  # characters of an exception that are kept
@@ -136,6 +137,8 @@ def _plain(value: Any) -> Any:
         return sorted(value)
     if isinstance(value, enum.Enum):
         return value.value
+    if isinstance(value, StructuredOutputsParams):
+        return value.given
     return repr(value)
 
 

@@ -14,24 +14,10 @@ from jaxpaged.host.request import RequestError
 
 MAX_NESTING = 100  # of lists and objects in messages and tools
 # Names that are a call's own or the environment's: a request that could set them would be the operator.
-RESERVED = [
-    "messages",
-    "tools",
-    "documents",
-    "add_generation_prompt",
-    "continue_final_message",
-    "chat_template",
-    "tokenize",
-    "return_dict",
-    "raise_exception",
-    "strftime_now",
-    "namespace",
-    "dict",
-    "range",
-    "lipsum",
-    "cycler",
-    "joiner",
-]
+RESERVED = (
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize",
+    "return_dict", "raise_exception", "strftime_now", "namespace", "dict", "range", "lipsum", "cycler", "joiner",
+)  # fmt: skip
 # Names under which a message's reasoning comes; templates read the first, those of gpt-oss the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "

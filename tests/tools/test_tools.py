@@ -84,6 +84,11 @@ WHOLE = [
     ("hermes", '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>', None, []),
     ("hermes", '<tool_call>{"name": "f", "name": "g", "arguments": {}}</tool_call>', None, []),
     ("hermes", '<tool_call>{"name": "f", "arguments": "{}"}</tool_call>', None, []),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {}, "arguments": {}}</tool_call>', None, []),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"x": [1,]}}</tool_call>', None, []),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1,}}</tool_call>', None, []),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {},}</tool_call>', None, []),
+    ("hermes", '<tool_call>{,"name": "f", "arguments": {}}</tool_call>', None, []),
     ("hermes", '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>', None, []),
     ("hermes", '<tool_call>{"name": "f", "arguments": {"x": "', None, []),
     (
