@@ -23,6 +23,7 @@ from jaxpaged.model import cache as kv_cache
 from jaxpaged.model.draft import BACKLOG, DraftInputs
 from jaxpaged.model.weights import Weights
 
+_ALL = 2**30  # tokens to propose: as many as there may be
 MAX_BACKLOG = 16 * BACKLOG  # a sequence that the draft is further behind with is left alone
 
 
@@ -32,6 +33,12 @@ class _Proposed(NamedTuple):
     position: int  # of the sequence's last token then
     token_ids: tuple[int, ...]
     pages: list[int]  # the sequence's own list, which is another one after it gave way
+
+    def num_wanted(self, chunk: Chunk) -> int:
+        """How many tokens are to be proposed next: one more than were thought worth it, so that more can be found to be."""
+        num_used = len(chunk.drafts)
+        num_usable = min(len(self.token_ids), chunk.sequence.request.max_len - chunk.start - 2)
+        return num_used + 1 if num_used < num_usable else _ALL
 
     def num_known(self, chunk: Chunk) -> int:
         """Tokens of the chunk's sequence whose keys and values the draft has, when it has those before the chunk.
@@ -79,8 +86,7 @@ class Drafter:
         self.page_size: int = config.block_size  # type: ignore[assignment]
         self.max_num_seqs: int = config.max_num_seqs  # type: ignore[assignment]
         self.cache = kv_cache.init_cache(model, num_pages, self.page_size, config.kv_cache_dtype)
-        self._is_adaptive = config.speculation.adaptive  # type: ignore[union-attr]
-        self.num_drafts = self.max_drafts  # to propose in a step
+        self.num_drafts = self._most = self.max_drafts  # to propose in a step, and at most
         self._is_asked = True  # whether drafts are wanted of the next step
         self._num_unasked = 0  # steps that decoded and of which none were, since one of which some were
         self._proposed: dict[Sequence, _Proposed] = {}  # by the last step that has been waited for
@@ -112,10 +118,10 @@ class Drafter:
         Args:
           rows: of `plan.outputs()`.
         """
-        num_drafts = self._num_wanted(plan)
+        proposed, self._proposed = self._proposed, {}
+        num_drafts = self._num_wanted(plan, proposed)
         inputs, asked = DraftInputs.new(self.num_sequences(bucket), num_drafts), []
         table: np.ndarray = inputs.table  # type: ignore[assignment]
-        proposed, self._proposed = self._proposed, {}
         at = 0
         for chunk in plan.chunks():
             sequence, num_drafted = chunk.sequence, len(chunk.drafts)
@@ -133,14 +139,14 @@ class Drafter:
         self._asked, self._num_asked = asked, num_drafts
         return inputs
 
-    def _num_wanted(self, plan: StepPlan) -> int:
+    def _num_wanted(self, plan: StepPlan, proposed: Mapping[Sequence, _Proposed]) -> int:
         """How many tokens a step is to propose; -1 when it runs without the draft model."""
         if plan.decodes:  # else nobody can have asked
             self._num_unasked = 0 if self._is_asked else self._num_unasked + 1
         self._is_asked = False
-        if self._is_adaptive and self._proposed and plan.decodes:
-            # One more than were thought worth it, so that it can be found that more are.
-            self.num_drafts = min(self.max_drafts, 1 + max(len(chunk.drafts) for chunk in plan.decodes))
+        found = ((chunk, proposed[chunk.sequence]) for chunk in plan.decodes if chunk.sequence in proposed)
+        wanted = [one.num_wanted(chunk) for chunk, one in found if one.position == chunk.start]
+        self.num_drafts = min(max(wanted, default=self.num_drafts), self._most)
         if self._num_unasked < 2:  # the first may be one that was planned ahead, before it was known what to ask for
             return self.num_drafts
         return 0 if plan.prefills else -1  # a prompt that the draft has not read would be too long to make up for
@@ -157,21 +163,20 @@ class Drafter:
 
         return wait
 
-    # --- as a proposer, see jaxpaged.speculative.Proposer: the tokens are there before it is asked ---
-
-    is_sure = False
-    is_free = True
+    # --- for jaxpaged.speculative.draft_model ---
 
     def may_propose(self, sequence: Sequence) -> bool:
-        """See `Proposer.may_propose`."""
+        """Whether a sequence is one that anything will be proposed for in the next steps."""
         return sequence not in self._left and _is_drawn(sequence)
 
-    def propose(self, asked: Mapping[Sequence, int]) -> Mapping[Sequence, Seq[int]]:
-        """See `Proposer.propose`. The step after it proposes too."""
-        self._is_asked = True
-        known = ((one, most, self._proposed[one]) for one, most in asked.items() if one in self._proposed)
-        # A step that was planned ahead has a token more than what was proposed in the meantime.
-        return {one: found.token_ids[:most] for one, most, found in known if found.position == one.num_tokens - 1}
+    def ask(self, most: int) -> None:
+        """Let the next step propose so many tokens or fewer. Without this it may be one that the draft takes no part in."""
+        self._is_asked, self._most = True, min(most, self.max_drafts)
+
+    def proposed(self, sequence: Sequence) -> tuple[int, ...]:
+        """What follows the tokens that are known of a sequence, as the last step says; nothing when it was planned ahead."""
+        found = self._proposed.get(sequence)
+        return found.token_ids if found is not None and found.position == sequence.num_tokens - 1 else ()
 
     # --- inside ---
 

@@ -29,6 +29,7 @@ from jaxpaged.host.request import FinishReason, Likelihood, Request, RequestErro
 from jaxpaged.observe import eyes
 from jaxpaged.runner import JaxRunner, Result, Runner, plan_memory, use_compilation_cache
 from jaxpaged.speculative import Proposer
+from jaxpaged.speculative.draft_model import DraftModelProposer
 from jaxpaged.speculative.drafting import Drafting, new_drafting
 from jaxpaged.structured.grammars import Grammars
 from jaxpaged.structured.matchers import is_constrained
@@ -62,8 +63,8 @@ class Engine:
         self.scheduler = scheduler.build(config, model, self.pool, costs=costs)
         self._prompts: dict[str, dict[int, Likelihood]] = {}  # of running requests that want them: by place in the prompt
         self._eyes = eyes.Eyes(config, self.scheduler, clock)
-        if runner.drafter is not None:
-            proposers = *proposers, runner.drafter
+        if runner.drafter is not None and config.speculation is not None and config.speculation.method == "draft_model":
+            proposers = *proposers, DraftModelProposer(runner.drafter, config.speculation.num_speculative_tokens)
         self._drafting: Drafting | None = new_drafting(config, proposers, clock)
         self.num_steps = 0
         self.num_prompt_tokens = 0

@@ -219,7 +219,7 @@ class JaxRunner:
         for array in asked + (jax.tree.leaves(outputs.prompt) if prompts else []):
             array.copy_to_host_async()
         result = functools.partial(self._result, step, rows, sequences, wanted, prompts)
-        if self.drafter is not None:
+        if self.drafter is not None and proposals is not None:
             result = self.drafter.with_proposals(result, proposals)
         return lambda: _with_faults(result(), np.asarray(outputs.is_sound), plan, bucket.decode_rows, self.config.prefill_tile)  # type: ignore[arg-type]
 

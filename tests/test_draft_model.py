@@ -119,7 +119,7 @@ def engine_of(
     draft = runner.drafter
     if is_plain:
         runner.drafter = None  # type: ignore[assignment]
-    engine = Engine(config, runner.model, runner, pool=ShuffledPool(num_pages), proposers=proposers)
+    engine = Engine(config, runner.model, runner, pool=ShuffledPool(num_pages), proposers=proposers)  # type: ignore[arg-type]
     runner.drafter, runner.scheduler = draft, engine.scheduler
     return engine
 
@@ -303,7 +303,9 @@ def test_no_step_copies_the_pages_of_either_model(small: Engine) -> None:
     assert min(sizes) > 6 * 2**20 and len(runner.compiled) == 4
     for program in (*runner.compiled.values(), *runner._copiers.values()):
         analysis = program.memory_analysis()
-        assert analysis is not None and analysis.alias_size_in_bytes >= sum(sizes) and analysis.temp_size_in_bytes < min(sizes) / 4
+        assert (
+            analysis is not None and analysis.alias_size_in_bytes >= sum(sizes) and analysis.temp_size_in_bytes < min(sizes) / 4
+        )
 
 
 def test_a_draft_model_of_another_shape_changes_no_token(small: Engine) -> None:
