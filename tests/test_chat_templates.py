@@ -39,7 +39,9 @@ from jaxpaged.host.request import RequestError
 from jaxpaged.outputs import CompletionOutput, RequestOutput
 from jaxpaged.templates.process import MAX_QUESTION_BYTES, MAX_RENDERED, TemplateError, TemplateProcess
 from jaxpaged.tokenizer import Tokenizer
+from jaxpaged.tools import parse
 
+BEGINS = {"qwen2.5": "<tool_call>", "qwen3": "<tool_call>", "llama3.1": '{"name"', "mistral": "[TOOL_CALLS]"}
 NOW = datetime(2026, 3, 4, 5, 6, 7)
 USER = [{"role": "user", "content": "hello"}]
 
@@ -148,6 +150,23 @@ def test_arguments_are_objects_to_a_template_and_texts_in_messages(ours: Tokeniz
     assert isinstance(as_text[1]["tool_calls"][0]["function"]["arguments"], str)  # the caller's own stays as it was
     as_text[1]["tool_calls"][0]["function"]["arguments"] = ""
     assert '"arguments": {}' in ours.apply_chat_template(as_text, chat_template=QWEN25)
+
+
+@pytest.mark.parametrize(
+    ("parser", "family"), [("hermes", "qwen2.5"), ("hermes", "qwen3"), ("mistral", "mistral"), ("llama3_json", "llama3.1")]
+)
+def test_calls_that_were_found_go_back_into_a_chat(ours: Tokenizer, parser: str, family: str) -> None:
+    def rendered(messages: list[dict[str, Any]]) -> str:
+        return ours.apply_chat_template(messages, chat_template=FAMILIES[family], tools=TOOLS, now=NOW)
+
+    asked = CONVERSATIONS["called"][:1]
+    said = rendered(CONVERSATIONS["called"][:2])
+    answer = said[said.rindex(BEGINS[family]) :]  # as a model would write it that was trained on this
+    reply = parse(answer, parser, make_id=lambda: CALL["id"])
+    [call] = reply.tool_calls
+    assert json.loads(call.function.arguments) == CALL["function"]["arguments"]
+    given_back = [*asked, {"role": "assistant", "content": "", "tool_calls": reply.tool_calls}, CONVERSATIONS["called"][2]]
+    assert rendered(given_back) == rendered(CONVERSATIONS["called"])
 
 
 def test_parts_are_text(ours: Tokenizer) -> None:
@@ -420,6 +439,7 @@ def test_what_a_chat_cannot_do_is_one_line(llm: LLM) -> None:
     for options, problem in [
         ({"tool_call_parser": "hermis"}, "tool_call_parser: got 'hermis', expected one of .*did you mean 'hermes'"),
         ({"tool_call_parser": "auto"}, "tool_call_parser: got 'auto', and no parser fits"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs: got list, expected names and values"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs: 'tokenize' cannot be set"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs: 'chat_template' cannot be set"),
         (

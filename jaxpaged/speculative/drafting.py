@@ -164,10 +164,7 @@ class Drafting:
             "num_drafts": self.num_drafts,
             "num_draft_tokens": self.num_draft_tokens,
             "num_accepted_tokens": self.num_accepted_tokens,
-            **{
-                f"num_accepted_tokens_per_pos_{at}": self.num_accepted_at[at]
-                for at in range(max(self.most, len(self.num_accepted_at)))
-            },
+            **{f"num_accepted_tokens_per_pos_{at}": self.num_accepted_at[at] for at in range(num_places)},
         }
         return {f"spec_decode_{name}": count for name, count in found.items()}
 

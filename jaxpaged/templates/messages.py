@@ -5,6 +5,7 @@ Knows what a conversation looks like. Refuses to know templates beyond whether t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -36,6 +37,8 @@ def plain(value: Any, name: str, depth: int = 0) -> Any:
     for plain_type in (str, int, float):
         if isinstance(value, plain_type):
             return plain_type(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # our own ToolCall, given back
+        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)}, name, depth)
     return f"<{type(value).__name__}>"
 
 
