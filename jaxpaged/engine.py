@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 
 from jaxpaged.config import MAX_SURE_DRAFTS, EngineConfig, ModelConfig, nearest
+from jaxpaged.drafter import Draft, check_draft
 from jaxpaged.duel import Duel
 from jaxpaged.host import scheduler
 from jaxpaged.host.beam_params import check_room
@@ -28,6 +29,7 @@ from jaxpaged.host.request import FinishReason, Likelihood, Request, RequestErro
 from jaxpaged.observe import eyes
 from jaxpaged.runner import JaxRunner, Result, Runner, plan_memory, use_compilation_cache
 from jaxpaged.speculative import Proposer
+from jaxpaged.speculative.draft_model import DraftModelProposer
 from jaxpaged.speculative.drafting import Drafting, new_drafting
 from jaxpaged.structured.grammars import Grammars
 from jaxpaged.structured.matchers import is_constrained
@@ -62,6 +64,8 @@ class Engine:
         self._prompts: dict[str, dict[int, Likelihood]] = {}  # of running requests that want them: by place in the prompt
         self._eyes = eyes.Eyes(config, self.scheduler, clock)
         self._row_sizes = sorted({bucket.decode_rows for bucket in config.buckets()})
+        if runner.drafter is not None and config.speculation is not None and config.speculation.method == "draft_model":
+            proposers = *proposers, DraftModelProposer(runner.drafter, config.speculation.num_speculative_tokens)
         self._drafting: Drafting | None = new_drafting(config, proposers, clock)
         self.num_steps = 0
         self.num_prompt_tokens = 0
@@ -79,6 +83,7 @@ class Engine:
         model: ModelConfig,
         weights,
         *,
+        draft: Draft | None = None,
         use_tqdm: bool = False,
         pool_type: type[PagePool] = PagePool,
         grammars: Grammars | None = None,
@@ -87,12 +92,18 @@ class Engine:
 
         Args:
           weights: `jaxpaged.model.weights.Weights` of `config.dtype`; the engine owns them from here and `close` deletes them.
+          draft: the draft model with its weights, likewise, where `config.speculation` is by one.
           grammars: of the model's tokenizer, for requests with structured_outputs.
+
+        Raises:
+          ConfigError: an option cannot be, or the draft model cannot propose for this one.
         """
         config = config.resolved(model, jax.default_backend())
+        if draft is not None:
+            check_draft(draft.model, model)
         use_compilation_cache(config.compilation_cache_dir)
-        num_pages = plan_memory(config, model)
-        runner = JaxRunner(config, model, weights, num_pages=num_pages, grammars=grammars)
+        num_pages = plan_memory(config, model, draft.model if draft is not None else None)
+        runner = JaxRunner(config, model, weights, num_pages=num_pages, draft=draft, grammars=grammars)
         if not config.enforce_eager:
             runner.warm_up(use_tqdm=use_tqdm)
         runner.log_memory()

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from jaxpaged import checkpoint as checkpoints
 from jaxpaged.checkpoint import Checkpoint, CheckpointError
 from jaxpaged.config import EngineConfig, ModelConfig
-from jaxpaged.demo import MODEL_DIR
+from jaxpaged.demo import DRAFT_DIR, MODEL_DIR
+from jaxpaged.drafter import Draft, check_draft
 from jaxpaged.duel import Duel
 from jaxpaged.engine import Engine
 from jaxpaged.growing import GrowingRequest
@@ -79,15 +80,21 @@ class LLM:
         # Everything that can be refused is refused before the weights are read.
         resolved = config.resolved(checkpoint.config, jax.default_backend())
         attention_backend(resolved, checkpoint.config)
+        draft_checkpoint = _open_draft(resolved, checkpoint)
         self.tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, checkpoint)
         self.generation_defaults = checkpoint.generation_defaults
         self._default_params = _default_params(checkpoint)
 
         started = time.perf_counter()
         weights = checkpoints.load(checkpoint, resolved.dtype, allow_nonfinite=config.allow_nonfinite, use_tqdm=use_tqdm_on_load)
+        draft = None
+        if draft_checkpoint is not None:
+            options = {"allow_nonfinite": config.allow_nonfinite, "use_tqdm": use_tqdm_on_load}
+            draft = Draft(draft_checkpoint.config, checkpoints.load(draft_checkpoint, resolved.dtype, **options))
         self.load_s = time.perf_counter() - started
         grammars = Grammars(self.tokenizer.backend.to_str) if self.tokenizer is not None else None
-        self.engine = Engine.from_weights(config, checkpoint.config, weights, use_tqdm=use_tqdm_on_load, grammars=grammars)
+        options = {"draft": draft, "grammars": grammars, "use_tqdm": use_tqdm_on_load}
+        self.engine = Engine.from_weights(config, checkpoint.config, weights, **options)  # type: ignore[arg-type]
         self.warm_up_s = time.perf_counter() - started - self.load_s
         self.config: EngineConfig = self.engine.config
         self.model_config: ModelConfig = checkpoint.config
@@ -496,6 +503,22 @@ def open_model(model: str | None, revision: str | None = None) -> Checkpoint:
     for warning in checkpoint.warnings:
         logger.warning("%s", warning)
     return checkpoint
+
+
+def _open_draft(config: EngineConfig, target: Checkpoint) -> Checkpoint | None:
+    """The checkpoint of the draft model that resolved options ask for, its weights not yet read; None when they ask for none.
+
+    Raises:
+      ConfigError: it cannot propose for the target.
+      CheckpointError: it cannot be found.
+    """
+    speculation = config.speculation
+    if speculation is None or speculation.method != "draft_model":
+        return None
+    draft = open_model(speculation.model if speculation.model is not None else os.fspath(DRAFT_DIR))
+    check_draft(draft.config, target.config)
+    attention_backend(config, draft.config)
+    return draft
 
 
 def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer:

@@ -20,6 +20,7 @@ from driving import Ask, ShuffledPool, another_engine
 from scipy import stats
 
 from jaxpaged.config import EngineConfig
+from jaxpaged.drafter import Draft
 from jaxpaged.engine import Engine
 from jaxpaged.host.request import SamplingParams
 from jaxpaged.host.request import Sequence as Output
@@ -220,15 +221,22 @@ class Likeliest:
 
 
 def drawn_distribution(
-    num_draws: int, probabilities: np.ndarray, *, seed: int, top_k: int = 0
+    num_draws: int, probabilities: np.ndarray, *, seed: int, top_k: int = 0, draft: Draft | None = None
 ) -> tuple[np.ndarray, dict[str, int | float]]:
-    """How often each text comes when the engine draws it with drafts, 125 at a time; and the engine's counters."""
+    """How often each text comes when the engine draws it with drafts, 125 at a time; and the engine's counters.
+
+    Args:
+      draft: a model that proposes; None are the `Likeliest`.
+    """
     options = {"max_num_seqs": 125, "max_num_batched_tokens": 400, "decode_row_buckets": (375,), "prefill_tile_buckets": (25,)}
     options |= {"num_gpu_blocks_override": 125 * 3 + 1, "speculative_config": {**NGRAM, "num_speculative_tokens": 2}}
     counts: Counter[tuple[int, ...]] = Counter()
+    if draft is not None:
+        options["speculative_config"] = {"model": "of the test", "num_speculative_tokens": 2, "adaptive": False}
     config = EngineConfig(**{**OPTIONS, **options})
-    with Engine.from_weights(config, SMALL.config, SMALL.weights()) as engine:
-        engine._drafting.proposers = (Likeliest(probabilities, seed),)  # type: ignore[union-attr]
+    with Engine.from_weights(config, SMALL.config, SMALL.weights(), draft=draft) as engine:
+        if draft is None:
+            engine._drafting.proposers = (Likeliest(probabilities, seed),)  # type: ignore[union-attr]
         for first in range(0, num_draws, 125):
             params = SamplingParams(
                 n=125, temperature=HEAT, top_k=top_k, max_tokens=LENGTH, ignore_eos=True, seed=seed * 10**9 + first
@@ -257,13 +265,19 @@ def p_value(counts: np.ndarray, probabilities: np.ndarray) -> float:
     return float(stats.chisquare(observed[kept], wanted[kept] * observed[kept].sum() / wanted[kept].sum()).pvalue)
 
 
-def chi_square(num_draws: int, seeds: Sequence[int] = (0, 1)) -> int:
-    """Draws, of the whole distribution and of one that is cut: raises when either is not the exact one."""
+def chi_square(num_draws: int, seeds: Sequence[int] = (0, 1), *, has_draft_model: bool = False) -> int:
+    """Draws, of the whole distribution and of one that is cut: raises when either is not the exact one.
+
+    Args:
+      has_draft_model: what is proposed comes from a model with other weights, which is often wrong.
+    """
     each = num_draws // len(seeds)
     for seed in seeds:
         top_k = 5 * (seed % 2)
         probabilities = exact_distribution(top_k)
-        counts, counters = drawn_distribution(each, probabilities, seed=seed, top_k=top_k)
+        bad = dataclasses.replace(SMALL, seed=SMALL.seed + 1000)
+        draft = Draft(bad.config, bad.weights()) if has_draft_model else None
+        counts, counters = drawn_distribution(each, probabilities, seed=seed, top_k=top_k, draft=draft)
         share = counters["spec_decode_num_accepted_tokens"] / counters["spec_decode_num_draft_tokens"]
         assert 0.1 < share < 0.9 and counters["spec_decode_num_draft_tokens"] > each, f"{share:.0%} of the drafts were accepted"
         p = p_value(counts, probabilities)

@@ -11,6 +11,7 @@ Tokens per step are those of one sequence in a step that decodes it: without spe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import random
@@ -28,6 +29,7 @@ from jaxpaged.llm import LLM
 # What else a method needs; a row of the table is a method and a number of tokens.
 METHODS: dict[str, dict[str, Any]] = {
     "ngram": {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4},
+    "draft_model": {"method": "draft_model"},
 }
 WORKLOADS = {"repeats": 0.0, "story": 1.0}  # and the temperature
 ADAPTIVE = 0  # stands for the number of tokens of the engine that chooses it
@@ -43,7 +45,7 @@ def prompts_of(workload: str, llm: LLM, count: int, length: int) -> list[list[in
     return found
 
 
-def engines_of(llm: LLM, method: str, tokens: Seq[int]) -> dict[int | None, Engine]:
+def engines_of(llm: LLM, plain: LLM, speculation: dict[str, Any], tokens: Seq[int]) -> dict[int | None, Engine]:
     """Engines around the steps of one: None is without speculation, the others by their number of proposed tokens."""
     engine = llm.engine
 
@@ -51,14 +53,14 @@ def engines_of(llm: LLM, method: str, tokens: Seq[int]) -> dict[int | None, Engi
         config = dataclasses.replace(engine.config, speculative_config=speculation)
         return Engine(config, engine.model, engine.runner)
 
-    engines: dict[int | None, Engine] = {None: around(None)}
+    engines: dict[int | None, Engine] = {None: plain.engine if plain is not llm else around(None)}
     for count in tokens:
-        engines[count] = around({**METHODS[method], "num_speculative_tokens": count, "adaptive": False})
-    engines[ADAPTIVE] = around({**METHODS[method], "num_speculative_tokens": max(tokens)})
+        engines[count] = around({**speculation, "num_speculative_tokens": count, "adaptive": False})
+    engines[ADAPTIVE] = around({**speculation, "num_speculative_tokens": max(tokens)})
     return engines
 
 
-def serve(engine: Engine, prompts: Seq[list[int]], num_seqs: int, num_tokens: int, temperature: float) -> dict[str, float]:
+def serve(engine: Engine, prompts: Seq[list[int]], num_seqs: int, num_tokens: int, temperature: float) -> dict[str, Any]:
     """Tokens per second over all prompts, so many at a time, and what became of what was proposed."""
     params = SamplingParams(temperature=temperature, seed=1, max_tokens=num_tokens, ignore_eos=True)
     before, waiting, num_live, num_new = engine.stats(), list(prompts), 0, 0
@@ -75,6 +77,9 @@ def serve(engine: Engine, prompts: Seq[list[int]], num_seqs: int, num_tokens: in
         after.get(f"spec_decode_{name}", 0) - before.get(f"spec_decode_{name}", 0)
         for name in ("num_draft_tokens", "num_accepted_tokens")
     )
+    places = sorted(name for name in after if name.startswith("spec_decode_num_accepted_tokens_per_pos_"))
+    num_drafts = after.get("spec_decode_num_drafts", 0) - before.get("spec_decode_num_drafts", 0)
+    accepted_at = [round((after[name] - before[name]) / num_drafts, 3) if num_drafts else 0.0 for name in places]
     # The first token of each comes of its prompt.
     num_decoded = num_new - len(prompts)
     return {
@@ -82,6 +87,7 @@ def serve(engine: Engine, prompts: Seq[list[int]], num_seqs: int, num_tokens: in
         "tokens_per_step": num_decoded / (num_decoded - accepted),
         "proposed_per_token": proposed / num_new,
         "acceptance": accepted / proposed if proposed else 0.0,
+        "accepted_at": accepted_at,
     }
 
 
@@ -89,7 +95,7 @@ def compare(
     engines: dict[int | None, Engine], prompts: Seq[list[int]], num_seqs: int, *, temperature: float, rounds: int, num_tokens: int
 ) -> list[dict[str, Any]]:
     """A row for each engine with speculation; one turn before does not count."""
-    turns: dict[int, list[tuple[float, dict[str, float]]]] = {count: [] for count in engines if count is not None}
+    turns: dict[int, list[tuple[float, dict[str, Any]]]] = {count: [] for count in engines if count is not None}
     for turn in range(rounds + 1):
         plain = [serve(engines[None], prompts, num_seqs, num_tokens, temperature)["tokens_per_s"]]
         for count, several in turns.items():
@@ -99,7 +105,9 @@ def compare(
                 several.append((statistics.mean(plain[-2:]), found))
     rows = []
     for count, several in turns.items():
-        medians = {name: statistics.median(found[name] for _, found in several) for name in several[0][1]}
+        last = several[-1][1]
+        medians = {name: statistics.median(found[name] for _, found in several) for name in last if name != "accepted_at"}
+        medians["accepted_at"] = last["accepted_at"][: count or None]
         ratios = spread([found["tokens_per_s"] / beside for beside, found in several])
         beside = statistics.median(beside for beside, _ in several)
         rows.append({"num_seqs": num_seqs, "tokens": count, "plain_tokens_per_s": beside, **medians, **ratios})
@@ -129,6 +137,8 @@ def table(rows: Seq[dict[str, Any]]) -> str:
             speeds = f"{row['plain_tokens_per_s']:,.0f}", f"{row['tokens_per_s']:,.0f}"
             ratio = "{:.2f} (half within {:.2f}-{:.2f})".format(row["ratio"], *row["quartiles"])
             lines.append(line(*key, row["tokens"] or "adaptive", *rates, *speeds, ratio))
+        longest = max(group, key=lambda row: row["tokens"])["accepted_at"]
+        lines.append(f"{'':9}accepted, by place among those proposed: {', '.join(f'{share:.0%}' for share in longest)}")
         lines.append(f"{'':9}{verdict(group)}")
     return "\n".join(lines)
 
@@ -137,6 +147,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m jaxpaged.bench.speculation", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", help="a directory or hub id (default: the bundled model)")
+    parser.add_argument("--draft", help="directory or hub id of the draft model (default: the one of the bundled model)")
+    parser.add_argument("--dtype", default="auto", help="(%(default)s)")
     parser.add_argument("--method", default=",".join(METHODS), help="separated by commas (%(default)s)")
     parser.add_argument("--num-seqs", default="1,16", help="sequences at a time, separated by commas (%(default)s)")
     parser.add_argument("--tokens", default="1,2,3,4,5,6,7,8", help="that are proposed at a time, likewise (%(default)s)")
@@ -159,8 +171,14 @@ def main(argv: list[str] | None = None) -> int:
             sizes = tuple(sorted({count, *(count * (1 + most) for most in tokens)}))
             options = {"model": args.model, "use_tqdm_on_load": False, "max_num_seqs": count, "prefill_tile_buckets": (4,)}
             options |= {"decode_row_buckets": sizes, "flight_recorder_bytes": 0, "max_num_batched_tokens": max(512, sizes[-1])}
-            with LLM(**options, speculative_config={**METHODS[method], "num_speculative_tokens": max(tokens)}) as llm:
-                engines = engines_of(llm, method, tokens)
+            options["dtype"] = args.dtype
+            speculation = {**METHODS[method], **({"model": args.draft} if method == "draft_model" else {})}
+            with contextlib.ExitStack() as stack:
+                wanted = {**speculation, "num_speculative_tokens": max(tokens)}
+                llm = plain = stack.enter_context(LLM(**options, speculative_config=wanted))
+                if method == "draft_model":  # its steps are no plain ones
+                    plain = stack.enter_context(LLM(**{**options, "decode_row_buckets": sizes[:1]}))
+                engines = engines_of(llm, plain, speculation, tokens)
                 for workload, temperature in WORKLOADS.items():
                     prompts = prompts_of(workload, llm, max(4, count), args.input_len)
                     given = {"temperature": temperature, "rounds": args.rounds, "num_tokens": args.output_len}
