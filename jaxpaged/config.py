@@ -298,8 +298,9 @@ class EngineConfig:
         each id that ends it.
       batch_invariant: the same bits for a request, whatever shares its batch and however it is chunked, cached and preempted, on
         one machine with one backend: tokens, log-probabilities, scores. Norms and products then run in tiles of 16 tokens, and
-        attention token by token. COST Seen on CPUs alone, with each backend that runs there; on a GPU it has not run, attention
-        would be called for one token at a time, and no promise is made.
+        attention token by token. On 2 loaded CPU cores it leaves 0.35 of the tokens/s of one float32 sequence of a 135M model, as
+        many of 16 sequences, half of those of prompts; in bfloat16 0.8 to 1.0 of all (`python -m jaxpaged.bench.batch_invariant`).
+        Seen on CPUs alone: on a GPU attention would be called for one token at a time, and nothing is promised.
       kv_cache_dtype: of the page pool; auto is dtype.
       num_gpu_blocks_override: pages of the pool, whatever the memory.
       kv_cache_memory_bytes: bytes of the pool; overrides gpu_memory_utilization.
