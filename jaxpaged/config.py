@@ -299,7 +299,7 @@ class EngineConfig:
       batch_invariant: the same bits for a request, whatever shares its batch and however it is chunked, cached and preempted, on
         one machine with one backend: tokens, log-probabilities, scores. Norms and products then run in tiles of 16 tokens, and
         attention token by token. On 2 loaded CPU cores it leaves 0.35 of the tokens/s of one float32 sequence of a 135M model, as
-        many of 16 sequences, half of those of prompts; in bfloat16 0.8 to 1.0 of all (`python -m jaxpaged.bench.batch_invariant`).
+        many of 16, and half of those of prompts; in bfloat16 0.8 to 1.0 of all (`python -m jaxpaged.bench.batch_invariant`).
         Seen on CPUs alone: on a GPU attention would be called for one token at a time, and nothing is promised.
       kv_cache_dtype: of the page pool; auto is dtype.
       num_gpu_blocks_override: pages of the pool, whatever the memory.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import families
 import invariance
@@ -114,7 +115,7 @@ def test_no_step_copies_the_pool() -> None:
     pool_bytes = num_pages * kv_cache.page_bytes(model, 16, "bfloat16")
     runner = JaxRunner(config, model, model_weights.init(model, jax.random.key(0), "bfloat16"), num_pages=num_pages)
     runner.warm_up(use_tqdm=False)
-    analyses = [compiled.memory_analysis() for compiled in runner.compiled.values()]
+    analyses: list[Any] = [compiled.memory_analysis() for compiled in runner.compiled.values()]
     runner.close()
     assert pool_bytes >= 256 << 20 and len(analyses) == 2
     assert max(analysis.temp_size_in_bytes for analysis in analyses) < pool_bytes / 20
