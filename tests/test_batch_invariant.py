@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import families
 import invariance
@@ -66,15 +67,16 @@ def _without(operation):
     return lambda *given, batch_invariant, **options: operation(*given, **options)
 
 
-def test_a_seed_means_the_same_tokens_in_another_process_and_in_a_crowd(engine: Engine, tmp_path: Path) -> None:
-    """Alone in a process of its own, with other shapes; here in a crowd, with preemptions, and once more after that."""
+def test_a_seed_means_the_same_tokens_in_another_process_and_in_a_crowd(engine: Engine) -> None:
+    """Alone in a process of its own; here in a crowd, with preemptions, and once more after that."""
     prompt, count = [5, 6, 7] * 9, 20
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     script = f"""
 import json, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import jax, invariance
 from jaxpaged.host.request import SamplingParams
-jax.config.update("jax_compilation_cache_dir", {jax.config.jax_compilation_cache_dir!r})
+jax.config.update("jax_compilation_cache_dir", {folder!r})
 engine = invariance.new_engine(batch_invariant=True)
 engine.add_request({prompt!r}, SamplingParams(seed=2**40 + 1, max_tokens={count}, ignore_eos=True))
 print(json.dumps([event.token_id for _ in range(100) for event in engine.step()]))
@@ -114,7 +116,7 @@ def test_no_step_copies_the_pool() -> None:
     pool_bytes = num_pages * kv_cache.page_bytes(model, 16, "bfloat16")
     runner = JaxRunner(config, model, model_weights.init(model, jax.random.key(0), "bfloat16"), num_pages=num_pages)
     runner.warm_up(use_tqdm=False)
-    analyses = [compiled.memory_analysis() for compiled in runner.compiled.values()]
+    analyses: list[Any] = [compiled.memory_analysis() for compiled in runner.compiled.values()]
     runner.close()
     assert pool_bytes >= 256 << 20 and len(analyses) == 2
     assert max(analysis.temp_size_in_bytes for analysis in analyses) < pool_bytes / 20
