@@ -23,6 +23,7 @@ import faults
 import figures
 import fuzz
 import reuse
+import speculation
 import tool_texts
 
 Figure = tuple[str, str, Callable[[float], int]]
@@ -72,6 +73,8 @@ FIGURES: list[Figure] = [
         "texts with tool calls, right and wrong, in deltas and whole, against a slow oracle",
         lambda x: tool_texts.fuzz(some(10_000, x)),
     ),
+    ("R21", "requests of a real model with drafts, tokens of each without", lambda x: speculation.crowds(some(20, x, 100))),
+    ("R21", "draws with drafts, against the exact distribution", lambda x: speculation.chi_square(max(8000, round(200_000 * x)))),
     ("R43", "requests whose pages are found by 4 bits of their keys", lambda x: figures.collisions(some(1000, x))[0]),
 ]
 
