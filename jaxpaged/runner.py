@@ -33,6 +33,7 @@ from jaxpaged.host.preemption import SwapCosts
 from jaxpaged.host.request import Likelihood, Sequence
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import duel as model_duel
+from jaxpaged.model import processors
 from jaxpaged.model import step as model_step
 from jaxpaged.model import weights as model_weights
 from jaxpaged.model.step import PromptLogprobs, StepInputs, StepOutputs
@@ -59,7 +60,7 @@ class Result(NamedTuple):
     """What a step yields, for each of `plan.outputs()` in its order; what nobody wants is None."""
 
     token_ids: Seq[int]
-    is_finite: Seq[bool]  # whether the logits were finite numbers
+    is_finite: Seq[bool]  # whether what was computed were finite numbers
     candidates: Seq[Candidates] | None = None  # of beams; nothing for what is no beam
     likelihoods: Seq[Likelihood | None] | None = None  # of the tokens; None for those of which it is not wanted
     prompts: Seq[tuple[Chunk, list[Likelihood]]] = ()  # of the prompt's tokens from `chunk.start + 1` on
@@ -75,8 +76,8 @@ class Runner(Protocol):
     def submit(self, plan: StepPlan) -> Callable[[], Result]:
         """Start one step, behind those before it; the call that comes back waits for it.
 
-        A chunk whose token is pending takes it from the step before.
-        Where one of `plan.unsampled()` was not finite, tokens and what was finite go on with those, in their order.
+        A chunk whose token is pending takes it from the step before. Where one of `plan.unsampled()` was not finite, `token_ids`,
+        `is_finite` and `candidates` go on with those, in their order.
         """
         ...
 
@@ -134,14 +135,16 @@ class JaxRunner:
         limits["max_drafts"] = config.max_drafts
         self.adjuster = Adjuster(vocab_size=model.vocab_size, **limits)  # type: ignore[arg-type]
         self.matchers, self._chooser = None, None
+        of_tokens = {"max_logprobs": config.max_logprobs, "logprobs_mode": config.logprobs_mode}
+        of_tokens["processors"] = config.logits_processors  # type: ignore[assignment]
+        processors.check(config.logits_processors, config.extra_args, num_rows, model.vocab_size)
         if grammars is not None:
             self.matchers = Matchers(grammars, vocab_size=model.vocab_size)
-            self._chooser = Chooser(self.matchers, num_fed=num_rows)
+            self._chooser = Chooser(self.matchers, num_fed=num_rows, **of_tokens)  # type: ignore[arg-type]
         self._late: tuple[_Step, Late] | None = None
         self.duel = None
         backend = attention_backend(config, model)
-        options = {"config": model, "backend": backend, "max_logprobs": config.max_logprobs}
-        options["batch_invariant"] = config.batch_invariant
+        options = {"config": model, "backend": backend, "batch_invariant": config.batch_invariant, **of_tokens}
         step = functools.partial(model_step.step, **options)
         if config.compare_with is not None:
             rival = attention_backend(config, model, "compare_with")
@@ -172,7 +175,8 @@ class JaxRunner:
         inputs, rows = self._pad(plan, bucket, self._feed)
         if bucket not in self.compiled:  # enforce_eager
             self.compiled[bucket] = self._compile(bucket)
-        inputs = inputs.replace(adjustments=self.adjuster.adjustments(plan, rows, len(inputs.sample_at), self._feed))  # type: ignore[attr-defined]
+        adjustments = self.adjuster.adjustments(plan, rows, len(inputs.sample_at), self._feed)
+        inputs = inputs.replace(adjustments=adjustments, extra=self._extra(plan, rows, len(inputs.sample_at)))  # type: ignore[attr-defined]
         outputs, self.cache = self.compiled[bucket](self.weights, self.cache, inputs)
         if self.duel is not None:
             outputs, evidence = outputs
@@ -305,7 +309,18 @@ class JaxRunner:
     def _padding(self, bucket: Bucket) -> StepInputs:
         """A step of nothing."""
         inputs, _ = self._pad(StepPlan((), ()), bucket, self._feed)
-        return inputs.replace(adjustments=self.adjuster.plain(len(inputs.sample_at)))  # type: ignore[attr-defined]
+        R = len(inputs.sample_at)
+        return inputs.replace(adjustments=self.adjuster.plain(R), extra=self._extra(StepPlan((), ()), [], R))  # type: ignore[attr-defined]
+
+    def _extra(self, plan: StepPlan, rows: Seq[int], num_rows: int) -> dict[str, np.ndarray] | None:
+        """The numbers of `extra_args` that logits processors ask for, for each row of a step; None without processors."""
+        if not self.config.logits_processors:
+            return None
+        found = {name: np.full(num_rows, default, np.float32) for name, default in self.config.extra_args.items()}
+        for row, (chunk, _) in zip(rows, plan.outputs(), strict=True):
+            for name, number in chunk.sequence.request.params.extra_numbers.items():
+                found[name][row] = number
+        return found
 
     def _copy(self, copies: Seq[tuple[int, int]]) -> None:
         """Copy pages of all layers onto others, in one call; the rest of its size is the null page onto itself."""
@@ -369,9 +384,12 @@ def _with_faults(result: Result, is_sound: np.ndarray, plan: StepPlan, num_rows:
     result = result._replace(is_finite=[*map(operator.and_, result.is_finite, sampled)])
     if all(unsampled):
         return result
-    token_ids, is_finite = [*result.token_ids, *[0] * len(unsampled)], [*result.is_finite, *unsampled]
-    candidates = None if result.candidates is None else [*result.candidates, *[()] * len(unsampled)]
-    return result._replace(token_ids=token_ids, is_finite=is_finite, candidates=candidates)
+    none = len(unsampled)
+    return result._replace(
+        token_ids=[*result.token_ids, *[0] * none],
+        is_finite=[*result.is_finite, *unsampled],
+        candidates=[*result.candidates, *[()] * none] if result.candidates is not None else None,
+    )
 
 
 def _prompt_places(plan: StepPlan, tile: int) -> Iterator[tuple[Chunk, list[int]]]:

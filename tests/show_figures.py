@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent / "tools"))
 import faults
 import figures
 import fuzz
+import invariance
 import reuse
 import speculation
 import tool_texts
@@ -52,6 +53,16 @@ def sick(share: float) -> int:
     return faults.sick_crowds(some(540, share))
 
 
+def families_that_score_alike(share: float) -> int:
+    """R20's and R22's."""
+    return invariance.scores(len(some(10, share)))
+
+
+def equal(share: float, dtype: str) -> int:
+    """R22's."""
+    return invariance.equal_compositions(len(some(1000, share)), dtype)
+
+
 FIGURES: list[Figure] = [
     ("R01", "operations of pool, cache and tiers against a model, a full check after each", operations),
     ("R02", "requests on pages of token ids, equal to isolated runs", lambda x: figures.equal_to_isolated_runs(some(1000, x))),
@@ -73,8 +84,13 @@ FIGURES: list[Figure] = [
         "texts with tool calls, right and wrong, in deltas and whole, against a slow oracle",
         lambda x: tool_texts.fuzz(some(10_000, x)),
     ),
+    ("R20", "families whose texts score as they were decoded, to the last bit if batch-invariant", families_that_score_alike),
     ("R21", "requests of a real model with drafts, tokens of each without", lambda x: speculation.crowds(some(20, x, 100))),
     ("R21", "draws with drafts, against the exact distribution", lambda x: speculation.chi_square(max(8000, round(200_000 * x)))),
+    ("R22", "batches around requests that are batch-invariant, 0 bits different", lambda x: equal(x, "float32")),
+    ("R22", "the same in bfloat16", lambda x: equal(x, "bfloat16")),
+    ("R22", "outputs with other bits where it is off", lambda x: invariance.other_bits(len(some(100, x)), "float32")),
+    ("R22", "the same in bfloat16", lambda x: invariance.other_bits(len(some(100, x)), "bfloat16")),
     ("R43", "requests whose pages are found by 4 bits of their keys", lambda x: figures.collisions(some(1000, x))[0]),
 ]
 

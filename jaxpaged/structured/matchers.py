@@ -21,8 +21,6 @@ from jaxpaged.structured.grammars import Grammar, Grammars
 if TYPE_CHECKING:
     import llguidance
 
-MAX_FORCED = 16  # tokens that a sequence is told at a time of those that its grammar leaves no choice about
-
 
 @dataclass(eq=False)
 class _State:
@@ -83,15 +81,15 @@ class Matchers:
             matcher.rollback(num_valid)
         return tuple(drafts[: num_valid - is_last])
 
-    def forced(self, sequence: Sequence, limit: int = MAX_FORCED) -> tuple[int, ...]:
-        """The tokens that have to come next, where the grammar leaves one choice, as the tokenizer itself would write their text.
+    def forced(self, sequence: Sequence, most: int) -> tuple[int, ...]:
+        """At most so many tokens that have to come next, where the grammar leaves one choice, as the tokenizer writes their text.
 
         Each is the only one that its mask has, so that what is sampled is the same with and without knowing them.
         """
         matcher = self._state(sequence).matcher
         if matcher.is_error() or matcher.is_stopped():
             return ()
-        return self.allowed(sequence, matcher.compute_ff_tokens()[:limit])
+        return self.allowed(sequence, matcher.compute_ff_tokens()[:most])
 
     def fill(self, masks: np.ndarray, sequence: Sequence, drafts: Seq[int] = ()) -> int:
         """Write the masks of the token after the sequence's last one and of those after each of the drafts.
