@@ -24,6 +24,7 @@ import figures
 import fuzz
 import invariance
 import reuse
+import speculation
 import tool_texts
 
 Figure = tuple[str, str, Callable[[float], int]]
@@ -84,6 +85,8 @@ FIGURES: list[Figure] = [
         lambda x: tool_texts.fuzz(some(10_000, x)),
     ),
     ("R20", "families whose texts score as they were decoded, to the last bit if batch-invariant", families_that_score_alike),
+    ("R21", "requests of a real model with drafts, tokens of each without", lambda x: speculation.crowds(some(20, x, 100))),
+    ("R21", "draws with drafts, against the exact distribution", lambda x: speculation.chi_square(max(8000, round(200_000 * x)))),
     ("R22", "batches around requests that are batch-invariant, 0 bits different", lambda x: equal(x, "float32")),
     ("R22", "the same in bfloat16", lambda x: equal(x, "bfloat16")),
     ("R22", "outputs with other bits where it is off", lambda x: invariance.other_bits(len(some(100, x)), "float32")),

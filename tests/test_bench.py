@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxpaged.bench import batch_invariant, prefix_cache, scheduling, swap
+from jaxpaged.bench import batch_invariant, prefix_cache, scheduling, speculation, swap
 from jaxpaged.bench.ratios import spread
 from jaxpaged.bench.stopwatch import Stopwatch
 from jaxpaged.engine import Engine
@@ -211,3 +211,22 @@ def test_nothing_cannot_be_measured(main, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="2"):
         main(["--rounds", "0"])
     assert "of at least 1" in capsys.readouterr().err
+
+
+# --- speculation -------------------------------------------------------------------------------------------------
+
+
+def test_where_speculation_stops_paying_is_told():
+    def rows(*ratios: float) -> list[dict]:
+        return [{"tokens": tokens, "ratio": ratio} for tokens, ratio in enumerate(ratios)]
+
+    assert speculation.verdict(rows(9.0, 1.1, 1.4, 0.9, 0.8)) == "pays best with 2 (1.40), and no more from 3 on"
+    assert speculation.verdict(rows(9.0, 1.1, 1.4)) == "pays best with 2 (1.40)"
+    assert speculation.verdict(rows(1.0, 0.5, 0.7)) == "never pays: 0.70 at best, with 2"
+
+
+def test_turns_with_and_without_speculation(plain: Engine):
+    rows = speculation.compare({None: plain, 3: plain}, [[5, 6, 7], [8, 9]], 2, temperature=0.0, rounds=2, num_tokens=6)
+    (row,) = [{"workload": "repeats", "method": "ngram", **row} for row in rows]
+    assert row["tokens_per_step"] == 1.0 and row["acceptance"] == 0.0 and row["tokens"] == 3
+    assert row["ratio"] > 0 and "ratio" in speculation.table([row]) and json.dumps(row)
