@@ -254,6 +254,17 @@ def test_what_steps_without_the_draft_have_computed_it_makes_up_for(monkeypatch:
         assert not engine.runner.drafter._stale  # type: ignore[union-attr]
 
 
+def test_an_engine_that_chooses_how_many_has_the_same_tokens() -> None:
+    """It tries steps without drafts now and then, so that the draft has something to make up for."""
+    wanted = {"method": "draft_model", "model": "of the test", "num_speculative_tokens": K}
+    asks = [dataclasses.replace(ask, params=dataclasses.replace(ask.params, max_tokens=24)) for ask in asks_of(LLAMA3, 1.0)]
+    plain = outputs_of(engine_of(runner_of(LLAMA3), is_plain=True), asks)
+    for is_same in (True, False):
+        engine = engine_of(runner_of(LLAMA3), is_same=is_same, speculative_config=wanted)
+        assert outputs_of(engine, asks) == plain
+        assert not is_same or accepted(engine)[0] == accepted(engine)[1] > 0
+
+
 def test_a_sequence_that_the_draft_is_far_behind_with_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafter, "MAX_BACKLOG", 5)
     ask = Ask(LLAMA3.prompts(5)[1], greedy(40))
