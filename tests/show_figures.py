@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import random
 import sys
 import time
 import traceback
@@ -23,6 +24,12 @@ import faults
 import figures
 import fuzz
 import reuse
+
+from jaxpaged.bench.forms import hostile
+from jaxpaged.demo import MODEL_DIR
+from jaxpaged.host.request import RequestError
+from jaxpaged.host.structured import StructuredOutputsParams
+from jaxpaged.structured.grammars import Grammars
 import tool_texts
 
 Figure = tuple[str, str, Callable[[float], int]]
@@ -51,6 +58,23 @@ def sick(share: float) -> int:
     return faults.sick_crowds(some(540, share))
 
 
+def hostile_grammars(share: float) -> int:
+    """R16's: each is refused in a line or does no harm, and within its time."""
+    grammars, options = Grammars((MODEL_DIR / "tokenizer.json").read_text), hostile(random.Random(0))
+    cases = some(1000, share)
+    for _, one in zip(cases, options, strict=False):
+        started = time.monotonic()
+        try:
+            grammars.find(StructuredOutputsParams(**one))
+        except RequestError as error:
+            if "\n" in str(error) or len(str(error)) > 300:
+                raise
+        if time.monotonic() - started > 10:  # 2 s of its own, and a machine that is busy
+            raise TimeoutError(f"{one!a}"[:300])
+    grammars.close()
+    return len(cases)
+
+
 FIGURES: list[Figure] = [
     ("R01", "operations of pool, cache and tiers against a model, a full check after each", operations),
     ("R02", "requests on pages of token ids, equal to isolated runs", lambda x: figures.equal_to_isolated_runs(some(1000, x))),
@@ -72,6 +96,7 @@ FIGURES: list[Figure] = [
         "texts with tool calls, right and wrong, in deltas and whole, against a slow oracle",
         lambda x: tool_texts.fuzz(some(10_000, x)),
     ),
+    ("R16", "hostile grammars, refused in a line or harmless", hostile_grammars),
     ("R43", "requests whose pages are found by 4 bits of their keys", lambda x: figures.collisions(some(1000, x))[0]),
 ]
 

@@ -6,6 +6,7 @@ The model's weights are random, so that it does nothing right by itself.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +56,12 @@ def random_asks(count: int, seed: int, *, share: float = 0.6, **options) -> list
     asks = []
     for _ in range(count):
         prompt = [rng.randrange(320) for _ in range(rng.choice([1, 7, 16, 33, 60]))]
-        params = {"temperature": rng.choice([0.0, 1.0]), "seed": rng.randrange(99), "max_tokens": 24, "ignore_eos": rng.random() < 0.5}
+        params = {
+            "temperature": rng.choice([0.0, 1.0]),
+            "seed": rng.randrange(99),
+            "max_tokens": 24,
+            "ignore_eos": rng.random() < 0.5,
+        }
         if rng.random() < share:
             params |= {"structured_outputs": rng.choice([form(rng), FIXED]), "max_tokens": 60}
         asks.append(Ask(prompt, SamplingParams(**{**params, **options})))  # type: ignore[arg-type]
@@ -76,7 +82,9 @@ def test_every_output_is_of_its_form(llm: LLM) -> None:
     forms = [form(rng) for _ in range(40)]
     asks = [(prompt, one) for one in forms for prompt in rng.sample(PROMPTS, 2)]
     params = [
-        SamplingParams(temperature=rng.choice([0.0, 0.7, 1.5]), top_k=rng.choice([0, 5]), max_tokens=180, structured_outputs=one, n=2)
+        SamplingParams(
+            temperature=rng.choice([0.0, 0.7, 1.5]), top_k=rng.choice([0, 5]), max_tokens=180, structured_outputs=one, n=2
+        )
         if number % 3 == 1
         else SamplingParams(temperature=1.0, max_tokens=180, structured_outputs=one, ignore_eos=rng.random() < 0.3)
         for number, (_, one) in enumerate(asks)
@@ -157,7 +165,9 @@ def test_anything_is_nothing(llm: LLM) -> None:
         both = [plain, dataclasses.replace(plain, structured_outputs=anything)]
         one, other = (output.outputs[0] for output in llm.generate([PROMPTS[seed % 4]] * 2, both, use_tqdm=False))
         # Up to the first token that is no text: a special one, or a byte that no character has there.
-        count = next((i for i, t in enumerate(one.token_ids) if t in tokenizer.special_ids or not is_text(llm, one.token_ids[: i + 1])), 30)
+        count = next(
+            (i for i, t in enumerate(one.token_ids) if t in tokenizer.special_ids or not is_text(llm, one.token_ids[: i + 1])), 30
+        )
         assert other.token_ids[:count] == one.token_ids[:count]
         for place in range(count):
             ours, theirs = other.logprobs[place], one.logprobs[place]
@@ -260,13 +270,16 @@ def test_it_is_streamed_as_it_is_returned(llm: LLM) -> None:
     (expected,) = llm.generate(PROMPTS[1], params, use_tqdm=False)
     texts = [output.outputs[0].text for output in llm.stream(PROMPTS[1], params)]
     assert texts[-1] == expected.outputs[0].text
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
     (answer,) = llm.chat([{"role": "user", "content": "hello"}], params, use_tqdm=False)
     assert problem(FIXED, answer.outputs[0].text) is None
 
 
 def test_tokens_that_are_forced_come_several_in_a_step(engine: Engine) -> None:
-    asks = [Ask([7, 8, number], SamplingParams(temperature=1.0, seed=number, max_tokens=90, structured_outputs=FIXED)) for number in range(3)]
+    asks = [
+        Ask([7, 8, number], SamplingParams(temperature=1.0, seed=number, max_tokens=90, structured_outputs=FIXED))
+        for number in range(3)
+    ]
     for is_async in (False, True):
         one, plain = (another_engine(engine, async_scheduling=is_async, enable_prefix_caching=False) for _ in range(2))
         plain._forced = lambda: {}  # type: ignore[method-assign]
@@ -353,7 +366,8 @@ def test_who_cannot_have_a_grammar(llm: LLM, engine: Engine, directory: Path) ->
             plain.check_request([1], good)
         plain._is_closed = True  # its runner is another's
     with LLM(directory, **FAST, skip_tokenizer_init=True, enforce_eager=True) as blind:
-        with pytest.raises(RequestError, match="structured_outputs: need the tokenizer"):
+        problem_ = pytest.raises(RequestError, match="structured_outputs: need the tokenizer")
+        with problem_:
             blind.generate([[1, 2]], good, use_tqdm=False)
 
 
@@ -385,7 +399,9 @@ def test_rows_that_choose_again() -> None:
         plain = Adjuster(num_sequences=2, vocab_size=V, max_model_len=9, num_fed=9).plain(R)
         masks = Masks(words, is_masked, np.arange(R), np.zeros(R, np.int32), sampling, is_masked, plain)  # type: ignore[arg-type]
         before = np.full(9, 7, np.int32), np.array([True] * 5 + [False]), np.full(R, -1, np.float32), np.full(R, 2, np.int32)
-        token_ids, is_finite, logprobs, ranks = map(np.asarray, jax.jit(rechoose)(jnp.asarray(logits), *map(jnp.asarray, before), masks))
+        token_ids, is_finite, logprobs, ranks = map(
+            np.asarray, jax.jit(rechoose)(jnp.asarray(logits), *map(jnp.asarray, before), masks)
+        )
         assert is_finite.tolist() == [False, True, True, True, True, False]
         assert token_ids[4] == 7 and logprobs[4] == -1 and ranks[4] == 2 and token_ids[6:].tolist() == [7] * 3
         for row in (1, 2, 3):

@@ -84,7 +84,7 @@ def form(rng: random.Random) -> StructuredOutputsParams:
     """Any of these."""
     kind = rng.randrange(3)
     if kind == 0:
-        options = rng.choice([{}, {"disable_any_whitespace": True}, {"whitespace_pattern": " ?"}])
+        options: dict[str, Any] = rng.choice([{}, {"disable_any_whitespace": True}, {"whitespace_pattern": " ?"}])
         return StructuredOutputsParams(json=schema(rng), **options)
     if kind == 1:
         return StructuredOutputsParams(regex=expression(rng))
@@ -92,12 +92,13 @@ def form(rng: random.Random) -> StructuredOutputsParams:
 
 
 def problem(form: StructuredOutputsParams, text: str) -> str | None:
-    """What is wrong with a text of this form, by Python's `re` or by `jsonschema`, which has to be installed; None if nothing is."""
+    """What is wrong with a text of this form, by Python's `re` or by `jsonschema`, which has to be there; None if nothing is."""
     if form.regex is not None:
         return None if re.fullmatch(form.regex, text) else f"{text!r} does not match {form.regex!r}"
     if form.choice is not None:
         return None if text in form.choice else f"{text!r} is none of {form.choice!r}"
-    import jsonschema
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
 
     try:
         value = json.loads(text)
@@ -105,7 +106,7 @@ def problem(form: StructuredOutputsParams, text: str) -> str | None:
         return f"{text!r}: {error}"
     if form.json_object:
         return None if isinstance(value, dict) else f"{text!r} is no object"
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(json.loads(str(form.json))).iter_errors(value))
+    error = best_match(Draft202012Validator(json.loads(str(form.json))).iter_errors(value))
     return None if error is None else f"{text!r}: {error.message}"
 
 

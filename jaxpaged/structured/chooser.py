@@ -16,7 +16,6 @@ from jaxpaged.host.plan import Chunk, StepPlan
 from jaxpaged.model.step import Masks, StepInputs, StepOutputs, rechoose
 from jaxpaged.structured.matchers import Matchers, is_constrained
 
-
 _CHOSEN = "token_ids", "is_finite", "logprobs", "ranks"  # of StepOutputs, in the order of `rechoose`
 
 
