@@ -24,13 +24,13 @@ import faults
 import figures
 import fuzz
 import reuse
+import tool_texts
 
 from jaxpaged.bench.forms import hostile
 from jaxpaged.demo import MODEL_DIR
 from jaxpaged.host.request import RequestError
 from jaxpaged.host.structured import StructuredOutputsParams
 from jaxpaged.structured.grammars import Grammars
-import tool_texts
 
 Figure = tuple[str, str, Callable[[float], int]]
 
