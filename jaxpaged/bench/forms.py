@@ -36,7 +36,7 @@ def schema(rng: random.Random, depth: int = 3) -> dict[str, Any]:
         lambda: {"type": "string", "maxLength": rng.randrange(1, 12)},
         lambda: {"type": "string", "pattern": f"^{expression(rng, 1)}$"},
         lambda: {"type": "integer", "minimum": (low := rng.randrange(-50, 50)), "maximum": low + rng.randrange(0, 2000)},
-        lambda: {"type": "number", "minimum": 0, "maximum": rng.randrange(1, 9)},
+        lambda: {"type": "number", "minimum": 0, "maximum": rng.randrange(1, 9), "multipleOf": 0.25},  # or it may go on for ever
         lambda: {"type": "boolean"},
         lambda: {"type": "null"},
         lambda: {"enum": [rng.choice([word, number, None, True]) for number, word in enumerate(rng.sample(_WORDS, 4))]},
