@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxpaged.host.structured import StructuredOutputsParams
 
+_HUGE = "x" * 10**7
 _WORDS = (
     "name",
     "age",
@@ -180,7 +181,7 @@ _HOSTILE: tuple[Callable[[random.Random], dict[str, Any]], ...] = (
     lambda rng: {
         "regex": rng.choice(["(?=a)b", "(a)\\1", "\\bfoo", "(?<!x)y", "a\0b", "\ud800", "[", "*", "a{9999999999}", "(?P<n>"])
     },
-    lambda rng: {"regex": "x" * 10**7},
+    lambda rng: {"regex": _HUGE},
     lambda rng: {"regex": rng.choice([b"a", 7, ["a"], {}, "", object(), 1.5])},
     lambda rng: {"json": _deep(rng, {}, lambda one: {"properties": {"a": one}}, 500)},
     lambda rng: {"json": "[" * rng.randrange(1, 16000)},
@@ -194,7 +195,7 @@ _HOSTILE: tuple[Callable[[random.Random], dict[str, Any]], ...] = (
     lambda rng: {"json": {"type": "array", rng.choice(["minItems", "maxItems"]): rng.choice([-1, 10**9, 10**400, None])}},
     lambda rng: {"json": {"multipleOf": rng.choice([0, -1, 1e-300, 10**9 + 7]), "type": "integer", "minimum": 10**17}},
     lambda rng: {"json": {"enum": [_garbage(rng, 5) for _ in range(rng.randrange(5000))]}},
-    lambda rng: {"json": {"const": rng.choice(["\ud800", float("nan"), float("inf"), 10**5000, b"", object(), "x" * 10**7])}},
+    lambda rng: {"json": {"const": rng.choice(["\ud800", float("nan"), float("inf"), 10**5000, b"", object(), _HUGE])}},
     lambda rng: {"json": {rng.choice([7, None, ("a",), "\ud800"]): {}}},
     lambda rng: {
         "json": {"patternProperties": {_repeated(rng): {}, _garbage(rng, 9): {}}, "additionalProperties": {"$ref": "#"}}
@@ -209,7 +210,7 @@ _HOSTILE: tuple[Callable[[random.Random], dict[str, Any]], ...] = (
     lambda rng: {"grammar": "root ::= " + rng.choice(["root", "root root | ", "(" * 60, "[a-", '"a"{1,99999999}', "x" * 9000])},
     lambda rng: {"grammar": 'start: x\nx: "a"' + ' | "a" x x' * rng.randrange(1, 900)},
     lambda rng: {"grammar": _garbage(rng, rng.randrange(1, 500))},
-    lambda rng: {"choice": rng.choice([[], [""], "abc", [7], [None], ["\ud800"], ["a"] * 10**5, ["x" * 10**7], {}, 7])},
+    lambda rng: {"choice": rng.choice([[], [""], "abc", [7], [None], ["\ud800"], ["a"] * 10**5, [_HUGE], {}, 7])},
     lambda rng: {
         "structural_tag": rng.choice(["{}", "[]", '{"structures": [{}], "triggers": []}', _garbage(rng, 20), 7, "{" * 9000])
     },
