@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import random
 import sys
 import time
 import traceback
@@ -26,6 +27,12 @@ import invariance
 import reuse
 import speculation
 import tool_texts
+
+from jaxpaged.bench.forms import hostile
+from jaxpaged.demo import MODEL_DIR
+from jaxpaged.host.request import RequestError
+from jaxpaged.host.structured import StructuredOutputsParams
+from jaxpaged.structured.grammars import Grammars
 
 Figure = tuple[str, str, Callable[[float], int]]
 
@@ -53,15 +60,9 @@ def sick(share: float) -> int:
     return faults.sick_crowds(some(540, share))
 
 
-def families_that_score_alike(share: float) -> int:
-    """R20's and R22's."""
-    return invariance.scores(len(some(10, share)))
+a
 
-
-def equal(share: float, dtype: str) -> int:
-    """R22's."""
-    return invariance.equal_compositions(len(some(1000, share)), dtype)
-
+b
 
 FIGURES: list[Figure] = [
     ("R01", "operations of pool, cache and tiers against a model, a full check after each", operations),
@@ -84,6 +85,7 @@ FIGURES: list[Figure] = [
         "texts with tool calls, right and wrong, in deltas and whole, against a slow oracle",
         lambda x: tool_texts.fuzz(some(10_000, x)),
     ),
+    ("R16", "hostile grammars, refused in a line or harmless", hostile_grammars),
     ("R20", "families whose texts score as they were decoded, to the last bit if batch-invariant", families_that_score_alike),
     ("R21", "requests of a real model with drafts, tokens of each without", lambda x: speculation.crowds(some(20, x, 100))),
     ("R21", "draws with drafts, against the exact distribution", lambda x: speculation.chi_square(max(8000, round(200_000 * x)))),

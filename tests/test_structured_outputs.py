@@ -6,6 +6,7 @@ The model's weights are random, so that it does nothing right by itself.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -269,7 +270,7 @@ def test_it_is_streamed_as_it_is_returned(llm: LLM) -> None:
     (expected,) = llm.generate(PROMPTS[1], params, use_tqdm=False)
     texts = [output.outputs[0].text for output in llm.stream(PROMPTS[1], params)]
     assert texts[-1] == expected.outputs[0].text
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
     (answer,) = llm.chat([{"role": "user", "content": "hello"}], params, use_tqdm=False)
     assert problem(FIXED, answer.outputs[0].text) is None
 
@@ -365,7 +366,8 @@ def test_who_cannot_have_a_grammar(llm: LLM, engine: Engine, directory: Path) ->
             plain.check_request([1], good)
         plain._is_closed = True  # its runner is another's
     with LLM(directory, **FAST, skip_tokenizer_init=True, enforce_eager=True) as blind:
-        with pytest.raises(RequestError, match="structured_outputs: need the tokenizer"):
+        problem_ = pytest.raises(RequestError, match="structured_outputs: need the tokenizer")
+        with problem_:
             blind.generate([[1, 2]], good, use_tqdm=False)
 
 

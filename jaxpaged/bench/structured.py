@@ -3,7 +3,7 @@
     python -m jaxpaged.bench.structured            all of it
     python -m jaxpaged.bench.structured masks      schemas and prompts: outputs that `jsonschema` judges, and the time of a mask
     python -m jaxpaged.bench.structured plain      steps of a batch without grammars: a step that keeps its logits for them or not
-    python -m jaxpaged.bench.structured forced     tokens a second with and without the tokens that a schema leaves no choice about
+    python -m jaxpaged.bench.structured forced     tokens a second with and without those that a schema leaves no choice about
     python -m jaxpaged.bench.structured hostile    plain requests while another thread gives grammars that are meant to harm
 
 Times are medians and ratios on this machine as busy as it was; turns alternate.
@@ -12,6 +12,7 @@ Times are medians and ratios on this machine as busy as it was; turns alternate.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import sys
@@ -51,7 +52,7 @@ def masks(llm: LLM, *, num_schemas: int, max_tokens: int = 900) -> Iterator[str]
         return count
 
     for number in range(num_schemas):
-        options = ({}, {"disable_any_whitespace": True}, {"whitespace_pattern": " ?"})[number % 3]
+        options: dict[str, Any] = ({}, {"disable_any_whitespace": True}, {"whitespace_pattern": " ?"})[number % 3]
         form = StructuredOutputsParams(json=schema(rng), **options)
         started = time.perf_counter()
         llm.engine.matchers.grammars.find(form)  # type: ignore[union-attr]
@@ -68,7 +69,8 @@ def masks(llm: LLM, *, num_schemas: int, max_tokens: int = 900) -> Iterator[str]
             found["invalid" if wrong else one.finish_reason] += 1
             if wrong:
                 yield wrong
-    yield f"{num_schemas} schemas x {len(PROMPTS)} prompts: {dict(found)}; 'stop' is valid, 'length' was cut at {max_tokens} tokens"
+    cases = f"{num_schemas} schemas x {len(PROMPTS)} prompts"
+    yield f"{cases}: {dict(found)}; 'stop' is valid, 'length' was cut at {max_tokens} tokens"
     times = ", ".join(f"{name} {percentile(seconds, share) * 1e6:,.0f} us" for name, share in (("median", 0.5), ("p99", 0.99)))
     yield f"a mask: {times}, of {len(seconds):,}"
     again = StructuredOutputsParams(json=schema(random.Random(0)))
@@ -77,7 +79,8 @@ def masks(llm: LLM, *, num_schemas: int, max_tokens: int = 900) -> Iterator[str]
     for _ in range(100):
         llm.engine.matchers.grammars.find(again)  # type: ignore[union-attr]
     kept = (time.perf_counter() - started) / 100
-    yield f"a schema, new: median {statistics.median(checked) * 1e3:.1f} ms, p99 {percentile(checked, 0.99) * 1e3:.1f} ms; kept: {kept * 1e6:.1f} us"
+    new = f"median {statistics.median(checked) * 1e3:.1f} ms, p99 {percentile(checked, 0.99) * 1e3:.1f} ms"
+    yield f"a schema, new: {new}; kept: {kept * 1e6:.1f} us"
 
 
 def plain(llm: LLM, *, turns: int) -> Iterator[str]:
@@ -140,12 +143,13 @@ def attacked(llm: LLM, *, count: int, seconds: float) -> Iterator[str]:
             taken.append(time.perf_counter() - started)
         return taken
 
+    given = list(itertools.islice(hostile(random.Random(0)), count))  # to think of them is no part of serving
     deadline = time.monotonic() + seconds
     quiet = serve(lambda: time.monotonic() > deadline)
     found: Counter[str] = Counter()
 
     def attack() -> None:
-        for options, _ in zip(hostile(random.Random(0)), range(count), strict=False):
+        for options in given:
             try:
                 grammars.find(StructuredOutputsParams(**options))
                 found["harmless"] += 1

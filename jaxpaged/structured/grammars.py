@@ -164,7 +164,7 @@ class Grammars:
     @staticmethod
     def _answer(probe: subprocess.Popen[bytes], wait_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + wait_s
-        while not select.select([probe.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        while not select.select([probe.stdout.fileno()], [], [], max(0.0, deadline - time.monotonic()))[0]:  # type: ignore[union-attr]
             if time.monotonic() >= deadline:
                 raise EOFError(f"no answer in {wait_s:g} s")
         answer = read_frame(probe.stdout)  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ class _State:
     """Invariant: the matcher has taken the first `num_taken` tokens of the output, or is in error for good."""
 
     matcher: llguidance.LLMatcher
-    ends: list[tuple[int, int]]  # words of a mask, and in each the bit of an id that ends the request
+    ends: list[tuple[int, np.uint32]]  # words of a mask, and in each the bit of an id that ends the request
     grammar: Grammar
     prototype: llguidance.LLMatcher | None  # which it is a copy of; None for one that shares nothing
     num_taken: int = 0

@@ -123,14 +123,14 @@ def test_what_a_hostile_user_gives_is_taken_or_refused_and_nothing_else() -> Non
 
 
 def test_a_beam_search_has_no_grammar() -> None:
-    with pytest.raises(RequestError, match="structured_outputs: got .*beam search draws no tokens") as caught:
+    with pytest.raises(RequestError, match=r"structured_outputs: got .*beam search draws no tokens") as caught:
         SamplingParams(use_beam_search=True, n=2, temperature=0, structured_outputs=StructuredOutputsParams(regex="a\nb"))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", ["a", 7, ("regex", "a"), [1]])
 def test_what_is_no_such_params(value: object) -> None:
-    with pytest.raises(RequestError, match="structured_outputs: got .*, expected StructuredOutputsParams"):
+    with pytest.raises(RequestError, match=r"structured_outputs: got .*, expected StructuredOutputsParams"):
         SamplingParams(structured_outputs=value)  # type: ignore[arg-type]
 
 
