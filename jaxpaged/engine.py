@@ -143,9 +143,7 @@ class Engine:
             raise RequestError(f"extra_args: got {name[:64]!a}, {takes}")
         mode = self.config.logprobs_mode
         if mode.endswith("logits") and request.params.best_of is not None:
-            raise RequestError(
-                f"best_of: got {request.params.best_of}, log-probabilities rank outputs, logprobs_mode is {mode}"
-            )
+            raise RequestError(f"best_of: got {request.params.best_of}, log-probabilities rank outputs, logprobs_mode is {mode}")
         check_room(
             request,
             vocab_size=self.model.vocab_size,

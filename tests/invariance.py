@@ -8,18 +8,16 @@ test_batch_invariant.py does a part, `make fuzz` all.
 
 from __future__ import annotations
 
-import itertools
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import families
 import jax
-import jax.numpy as jnp
 import numpy as np
 from driving import Ask, another_engine
 

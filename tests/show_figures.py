@@ -19,10 +19,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "host"))
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
 
+import bad_values
 import faults
 import figures
 import fuzz
+import mixes
 import reuse
+import samplers
+import texts
 import tool_texts
 
 Figure = tuple[str, str, Callable[[float], int]]
@@ -51,6 +55,14 @@ def sick(share: float) -> int:
     return faults.sick_crowds(some(540, share))
 
 
+def draws(share: float) -> int:
+    """S02's, 200,000 of each kind."""
+    count = max(2000, round(200_000 * share))
+    for name in samplers.KINDS:
+        print(f"    {name}: p = {samplers.draws(name, count):.3f}", flush=True)
+    return count * len(samplers.KINDS)
+
+
 FIGURES: list[Figure] = [
     ("R01", "operations of pool, cache and tiers against a model, a full check after each", operations),
     ("R02", "requests on pages of token ids, equal to isolated runs", lambda x: figures.equal_to_isolated_runs(some(1000, x))),
@@ -66,6 +78,15 @@ FIGURES: list[Figure] = [
     ("R07", "last in priority, ageing after 100 steps", lambda x: figures.unpopular(some(1000, x), ageing_steps=100)),
     ("R07", "last in priority, ageing by default: within 10,000 steps", lambda x: figures.unpopular(some(200, x))),
     ("R09", "aborts, at every moment of days of an engine", lambda x: figures.abort_everywhere(every=max(1, round(1 / x)))[0]),
+    ("R13", "fields of token ids x bad ids, refused by name", lambda x: bad_values.bad_ids()),
+    ("R14", "fields of numbers x odd numbers, served or refused by name", lambda x: bad_values.odd_numbers()),
+    ("R15", "pairs of features, each as the plain path where it must be", lambda x: mixes.pairs()),
+    ("R18", "sequences of tokens, all deltas together the whole", texts.all_streams),
+    ("R19", "texts with stop strings in pieces, against looking everywhere", texts.all_stops),
+    ("R20", "prompts in chunks, cached or not: log-probabilities complete and the same", lambda x: samplers.prompt_logprobs()),
+    ("S01", "rows of hostile logits against the sorted definition in float64", lambda x: samplers.laws(some(700, x))),
+    ("S02", "draws of the whole engine, chi-square for each kind of sampler", draws),
+    ("R23", "requests that mix everything, no compilation", lambda x: mixes.no_compilations(max(30, round(5000 * x)))),
     ("R12", "places of a real model's requests that become NaN, each ends alone and leaves no trace", sick),
     (
         "R17",
