@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from jaxpaged.engine import Engine
     from jaxpaged.host.beam_params import BeamSearchParams
     from jaxpaged.host.request import RequestError, RequestOutputKind, SamplingParams
+    from jaxpaged.host.structured import StructuredOutputsParams
     from jaxpaged.llm import LLM, load_weights
     from jaxpaged.model.cache import init_cache
     from jaxpaged.model.processors import LogitsProcessor, LogitsRows
@@ -59,6 +60,7 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "ScoreOutput",
+    "StructuredOutputsParams",
     "Tokenizer",
     "__version__",
     "decode",
@@ -87,6 +89,7 @@ _LAZY = {
     "RequestOutputKind": ("jaxpaged.host.request", "RequestOutputKind"),
     "SamplingParams": ("jaxpaged.host.request", "SamplingParams"),
     "ScoreOutput": ("jaxpaged.outputs", "ScoreOutput"),
+    "StructuredOutputsParams": ("jaxpaged.host.structured", "StructuredOutputsParams"),
     "Tokenizer": ("jaxpaged.tokenizer", "Tokenizer"),
     "decode": ("jaxpaged.model.step", "decode"),
     "init_cache": ("jaxpaged.model.cache", "init_cache"),

@@ -34,18 +34,23 @@ class Adjuster:
     """Owns a line of marks for each sequence that can run at a time.
 
     A line is written from the tokens that the host knows when a sequence comes, and from then on each step that decodes the
-    sequence counts one token, which may be one that only the device knows. Whenever a sequence does not go on exactly where its
-    line ends (it was preempted, a step failed, its line was given to another), the line is written anew; nobody has to tell.
+    sequence counts those that have come since, the last of which may be one that only the device knows. Whenever a line does not
+    tell of the beginning of what its sequence is now (it was preempted, a step failed, its line was given to another), it is
+    written anew; nobody has to tell. Proposed tokens are in no line: each of their rows brings those before it along.
 
     Memory is taken at the start and never again: no request can be the one for which there is none.
 
     Invariant: the line of a sequence in `_marked` tells of its first `num_tokens` tokens, once the steps in flight have run.
     """
 
-    def __init__(self, *, num_sequences: int, vocab_size: int, max_model_len: int, num_fed: int):
-        """`num_fed`: tokens that a step hands to the next."""
+    def __init__(self, *, num_sequences: int, vocab_size: int, max_model_len: int, num_fed: int, max_drafts: int = 0):
+        """
+        Args:
+          num_fed: tokens that a step hands to the next.
+          max_drafts: tokens that are proposed for a sequence at a time.
+        """
         self.num_sequences, self.vocab_size, self.max_model_len = num_sequences, vocab_size, max_model_len
-        self.num_fed = num_fed
+        self.num_fed, self.max_drafts = num_fed, max_drafts
         self.marks = jnp.zeros((num_sequences, vocab_size), jnp.int32)
         self._marked: OrderedDict[Sequence, _Marked] = OrderedDict()  # the one that ran longest ago first
         self._biases: WeakKeyDictionary[Sequence, tuple[np.ndarray, np.ndarray]] = WeakKeyDictionary()
@@ -59,9 +64,9 @@ class Adjuster:
 
     @functools.cached_property
     def _count_last(self) -> jax.stages.Compiled:
-        numbers, previous = np.zeros(self.num_sequences, np.int32), np.zeros(self.num_fed, np.int32)
+        numbers = np.zeros(self.num_fed, np.int32)
         jitted = jax.jit(adjust.count_last, donate_argnums=0)
-        return jitted.lower(self.marks, numbers, numbers, numbers, previous, numbers > 0).compile()
+        return jitted.lower(self.marks, numbers, numbers, numbers, numbers, numbers > 0).compile()
 
     def warm_up(self) -> None:
         """Compile everything that a request can need."""
@@ -70,7 +75,7 @@ class Adjuster:
     def plain(self, num_rows: int) -> Adjustments:
         """Those of a step whose rows keep their logits. They stay on the device, so that such a step sends nothing there."""
         if num_rows not in self._plain:
-            self._plain[num_rows] = jax.device_put(_nothing(num_rows))
+            self._plain[num_rows] = jax.device_put(_nothing(num_rows, self.max_drafts))
         return self._plain[num_rows].replace(marks=self.marks)  # type: ignore[attr-defined]
 
     def adjustments(self, plan: StepPlan, rows: Seq[int], num_rows: int, feed: Feed) -> Adjustments:
@@ -81,13 +86,13 @@ class Adjuster:
           num_rows: of the step that may sample.
           feed: as the step's.
         """
-        chunks = [(row, chunk) for row, (chunk, _) in zip(rows, plan.outputs(), strict=True) if _is_changed(chunk)]
-        if not chunks:
+        changed = [(row, *output) for row, output in zip(rows, plan.outputs(), strict=True) if _is_changed(output[0])]
+        if not changed:
             return self.plain(num_rows)
-        wanted = _nothing(num_rows)
+        wanted = _nothing(num_rows, self.max_drafts)
         arrays: dict[str, np.ndarray] = vars(wanted)  # type: ignore[assignment]
-        for row, chunk in chunks:
-            params, found = chunk.sequence.request.params, list(rules(chunk))
+        for row, chunk, num_drafts in changed:
+            params, found = chunk.sequence.request.params, list(rules(chunk, num_drafts))
             for name, values in zip(_RULES, zip(*found, strict=True), strict=False):  # nothing to put where there is none
                 arrays[name][row, : len(found)] = values
             num_rules = len(found) + len(params.biases)
@@ -98,9 +103,12 @@ class Adjuster:
             arrays["repetition"][row] = params.repetition_penalty
             arrays["frequency"][row] = params.frequency_penalty
             arrays["presence"][row] = params.presence_penalty
-        marked = [(row, chunk) for row, chunk in chunks if _needs_marks(chunk)]
-        for (row, _), place in zip(marked, self._mark([chunk for _, chunk in marked], feed), strict=True):
-            arrays["places"][row] = 1 + place
+        marked = [one for one in changed if _needs_marks(one[1])]
+        places = self._mark([chunk for _, chunk, num_drafts in marked if not num_drafts], feed)
+        for row, chunk, num_drafts in marked:
+            arrays["places"][row] = 1 + places[chunk.sequence]
+            arrays["num_drafts"][row] = num_drafts
+            arrays["drafts"][row, :num_drafts] = chunk.drafts[:num_drafts]
         if not arrays["num_rules"].any():  # these are large, and those of nobody are on the device already
             wanted = wanted.replace(**{name: getattr(self.plain(num_rows), name) for name in _RULES})  # type: ignore[attr-defined]
         return wanted.replace(marks=self.marks)  # type: ignore[attr-defined]
@@ -112,34 +120,32 @@ class Adjuster:
             self._biases[sequence] = np.array(token_ids, np.int32), np.array(values, np.float32)
         return self._biases[sequence]
 
-    def _mark(self, chunks: Seq[Chunk], feed: Feed) -> list[int]:
+    def _mark(self, chunks: Seq[Chunk], feed: Feed) -> dict[Sequence, int]:
         """Bring the lines of these up to date, and say which they are."""
         for chunk in chunks:
             if chunk.sequence in self._marked:
                 self._marked.move_to_end(chunk.sequence)
-        R = self.num_sequences
-        places, known, fed, is_new = np.zeros(R, np.int32), np.zeros(R, np.int32), np.zeros(R, np.int32), np.zeros(R, bool)
-        for index, chunk in enumerate(chunks):
-            sequence = chunk.sequence
+        counted: list[tuple[int, int, int]] = []  # a line, a token, and where in the feed that is when only the device knows it
+        for num_others, chunk in zip(reversed(range(len(chunks))), chunks, strict=True):
+            sequence, end = chunk.sequence, chunk.end - len(chunk.drafts)
             found = self._marked.get(sequence)
-            # A line is written whole where the host knows all tokens and counts one where it may not.
-            is_counted = chunk.num_tokens == 1 and chunk.start >= sequence.num_prompt
-            if found is None or not is_counted or found.num_tokens != chunk.start:
-                place = found.place if found is not None else self._free_place()
-                self._write(place, sequence, chunk.start if is_counted else chunk.end)
-            else:
-                place = found.place
-            self._marked[sequence] = _Marked(place, chunk.end)
-            places[index] = place
-            if is_counted:
-                is_new[index] = True
-                if chunk.start == len(sequence.tokens):  # its token is the pending one
-                    fed[index] = 1 + feed.rows[sequence]
-                else:
-                    known[index] = sequence.tokens[chunk.start]
-        if is_new.any():
-            self.marks = self._count_last(self.marks, places, known, fed, feed.token_ids, is_new)
-        return places[: len(chunks)].tolist()
+            place = found.place if found is not None else self._free_place()
+            # A line is written whole where the host knows all tokens and counts the last where it may not.
+            is_counted = chunk.is_decode and chunk.start >= sequence.num_prompt
+            first = found.num_tokens if found is not None else 0
+            room = self.num_fed - len(counted) - num_others
+            if not is_counted or not sequence.num_prompt <= first <= chunk.start or end - first > room:
+                first = chunk.start if is_counted else end
+                self._write(place, sequence, first)
+            self._marked[sequence] = _Marked(place, end)
+            for position in range(first, end):
+                is_pending = position == len(sequence.tokens)
+                counted.append((place, 0, 1 + feed.rows[sequence]) if is_pending else (place, sequence.tokens[position], 0))
+        if counted:
+            arrays, is_new = np.zeros((3, self.num_fed), np.int32), np.arange(self.num_fed) < len(counted)
+            arrays[:, : len(counted)] = np.transpose(counted)
+            self.marks = self._count_last(self.marks, *arrays, feed.token_ids, is_new)
+        return {chunk.sequence: self._marked[chunk.sequence].place for chunk in chunks}
 
     def _free_place(self) -> int:
         """A line that nobody has, or that of the sequence that ran longest ago: a step has no more sequences than there are."""
@@ -166,20 +172,24 @@ class Adjuster:
         self._plain.clear()
 
 
-def rules(chunk: Chunk) -> Iterator[tuple[int, int, float]]:
-    """What counts for the token after a chunk by id, but biases: (whose logit, after which token or -1 for any, what is added).
+def rules(chunk: Chunk, num_drafts: int = 0) -> Iterator[tuple[int, int, float]]:
+    """What counts by id for the token after a chunk and so many of its drafts, but biases: (whose logit, after which token or -1
+    for any, what is added).
 
-    The last token of the chunk may be known to the device alone: which one it has to be is part of the rule.
+    The last token may be known to the device alone: which one it has to be is part of the rule.
     """
     sequence, request = chunk.sequence, chunk.sequence.request
-    params, num_outputs = request.params, chunk.end - sequence.num_prompt
+    end = chunk.end - len(chunk.drafts) + num_drafts
+    params, num_outputs = request.params, end - sequence.num_prompt
     if num_outputs < params.min_tokens:
         for token_id in {*request.eos_token_ids, *params.stop_token_ids}:
             yield token_id, -1, -np.inf
     for *before, last in params.bad_words_token_ids:
         if not before:
             yield last, -1, -np.inf
-        elif len(before) <= num_outputs and sequence.tokens[chunk.end - len(before) : chunk.end - 1] == before[:-1]:
+        elif len(before) <= num_outputs and all(
+            chunk.token(position) == token_id for position, token_id in enumerate(before[:-1], end - len(before))
+        ):
             yield last, before[-1], -np.inf
 
 
@@ -192,7 +202,7 @@ def _needs_marks(chunk: Chunk) -> bool:
     return params.has_penalties or params.allowed_token_ids is not None
 
 
-def _nothing(num_rows: int) -> Adjustments:
+def _nothing(num_rows: int, max_drafts: int) -> Adjustments:
     """As numpy arrays that can be written to, without marks."""
     R = num_rows
     return Adjustments(
@@ -204,5 +214,7 @@ def _nothing(num_rows: int) -> Adjustments:
         repetition=np.ones(R, np.float32),  # type: ignore[arg-type]
         frequency=np.zeros(R, np.float32),  # type: ignore[arg-type]
         presence=np.zeros(R, np.float32),  # type: ignore[arg-type]
+        num_drafts=np.zeros(R, np.int32),  # type: ignore[arg-type]
+        drafts=np.zeros((R, max_drafts), np.int32),  # type: ignore[arg-type]
         marks=None,  # type: ignore[arg-type]
     )

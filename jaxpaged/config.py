@@ -6,17 +6,20 @@ Knows the names and limits of all options. Refuses to know arrays, files and dev
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from jaxpaged.errors import ConfigError, nearest
+from jaxpaged.speculative_config import SpeculativeConfig
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _DTYPE_ALIASES = {"half": "float16", "float": "float32", "fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}
 
 MAX_SWAP_SPACE = 2**20  # GiB
+MAX_SURE_DRAFTS = 8  # as many rows as cost little more than one
 
 # One size a page may have. 8 and below waste table space, above 128 waste the tail of every sequence.
 BLOCK_SIZES = (8, 16, 32, 64, 128)
@@ -24,16 +27,6 @@ BLOCK_SIZES = (8, 16, 32, 64, 128)
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")  # model/step.py
 PREEMPTION_MODES = ("recompute", "swap", "auto")  # host/preemption.py
 SCHEDULING_POLICIES = ("fcfs", "lifo", "priority", "fair_share", "sjf", "prefix")  # host/policies.py
-
-
-class ConfigError(ValueError):
-    """An option or a field of config.json has a value that is not allowed. One line: what, where, got, allowed."""
-
-
-def nearest(name: str, allowed: list[str] | tuple[str, ...]) -> str:
-    """A hint ', did you mean X?' for a misspelt name, or an empty string when nothing is close."""
-    close = difflib.get_close_matches(name.replace("-", "_"), allowed, n=1, cutoff=0.6)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 # --- fields of config.json ---------------------------------------------------------------------------------------
@@ -293,6 +286,11 @@ class EngineConfig:
       scheduling_policy: who is admitted first, and gives way last when pages run out: fcfs, lifo, priority, fair_share (between
         tenants), sjf (shortest job first) or prefix (longest cached prefix first); in Python also a function, see
         `jaxpaged.host.policies.Policy`.
+      speculative_config: propose tokens that the model verifies several at a time; the tokens that come are the same. A
+        dictionary of method (ngram or draft_model), model, num_speculative_tokens, prompt_lookup_max, prompt_lookup_min and
+        adaptive, or the JSON text of one; see `jaxpaged.speculative_config`. None is none.
+      speculative_model: vLLM's old way to name its model, with num_speculative_tokens; "[ngram]" is the method of that name.
+      num_speculative_tokens: likewise how many.
       ageing_steps: a request that has waited longer than this many steps is ahead of all that came later, whatever the policy.
       enable_prefix_caching: requests that begin with the same tokens share the pages of that beginning.
       max_logprobs: likeliest tokens of which a step can give the log-probabilities; a beam search needs its width and one for
@@ -357,6 +355,9 @@ class EngineConfig:
     eager_copy: bool = False
     batch_merge_window: int = 0
     scheduling_policy: str | Callable[..., Any] = "fcfs"
+    speculative_config: SpeculativeConfig | Mapping[str, Any] | str | None = None
+    speculative_model: str | None = None
+    num_speculative_tokens: int | None = None
     ageing_steps: int = 5000
     enable_prefix_caching: bool = True
     max_logprobs: int = 20
@@ -436,6 +437,7 @@ class EngineConfig:
         self._check_int("offload_threshold", 0, 2**30)
         self._check_int("prefetch_blocks", 1, 2**20)
         self._check_offloading()
+        self._check_speculation()
         self._check_logits()
         if self.gpu_memory_utilization is not None:
             value = self.gpu_memory_utilization
@@ -503,6 +505,24 @@ class EngineConfig:
                     "preemption_mode: got 'swap', expected recompute or auto without swap_space: set swap_space too"
                 )
 
+    def _check_speculation(self) -> None:
+        given = self.speculative_config
+        if self.speculative_model is not None or self.num_speculative_tokens is not None:
+            if given is not None:
+                raise ConfigError("speculative_config: got the older speculative_model too, expected one of the two")
+            given = SpeculativeConfig.of_old_names(self.speculative_model, self.num_speculative_tokens)
+            object.__setattr__(self, "speculative_model", None)  # as for kv_offloading_size
+            object.__setattr__(self, "num_speculative_tokens", None)
+        if given is not None:
+            given = SpeculativeConfig.of(given)
+            given.check_beside(self.model, self.compare_with)
+            object.__setattr__(self, "speculative_config", given)
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """`speculative_config` in its one form."""
+        return self.speculative_config  # type: ignore[return-value]
+
     def _check_int(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
         if value is None:
@@ -530,7 +550,7 @@ class EngineConfig:
             )
         dtype = model.dtype if self.dtype == "auto" else self.dtype
         tile = self.prefill_tile or (16 if on_cpu else 64)
-        max_tiles = -(-max_tokens // tile)
+        max_tiles, max_rows = -(-max_tokens // tile), self._rows_of(max_num_seqs, max_tokens)
         return dataclasses.replace(
             self,
             dtype=dtype,
@@ -541,7 +561,7 @@ class EngineConfig:
             max_num_batched_tokens=max_tokens,
             async_scheduling=self.async_scheduling and self.compare_with is None,  # a duel looks at the pages between two steps
             prefill_tile=tile,
-            decode_row_buckets=self.decode_row_buckets or _default_rows(max_num_seqs, dtype, on_cpu),
+            decode_row_buckets=self.decode_row_buckets or _default_rows(max_num_seqs, dtype, on_cpu, max_rows),
             prefill_tile_buckets=self.prefill_tile_buckets or _default_tiles(max_tiles, on_cpu),
         )
 
@@ -566,9 +586,23 @@ class EngineConfig:
         """Every shape that is compiled, smallest first; the largest holds every step. For resolved options."""
         if self.decode_row_buckets is None or self.prefill_tile_buckets is None or self.max_num_seqs is None:
             raise ConfigError("buckets() needs resolved options")
-        rows = _enough(self.decode_row_buckets, self.max_num_seqs)
+        rows = _enough(self.decode_row_buckets, self.max_decode_rows)
         tiles = _enough((0, *self.prefill_tile_buckets), self.max_prefill_tiles)
         return [Bucket(decode_rows, prefill_tiles) for prefill_tiles in tiles for decode_rows in rows]
+
+    @property
+    def max_decode_rows(self) -> int:
+        """Decode rows of the largest step: of each sequence its last token, and those that are proposed. For resolved options."""
+        return self._rows_of(self.max_num_seqs, self.max_num_batched_tokens)  # type: ignore[arg-type]
+
+    @property
+    def max_drafts(self) -> int:
+        """Tokens that are proposed for one sequence in one step: there may be sure ones without speculation too."""
+        return self.speculation.num_speculative_tokens if self.speculation is not None else MAX_SURE_DRAFTS
+
+    def _rows_of(self, max_num_seqs: int, max_tokens: int) -> int:
+        num_each = 1 + (self.speculation.num_speculative_tokens if self.speculation is not None else 0)
+        return min(max_num_seqs * num_each, max(max_tokens, max_num_seqs))
 
     @property
     def max_prefill_tiles(self) -> int:
@@ -596,12 +630,20 @@ def _default_tiles(max_tiles: int, on_cpu: bool) -> tuple[int, ...]:
     return tuple(sorted({*(size for size in ((1, 4, 16) if on_cpu else (1, 8)) if size < max_tiles), max_tiles}))
 
 
-def _default_rows(max_num_seqs: int, dtype: str, on_cpu: bool) -> tuple[int, ...]:
+def _default_rows(max_num_seqs: int, dtype: str, on_cpu: bool, max_rows: int) -> tuple[int, ...]:
     """Few sizes: rows cost little where the weights' bytes are the cost, and each size compiles once per prefill size.
 
     One bfloat16 row is never worth a bucket on a CPU: XLA converts the whole weight for it (20 ms against 2 ms for 8 rows,
     a 2048 x 8192 weight, 2 cores with AVX-512, a prototype, November 2026).
+
+    Rows beyond max_num_seqs are those of proposed tokens. How many are worth it is found by trying, so that there are sizes in
+    between; max_num_seqs stays one, for steps in which nothing is proposed.
     """
     first = 8 if on_cpu and dtype != "float32" else 1
     sizes = {first, 8, *(2**k for k in range(5 if on_cpu else 4, 12, 2 if on_cpu else 1))}
-    return tuple(sorted({size for size in sizes if size < max_num_seqs} | {max(max_num_seqs, first)}))
+    found = {size for size in sizes if size < max_num_seqs}
+    size = max(max_num_seqs, first)
+    while size < max_rows:
+        found.add(size)
+        size = 4 * size if 6 * size <= max_rows else max_rows
+    return tuple(sorted(found | {size}))

@@ -24,9 +24,13 @@ from jaxpaged.host.beam_params import check_room
 from jaxpaged.host.pages import PagePool
 from jaxpaged.host.plan import StepPlan
 from jaxpaged.host.preemption import SwapCosts
-from jaxpaged.host.request import Likelihood, Request, RequestError, SamplingParams, TokenEvent
+from jaxpaged.host.request import FinishReason, Likelihood, Request, RequestError, SamplingParams, Sequence, TokenEvent
 from jaxpaged.observe import eyes
 from jaxpaged.runner import JaxRunner, Result, Runner, plan_memory, use_compilation_cache
+from jaxpaged.speculative import Proposer
+from jaxpaged.speculative.drafting import Drafting, new_drafting
+from jaxpaged.structured.grammars import Grammars
+from jaxpaged.structured.matchers import is_constrained
 
 
 class Engine:
@@ -44,13 +48,20 @@ class Engine:
         pool: PagePool | None = None,
         clock: Callable[[], float] = time.monotonic,
         costs: SwapCosts | None = None,
+        proposers: Seq[Proposer] = (),
     ):
-        """`config` is resolved; `pool` and `clock` are for tests and simulations, `costs` for preemption_mode auto."""
+        """`config` is resolved; `pool` and `clock` are for tests and simulations, `costs` for preemption_mode auto.
+
+        Args:
+          proposers: of drafts, asked in their order and before the one that speculative_config names.
+        """
         self.config, self.model, self.runner, self.clock = config, model, runner, clock
+        self.matchers = runner.matchers
         self.pool = pool if pool is not None else PagePool(runner.num_pages)
         self.scheduler = scheduler.build(config, model, self.pool, costs=costs)
         self._prompts: dict[str, dict[int, Likelihood]] = {}  # of running requests that want them: by place in the prompt
         self._eyes = eyes.Eyes(config, self.scheduler, clock)
+        self._drafting: Drafting | None = new_drafting(config, proposers, clock)
         self.num_steps = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
@@ -61,17 +72,25 @@ class Engine:
 
     @classmethod
     def from_weights(
-        cls, config: EngineConfig, model: ModelConfig, weights, *, use_tqdm: bool = False, pool_type: type[PagePool] = PagePool
+        cls,
+        config: EngineConfig,
+        model: ModelConfig,
+        weights,
+        *,
+        use_tqdm: bool = False,
+        pool_type: type[PagePool] = PagePool,
+        grammars: Grammars | None = None,
     ) -> Engine:
         """An engine on this machine's device, warmed up, from weights that are already there.
 
         Args:
           weights: `jaxpaged.model.weights.Weights` of `config.dtype`; the engine owns them from here and `close` deletes them.
+          grammars: of the model's tokenizer, for requests with structured_outputs.
         """
         config = config.resolved(model, jax.default_backend())
         use_compilation_cache(config.compilation_cache_dir)
         num_pages = plan_memory(config, model)
-        runner = JaxRunner(config, model, weights, num_pages=num_pages)
+        runner = JaxRunner(config, model, weights, num_pages=num_pages, grammars=grammars)
         if not config.enforce_eager:
             runner.warm_up(use_tqdm=use_tqdm)
         runner.log_memory()
@@ -152,6 +171,10 @@ class Engine:
             max_num_seqs=self.config.max_num_seqs,  # type: ignore[arg-type]
             max_logprobs=self.config.max_logprobs,
         )
+        if request.params.structured_outputs is not None:
+            if self.matchers is None:
+                raise RequestError("structured_outputs: this engine knows no text: it was made without grammars")
+            self.matchers.check(request)
         return request
 
     def _new_id(self) -> str:
@@ -182,28 +205,38 @@ class Engine:
         return self.scheduler.has_unfinished
 
     def step(self) -> list[TokenEvent]:
-        """Start the next step and finish the oldest: at most one new token per output of a running request, none of a beam search
-        before its end.
+        """Start the next step and finish the oldest: at most one new token per output of a running request, and one more for each
+        of its drafts that was right; none of a beam search before its end.
 
-        With async_scheduling the oldest is the step before, and the first call finishes none. Empty also when there is nothing to
-        do, and when only prompts and beams have advanced.
+        With async_scheduling the oldest is the step before, and the first call finishes none; when there may be drafts, it is
+        finished before the next is planned. Empty also when nothing is to be done, and when only prompts and beams have advanced.
         """
         try:
             self._take_fetched(wait=False)
-            self._eyes.planning()
-            plan = self.scheduler.plan()
+            events, drafts = [], self._forced()
+            if self._drafting is not None and self._drafting.is_wanted(self._unforced(drafts)):
+                while self._in_flight:
+                    events += self._finish_step()
+                drafts = self._forced()
+                drafts |= self._drafting.propose(self._unforced(drafts))
+            self._eyes.planning(drafts)
+            plan = self.scheduler.plan(drafts)
             self._eyes.planned(plan)
+            if self._drafting is not None:
+                self._drafting.planned(plan)
             if plan is not None:
                 self._in_flight.append((plan, self.runner.submit(plan)))
             elif not self._in_flight and self.has_unfinished:
                 self._take_fetched(wait=True)  # it is for these that they wait
             is_ahead = plan is not None and self.config.async_scheduling and len(self._in_flight) == 1
-            events = [] if is_ahead or not self._in_flight else self._finish_step()
+            events += [] if is_ahead or not self._in_flight else self._finish_step()
             # What runs for nobody is not waited for: all that it was for has ended.
             while self._in_flight and not any(chunk.sequence.finish_reason is None for chunk in self._in_flight[0][0].chunks()):
                 self._finish_step(is_awaited=False)
         except BaseException as error:
             self._in_flight.clear()
+            if self._drafting is not None:
+                self._drafting.failed()
             self._eyes.failed(error)
             with contextlib.suppress(Exception):  # of a scheduler that is broken itself; what raised first is what to tell
                 self.scheduler.rewind()
@@ -227,10 +260,50 @@ class Engine:
         if self.scheduler.spoiled:
             self.runner.clean(self.scheduler.spoiled)
         self._eyes.committed()
+        if self.matchers is not None and self.matchers.is_used:
+            events = self._end_complete(events, plan)
         self.num_steps += 1
+        if self._drafting is not None:
+            self._drafting.ran(plan, result.token_ids if is_awaited else None, len(events), is_last=not self.has_unfinished)
         if result.likelihoods is not None:
             events = _with_likelihoods(events, plan, result.likelihoods)
         return [self._with_prompt(event) for event in events] if self._prompts else events
+
+    def _end_complete(self, events: list[TokenEvent], plan: StepPlan) -> list[TokenEvent]:
+        """End the outputs whose grammar lets nothing follow: the step's events, with their ends."""
+        sequences = [chunk.sequence for chunk in plan.sampling() if is_constrained(chunk.sequence)]
+        last = {(event.request_id, event.index): place for place, event in enumerate(events)}  # with drafts there may be several
+        for sequence in sequences:
+            place = last.get((sequence.request.request_id, sequence.index))
+            if place is None or events[place].finish_reason not in (None, FinishReason.LENGTH):
+                continue
+            if self.matchers.is_complete(sequence):  # type: ignore[union-attr]
+                if events[place].finish_reason is None:
+                    self.stop(events[place].request_id, events[place].index)
+                events[place] = events[place]._replace(finish_reason=FinishReason.STOP)
+        return events
+
+    def _unforced(self, forced: dict[Sequence, tuple[int, ...]]) -> list[Sequence]:
+        """The running sequences but those."""
+        return [sequence for sequence in self.scheduler.running if sequence not in forced] if forced else self.scheduler.running
+
+    def _forced(self) -> dict[Sequence, tuple[int, ...]]:
+        """Tokens that running sequences will have next because their grammars leave no choice."""
+        if self.matchers is None or not self.matchers.is_used:
+            return {}
+        in_flight = {chunk.sequence: chunk for chunk in self._in_flight[-1][0].sampling()} if self._in_flight else {}
+        found = {}
+        for sequence in self.scheduler.running:
+            # Rules and penalties are told of tokens one by one.
+            if not is_constrained(sequence) or sequence.request.params.changes_logits:
+                continue
+            chunk = in_flight.get(sequence)
+            if chunk is None and sequence.num_uncomputed == 1:
+                found[sequence] = self.matchers.forced(sequence)
+            elif chunk is not None and not chunk.drafts:
+                # The token to come is the first that is forced, or nothing is known of those after it.
+                found[sequence] = self.matchers.forced(sequence)[1:]
+        return {sequence: drafts for sequence, drafts in found.items() if drafts}
 
     def _with_prompt(self, event: TokenEvent) -> TokenEvent:
         """The first event of a request's first output with what was found of its prompt."""
@@ -278,6 +351,7 @@ class Engine:
             "prefix_cache_hits": self.pool.cache.num_hit_tokens if self.pool.cache is not None else 0,
             "prompt_tokens": self.num_prompt_tokens,
             "generation_tokens": self.num_generation_tokens,
+            **(self._drafting.stats() if self._drafting is not None else {}),
             **eyes.stats(self.scheduler),
         }
 
@@ -298,6 +372,8 @@ class Engine:
         for request_id in dict.fromkeys(sequence.request.request_id for sequence in live):
             self.abort(request_id)
         self._in_flight.clear()
+        if self._drafting is not None:
+            self._drafting.close()
         self._eyes.close()
         self.runner.close()
         self._is_closed = True

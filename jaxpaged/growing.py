@@ -73,6 +73,7 @@ class GrowingOutput:
     num_wanted: int | None = None  # log-probabilities of so many likeliest tokens beside each new one
     tokenizer: Tokenizer | None = None  # for the tokens' names
     is_stop_included: bool = False
+    stop_ids: frozenset[int] = frozenset()
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -95,8 +96,9 @@ class GrowingOutput:
             self.logprobs.append(named(event.token_id, event.likelihood, self.tokenizer))
         if self.text is None:
             return False
-        # The token that stops a request is no part of its text, as in vLLM.
-        is_cut = event.finish_reason is FinishReason.STOP and not self.is_stop_included
+        # The token that stops a request is no part of its text, as in vLLM. One that completes a grammar is.
+        is_stop = event.finish_reason is FinishReason.STOP and token_ids[-1] in self.stop_ids
+        is_cut = is_stop and not self.is_stop_included
         self.text.add(token_ids[:-1] if is_cut else token_ids, is_last=event.finish_reason is not None)
         if self.text.stop_string is not None and event.finish_reason in _IS_WHOLE:
             self.finish_reason, self.stop_reason = FinishReason.STOP, self.text.stop_string
@@ -142,6 +144,7 @@ class GrowingRequest:
             rules = {"is_stop_included": params.include_stop_str_in_output, "min_tokens": params.min_tokens}
             text = GrowingText(detokenizer, stop, **rules)  # type: ignore[arg-type]
         options = {"is_stop_included": params.include_stop_str_in_output, "tokenizer": self.tokenizer}
+        options["stop_ids"] = self.request.stop_ids
         options["cumulative_logprob"] = 0.0 if params.wants_logprobs else None
         return GrowingOutput(index, text, params.logprobs, **options)
 
@@ -164,7 +167,8 @@ class GrowingRequest:
             if self.request.params.prompt_logprobs is not None and self.prompt_logprobs is None and not event.index:
                 places = zip(self.request.prompt_token_ids[1:], event.prompt_likelihoods, strict=True)
                 self.prompt_logprobs = [None, *(named(*place, self.tokenizer) for place in places)]
-        return self.outputs[event.index].record(event)
+        # A step may bring more tokens after the one with which the text of an output has come to its end.
+        return self.outputs[event.index].finish_reason is None and self.outputs[event.index].record(event)
 
     def end(self, now: float) -> None:
         """Someone else took it out of the engine."""

@@ -30,6 +30,7 @@ from jaxpaged.host.request import RequestError, RequestOutputKind, SamplingParam
 from jaxpaged.model.weights import Weights
 from jaxpaged.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Metric, RequestOutput, ScoreOutput
 from jaxpaged.runner import attention_backend
+from jaxpaged.structured.grammars import Grammars
 from jaxpaged.tokenizer import Tokenizer
 from jaxpaged.tools import TOOL_CALL_PARSERS, UnknownParserError, check_parser, fitting_parser, parse
 
@@ -85,7 +86,8 @@ class LLM:
         started = time.perf_counter()
         weights = checkpoints.load(checkpoint, resolved.dtype, allow_nonfinite=config.allow_nonfinite, use_tqdm=use_tqdm_on_load)
         self.load_s = time.perf_counter() - started
-        self.engine = Engine.from_weights(config, checkpoint.config, weights, use_tqdm=use_tqdm_on_load)
+        grammars = Grammars(self.tokenizer.backend.to_str) if self.tokenizer is not None else None
+        self.engine = Engine.from_weights(config, checkpoint.config, weights, use_tqdm=use_tqdm_on_load, grammars=grammars)
         self.warm_up_s = time.perf_counter() - started - self.load_s
         self.config: EngineConfig = self.engine.config
         self.model_config: ModelConfig = checkpoint.config
@@ -278,6 +280,8 @@ class LLM:
         engine = self._open_engine()
         text, token_ids = self._tokens(prompt)
         params = self._with_bad_words(params)
+        if params.structured_outputs is not None and self.tokenizer is None:
+            raise RequestError("structured_outputs: need the tokenizer, and skip_tokenizer_init is set")
         options = {**options, "cache_salt": prompt.get("cache_salt") if isinstance(prompt, Mapping) else None}
         engine.check_request(token_ids, params, request_id="prompt", **options)
         if params.stop and self.tokenizer is None:

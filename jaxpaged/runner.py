@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -38,6 +39,9 @@ from jaxpaged.model import weights as model_weights
 from jaxpaged.model.step import PromptLogprobs, StepInputs, StepOutputs
 from jaxpaged.model.weights import Weights
 from jaxpaged.offload.transfer import Offload
+from jaxpaged.structured.chooser import Chooser, Late
+from jaxpaged.structured.grammars import Grammars
+from jaxpaged.structured.matchers import Matchers
 from pallas_kernels import backends
 from pallas_kernels.paged_decode_attention import dispatch
 
@@ -67,6 +71,7 @@ class Runner(Protocol):
 
     num_pages: int
     duel: duel.Duel | None
+    matchers: Matchers | None
 
     def submit(self, plan: StepPlan) -> Callable[[], Result]:
         """Start one step, behind those before it; the call that comes back waits for it.
@@ -95,13 +100,29 @@ class Runner(Protocol):
         ...
 
 
+@dataclass(eq=False)
+class _Step:
+    """One that was submitted. What its masked rows sample is put in later."""
+
+    outputs: StepOutputs
+
+
 class JaxRunner:
     """Owns the weights, the page pool and one executable per bucket.
 
     Invariant: after `warm_up` nothing compiles; a shape outside the bucket list is an error, never a silent recompile.
     """
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, weights: Weights, *, num_pages: int):
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        weights: Weights,
+        *,
+        num_pages: int,
+        grammars: Grammars | None = None,
+    ):
+        """`grammars`: those of the model's tokenizer; without them no request may have one."""
         self.config, self.model, self.weights, self.num_pages = config, model, weights, num_pages
         self.buckets = config.buckets()
         self.cache = kv_cache.init_cache(model, num_pages, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
@@ -111,13 +132,19 @@ class JaxRunner:
         num_rows = self.buckets[-1].decode_rows + self.buckets[-1].prefill_tiles
         self._feed = batch.Feed(np.zeros(num_rows, np.int32), {})
         limits = {"num_sequences": config.max_num_seqs, "max_model_len": config.max_model_len, "num_fed": num_rows}
+        limits["max_drafts"] = config.max_drafts
         self.adjuster = Adjuster(vocab_size=model.vocab_size, **limits)  # type: ignore[arg-type]
+        self.matchers, self._chooser = None, None
+        of_tokens = {"max_logprobs": config.max_logprobs, "logprobs_mode": config.logprobs_mode}
+        of_tokens["processors"] = config.logits_processors  # type: ignore[assignment]
+        processors.check(config.logits_processors, config.extra_args, num_rows, model.vocab_size)
+        if grammars is not None:
+            self.matchers = Matchers(grammars, vocab_size=model.vocab_size)
+            self._chooser = Chooser(self.matchers, num_fed=num_rows, **of_tokens)  # type: ignore[arg-type]
+        self._late: tuple[_Step, Late] | None = None
         self.duel = None
         backend = attention_backend(config, model)
-        options = {"config": model, "backend": backend, "max_logprobs": config.max_logprobs}
-        options["batch_invariant"] = config.batch_invariant
-        options |= {"logprobs_mode": config.logprobs_mode, "processors": config.logits_processors}
-        processors.check(config.logits_processors, config.extra_args, num_rows, model.vocab_size)
+        options = {"config": model, "backend": backend, "batch_invariant": config.batch_invariant, **of_tokens}
         step = functools.partial(model_step.step, **options)
         if config.compare_with is not None:
             rival = attention_backend(config, model, "compare_with")
@@ -137,6 +164,7 @@ class JaxRunner:
 
     def submit(self, plan: StepPlan) -> Callable[[], Result]:
         """See `Runner.submit`."""
+        self._choose_late()
         if self.offload is not None and any(plan.transfers):
             self.cache = self.offload.transfer(self.cache, plan.transfers)
         if not plan.chunks():
@@ -153,10 +181,16 @@ class JaxRunner:
         if self.duel is not None:
             outputs, evidence = outputs
             self.duel.record(plan, inputs, rows, evidence, self.cache)
+        step = _Step(outputs)
+        late = self._chooser.late(plan, rows, inputs) if self._chooser is not None else None
+        if late is not None:
+            self._late = step, late
+        else:
+            step.outputs = outputs.replace(logits=None)
+            outputs.token_ids.copy_to_host_async()
+            outputs.is_finite.copy_to_host_async()
         sequences = [chunk.sequence for chunk, _ in plan.outputs()]
         self._feed = batch.Feed(outputs.token_ids, dict(zip(sequences, rows, strict=True)))
-        outputs.token_ids.copy_to_host_async()
-        outputs.is_finite.copy_to_host_async()
         outputs.is_sound.copy_to_host_async()
         wanted = inputs.wants_logprobs[rows].tolist()
         prompts = [one for one in _prompt_places(plan, self.config.prefill_tile) if one[1]]  # type: ignore[arg-type]
@@ -167,8 +201,18 @@ class JaxRunner:
                 asked += [outputs.likeliest_ids, outputs.likeliest_logprobs]
         for array in asked + (jax.tree.leaves(outputs.prompt) if prompts else []):
             array.copy_to_host_async()
-        result = functools.partial(self._result, outputs, rows, sequences, wanted, prompts)
+        result = functools.partial(self._result, step, rows, sequences, wanted, prompts)
         return lambda: _with_faults(result(), np.asarray(outputs.is_sound), plan, bucket.decode_rows, self.config.prefill_tile)  # type: ignore[arg-type]
+
+    def _choose_late(self) -> None:
+        """Let the rows of the step before that have a grammar choose: the tokens before them are known by now."""
+        if self._late is None:
+            return
+        (step, late), self._late = self._late, None
+        step.outputs = self._chooser.choose(late, step.outputs)  # type: ignore[union-attr]
+        self._feed = self._feed._replace(token_ids=step.outputs.token_ids)
+        step.outputs.token_ids.copy_to_host_async()
+        step.outputs.is_finite.copy_to_host_async()
 
     def clean(self, pages: Seq[int]) -> None:
         """See `Runner.clean`."""
@@ -185,14 +229,17 @@ class JaxRunner:
         """See `Runner.fetched`."""
         return self.offload.fetched(wait) if self.offload is not None else []
 
-    @staticmethod
     def _result(
-        outputs: StepOutputs,
+        self,
+        step: _Step,
         rows: list[int],
         sequences: list[Sequence],
         wanted: list[bool],
         prompts: list[tuple[Chunk, list[int]]],
     ) -> Result:
+        if self._late is not None and self._late[0] is step:
+            self._choose_late()
+        outputs = step.outputs
         groups = [sequence.group for sequence in sequences]
         token_ids, is_finite = np.asarray(outputs.token_ids), np.asarray(outputs.is_finite)
         result = Result(token_ids[rows].tolist(), is_finite[rows].tolist())
@@ -229,6 +276,10 @@ class JaxRunner:
             self._copiers = dict(zip(self._copy_sizes, copiers, strict=True))
         self.adjuster.warm_up()
         _ = self._zeroer
+        if self._chooser is not None:
+            by_rows = {bucket.decode_rows + bucket.prefill_tiles: bucket for bucket in self.buckets}
+            for bucket in by_rows.values():
+                self._chooser.compile(self._padding(bucket))
         if self.offload is not None:
             self.offload.warm_up()
         logger.info("Compiled %d steps in %.1f s.", len(self.buckets), time.perf_counter() - started)
@@ -311,6 +362,8 @@ class JaxRunner:
         if self.offload is not None:
             self.offload.close()
         self.adjuster.close()
+        if self.matchers is not None:
+            self.matchers.grammars.close()
         for array in jax.tree.leaves((self.weights, self.cache)):
             if not array.is_deleted():
                 array.delete()
@@ -323,8 +376,7 @@ def _with_faults(result: Result, is_sound: np.ndarray, plan: StepPlan, num_rows:
     """A result that also tells of numbers that are not finite before the last token of a chunk."""
     if is_sound.all():
         return result
-    num_decoded = sum(chunk.num_tokens for chunk in plan.decodes)
-    sampled, unsampled, at = is_sound[:num_decoded].tolist(), [], num_rows
+    sampled, unsampled, at = is_sound[: plan.num_rows].tolist(), [], num_rows
     for chunk in plan.prefills:
         num_tiles = -(-chunk.num_tokens // tile)
         (sampled if chunk.samples else unsampled).append(bool(is_sound[at : at + num_tiles].all()))

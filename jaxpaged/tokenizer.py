@@ -194,6 +194,8 @@ class Tokenizer:
         source = self.chat_template(chat_template, has_tools=bool(tools))
         if continue_final_message and add_generation_prompt:
             raise RequestError("continue_final_message: not with add_generation_prompt")
+        if not isinstance(chat_template_kwargs, (Mapping, type(None))):
+            raise RequestError(f"chat_template_kwargs: got {type(chat_template_kwargs).__name__}, expected names and values")
         try:
             found = self._looks.get(source) or look(source)
             variables = {**(chat_template_kwargs or {}), **variables}
@@ -202,11 +204,7 @@ class Tokenizer:
             last = ""
             if continue_final_message:
                 conversation, last = chats.marked(conversation, continue_final_message)
-            values |= {
-                "messages": conversation,
-                "tools": chats.tool_list(tools),
-                "documents": None,
-            }
+            values |= {"messages": conversation, "tools": chats.tool_list(tools), "documents": None}
             values["add_generation_prompt"] = bool(add_generation_prompt)
             text = shared().render(source, values, now or datetime.now())
         except TemplateError as error:

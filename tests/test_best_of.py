@@ -211,6 +211,9 @@ def test_outputs_that_were_cut_short_come_last(llm: LLM, all_five: list[RequestO
 
             return result
 
+        def clean(self, pages: list[int]) -> None:
+            llm.engine.runner.clean(pages)
+
     one.engine.runner = Failing()  # type: ignore[assignment]
     found = generate(one, [prompt], [draw(3, n=5, best_of=5)])[0]
     others = [output for index, output in enumerate(all_five[3].outputs) if index != victim]

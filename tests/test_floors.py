@@ -17,11 +17,14 @@ LIBRARY = ("jaxpaged", "pallas_kernels", "convert")
 
 # From the ground up. A room imports from floors below its own; rooms of one floor never see each other.
 FLOORS = (
-    ("jaxpaged.version", "jaxpaged.config", "jaxpaged.stop_strings", "jaxpaged.tools", "pallas_kernels"),
+    ("jaxpaged.version", "jaxpaged.errors", "jaxpaged.stop_strings", "jaxpaged.tools"),
+    ("jaxpaged.speculative_config",),
+    ("jaxpaged.config", "pallas_kernels"),
     ("jaxpaged.host", "jaxpaged.model", "jaxpaged.outputs"),
     ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel", "jaxpaged.observe", "jaxpaged.offload", "jaxpaged.templates"),
-    ("jaxpaged.adjuster",),
+    ("jaxpaged.adjuster", "jaxpaged.structured"),
     ("jaxpaged.runner", "jaxpaged.tokenizer", "jaxpaged.demo", "convert"),
+    ("jaxpaged.speculative",),
     ("jaxpaged.engine",),
     ("jaxpaged.growing",),
     ("jaxpaged.llm",),
@@ -35,7 +38,9 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that may import nothing but the standard library and these.
 ONLY = {
     "jaxpaged.version": (),
-    "jaxpaged.config": (),
+    "jaxpaged.errors": (),
+    "jaxpaged.speculative_config": ("jaxpaged.errors",),
+    "jaxpaged.config": ("jaxpaged.errors", "jaxpaged.speculative_config"),
     "jaxpaged.stop_strings": (),
     "jaxpaged.tools": ("jaxpaged.tools",),
     "jaxpaged.host": ("jaxpaged.config", "jaxpaged.host"),

@@ -142,6 +142,16 @@ def test_chat_is_generate_on_the_rendered_conversation(llm: LLM):
     assert own[0].prompt == "! hello "
 
 
+def test_a_chat_with_a_tool_call_parser_is_that_chat(llm: LLM):
+    messages = [{"role": "user", "content": "hello"}]
+    parsed = llm.chat(messages, GREEDY, use_tqdm=False, tool_call_parser="hermes")
+    assert token_ids(parsed) == token_ids(llm.chat(messages, GREEDY, use_tqdm=False))
+    assert (parsed[0].outputs[0].content, parsed[0].outputs[0].tool_calls) == (parsed[0].outputs[0].text, [])
+    messages.append({"role": "assistant", "content": "a dog"})
+    goes_on = llm.chat(messages, GREEDY, use_tqdm=False, add_generation_prompt=False, continue_final_message=True)
+    assert goes_on[0].prompt is not None and goes_on[0].prompt.endswith("assistant: a dog")
+
+
 def test_a_chat_gets_no_second_beginning_of_sequence(llm: LLM):
     backend = llm.get_tokenizer().backend
     backend.post_processor = TemplateProcessing(single="<turn> $A", special_tokens=[("<turn>", 1)])  # type: ignore[assignment]

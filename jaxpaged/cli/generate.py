@@ -22,6 +22,7 @@ EPILOG = """\
 examples:
   jaxpaged generate "One day" --temperature 0
   jaxpaged generate --model ./llama "Dear" "Once" --max-tokens 200 --json | jq -r .text
+  jaxpaged generate "A number:" --structured-outputs '{"regex": "[0-9]{3}"}'
   echo "One day" | jaxpaged generate - --stream
 
 The texts go to stdout, everything else to stderr. Numbers may end in k = 1000 or K = 1024."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import json
 import logging
 import re
 import sys
@@ -16,6 +17,8 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from jaxpaged.config import nearest
+from jaxpaged.host.request import RequestError
+from jaxpaged.host.structured import StructuredOutputsParams
 
 _DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -141,7 +144,21 @@ def switch_or_word(text: str) -> bool | str:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
+def structured_outputs(text: str) -> StructuredOutputsParams:
+    """Fields of StructuredOutputsParams as a JSON object."""
+    try:
+        given = json.loads(text)
+        if not isinstance(given, dict):
+            raise ValueError
+        return StructuredOutputsParams(**given)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    except (ValueError, RecursionError):
+        raise argparse.ArgumentTypeError('expected a JSON object, such as {"regex": "[0-9]+"}') from None
+
+
 _KINDS = {
+    "StructuredOutputsParams": (structured_outputs, "JSON"),
     "int": (whole_number, "N"),
     "float": (number, "X"),
     "str": (str, "TEXT"),
@@ -155,6 +172,7 @@ _KINDS["str | tuple[str, ...]"] = _KINDS["str"]  # a list can only be given in P
 _IN_PYTHON_ONLY = "tuple[Callable[..., Any], ...]"  # functions have no spelling on a command line
 _KINDS["Mapping[str, float] | tuple[tuple[str, float], ...]"] = (numbers_by_name, "NAME:X,NAME:X,...")
 _KINDS["str | Callable[..., Any]"] = _KINDS["str"]  # a function can only be given in Python
+_KINDS["SpeculativeConfig | Mapping[str, Any] | str"] = (str, "JSON")
 
 
 def add_fields(

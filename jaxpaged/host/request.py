@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 from jaxpaged.config import nearest
 from jaxpaged.host.beams import BeamGroup, Candidates
+from jaxpaged.host.checks import RequestError, check_int, check_number
+from jaxpaged.host.checks import shown as _shown
+from jaxpaged.host.structured import StructuredOutputsParams, checked_structured_outputs
 
 MAX_RULES = 1024  # token ids whose logits a request may change by name in one step: what a row of a compiled step has room for
 MAX_BAD_WORD_LEN = 64  # in tokens; each word is compared with the end of the output in every step
@@ -22,10 +25,6 @@ MAX_STOP_LEN = 256  # characters of one
 MAX_EXTRA = 1e38  # what the step has room for: its numbers are float32
 _OF_TEXTS = "include_stop_str_in_output", "logprobs", "prompt_logprobs"
 MAX_N = 128  # outputs of one request, as many as OpenAI's API has: one request must not be able to fill the engine
-
-
-class RequestError(ValueError):
-    """A request that cannot be served. One line: which field, what it got, what is allowed. Nothing was taken for it."""
 
 
 class RequestOutputKind(enum.Enum):
@@ -87,6 +86,10 @@ class SamplingParams:
         prefix cache know no log-probabilities.
       extra_args: name -> number, for the engine's `logits_processors` that ask for it by this name.
       output_kind: what `LLM.stream` yields: everything so far, what is new, or the end alone. `LLM.generate` returns the end.
+      structured_outputs: what the text has to be: a JSON schema, a regular expression, a choice, a grammar. It ends when nothing
+        can follow; where the grammar accepts what there is, the ids that end the output are allowed too, and nowhere else.
+        Special tokens are no text. Strings of `stop`, ids of stop_token_ids and max_tokens may cut it short of its form;
+        min_tokens does not keep it from ending where nothing can follow. For `LLM`, or an `Engine` with grammars.
 
     With best_of, log-probabilities are those before any of these. Beam search takes none of them, as in vLLM.
 
@@ -122,6 +125,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    structured_outputs: StructuredOutputsParams | None = None
     extra_args: Mapping[str, float] | tuple[tuple[str, float], ...] | None = ()
 
     def __new__(cls, *args: object, **options: object) -> SamplingParams:
@@ -161,7 +165,8 @@ class SamplingParams:
         object.__setattr__(self, "extra_args", _checked_extra_args(self.extra_args))
         for name, value in _checked_logit_options(self).items():
             object.__setattr__(self, name, value)
-        sampling = "best_of", "top_p", "top_k", "min_p", "seed", "stop", *_OF_TEXTS, *_LOGIT_OPTIONS
+        object.__setattr__(self, "structured_outputs", checked_structured_outputs(self.structured_outputs))
+        sampling = "best_of", "top_p", "top_k", "min_p", "seed", "stop", *_OF_TEXTS, *_LOGIT_OPTIONS, "structured_outputs"
         search = "length_penalty", "early_stopping"
         defaults = {f.name: f.default for f in fields(self)}
         for name in sampling if self.use_beam_search else search:
@@ -327,28 +332,6 @@ def _check_logit_rules(params: SamplingParams, vocab_size: int, eos_token_ids: S
     allowed = range(vocab_size) if params.allowed_token_ids is None else params.allowed_token_ids
     if len(never) >= len(set(allowed)) and never.issuperset(allowed):
         raise RequestError("allowed_token_ids: bad_words and min_tokens leave no token to choose")
-
-
-def check_number(name: str, value: object, low: float, high: float, *, exclude_low: bool = False) -> None:
-    allowed = f"a finite number in {'(' if exclude_low else '['}{low:g}, {high:g}]"
-    # `not (low <= value)` rather than `value < low`: every comparison with NaN is False, and NaN must not pass.
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (low <= value <= high) or (exclude_low and value == low):  # type: ignore[operator]
-        raise RequestError(f"{name}: got {_shown(value)}, expected {allowed}")
-
-
-def check_int(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(f"{name}: got {_shown(value)}, expected a whole number in [{low}, {high}]")
-
-
-def _shown(value: object, limit: int = 64) -> str:
-    """A value for a message of one short line, whatever it is."""
-    try:
-        text = ascii(value).replace("\n", " ")  # an array's repr has lines
-    except ValueError:  # Python spells out no whole number of thousands of digits
-        text = f"a value of type {type(value).__name__} that is too long to show"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 @dataclass(frozen=True)

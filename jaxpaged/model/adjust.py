@@ -29,7 +29,9 @@ class Adjustments:
     repetition: jax.Array  # float32 [R], 1 does nothing
     frequency: jax.Array  # float32 [R], 0 does nothing
     presence: jax.Array  # float32 [R], 0 does nothing
-    marks: jax.Array  # int32 [sequences, V], up to and with the tokens of this step
+    num_drafts: jax.Array  # int32 [R], of the places of the next one
+    drafts: jax.Array  # int32 [R, most], tokens of the row's text that `marks` does not tell of, proposed to be its last
+    marks: jax.Array  # int32 [sequences, V], up to and with the tokens of this step but proposed ones
 
     def is_wanted(self) -> jax.Array:
         """Whether any row's logits change, bool []."""
@@ -62,8 +64,14 @@ def adjust(logits: jax.Array, wanted: Adjustments, last: jax.Array) -> tuple[jax
 
         return lax.fori_loop(0, -(-jnp.max(wanted.num_rules) // RULES_AT_ONCE), some, scores)
 
+    def with_drafts(marks: jax.Array) -> jax.Array:
+        is_meant = jnp.arange(wanted.drafts.shape[1]) < wanted.num_drafts[:, None]
+        ids = jnp.where(is_meant, wanted.drafts, marks.shape[1])
+        return marks.at[jnp.arange(len(marks))[:, None], ids].add(1, mode="drop")
+
     def by_marks(scores: jax.Array) -> jax.Array:
         marks = wanted.marks[jnp.maximum(wanted.places - 1, 0)]
+        marks = lax.cond(jnp.any(wanted.num_drafts > 0), with_drafts, lambda x: x, marks)
         count = marks & _COUNT
         has_been = (marks & (IN_PROMPT | _COUNT)) != 0
         penalty = wanted.repetition[:, None]
@@ -94,13 +102,13 @@ def begin(marks: jax.Array, place: jax.Array, tokens: jax.Array, lens: jax.Array
 def count_last(
     marks: jax.Array, places: jax.Array, known: jax.Array, fed: jax.Array, previous: jax.Array, is_new: jax.Array
 ) -> jax.Array:
-    """`marks` with one more output token of each sequence. Donate `marks`: it is updated in place.
+    """`marks` with more output tokens of the sequences. Donate `marks`: it is updated in place.
 
     Args:
-      places: int32 [R], lines of `marks`.
-      known: int32 [R], the tokens.
-      fed: int32 [R], 1 + the place in `previous` of a token that only the device knows; 0 where `known` has it.
-      is_new: bool [R], false for padding.
+      places: int32 [N], lines of `marks`, of which one may be here several times.
+      known: int32 [N], the tokens.
+      fed: int32 [N], 1 + the place in `previous` of a token that only the device knows; 0 where `known` has it.
+      is_new: bool [N], false for padding.
     """
     token_ids = jnp.where(fed > 0, previous[jnp.maximum(fed - 1, 0)], known)
     return marks.at[places, token_ids].add(is_new.astype(jnp.int32))

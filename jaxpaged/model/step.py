@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpaged.config import ModelConfig
-from jaxpaged.model.adjust import Adjustments, adjust
+from jaxpaged.model.adjust import Adjustments
 from jaxpaged.model.attention import ROW_TILE, PagedAttention, PagedTokens
 from jaxpaged.model.cache import KVCache
-from jaxpaged.model.processors import LogitsRows, Processors, process
-from jaxpaged.model.sampler import SamplingInputs, likeliest, logprobs_of, processed, sample
+from jaxpaged.model.choice import Rows, choose
+from jaxpaged.model.sampler import SamplingInputs, likeliest, logprobs_of
 from jaxpaged.model.transformer import forward, logits
 from jaxpaged.model.weights import Weights
 from pallas_kernels.backends import Backend
@@ -39,6 +39,12 @@ class StepInputs:
     prompt_targets: jax.Array  # int32 [C*T], 1 + the prompt's token after each of the tiles' tokens; 0 where none is wanted
     adjustments: Adjustments | None = None  # of the logits that tokens are chosen by; None for a step that never changes them
     extra: Mapping[str, jax.Array] | None = None  # name -> float32 [R], for logits processors; None where there are none
+
+    def rows(self) -> Rows:
+        """What there is to know of the rows that may sample."""
+        positions, last = self.tokens.positions[self.sample_at] + 1, self.fed_tokens().token_ids[self.sample_at]
+        wanted = self.sampling, self.beam_temperature, self.wants_logprobs, self.adjustments, self.extra
+        return Rows(positions, last, *wanted)
 
     def fed_tokens(self) -> PagedTokens:
         """`tokens` with those of the step before in their places."""
@@ -109,31 +115,14 @@ class StepOutputs:
     ranks: jax.Array  # int32 [R], of the token, likewise
     prompt: PromptLogprobs | None = None
     is_sound: jax.Array | None = None  # bool [R]: all hidden states of the row or tile are finite, whether it samples or not
+    logits: jax.Array | None = None  # float32 [R, V], of the model alone, for `rechoose`
 
     @classmethod
-    def of(
-        cls,
-        scores: jax.Array,
-        inputs: StepInputs,
-        max_logprobs: int,
-        *,
-        logprobs_mode: str = "raw_logprobs",
-        processors: Processors = (),
-    ) -> StepOutputs:
-        """What follows from the logits [R, V] of the rows that may sample."""
-        is_finite, changed = jnp.all(jnp.isfinite(scores), axis=-1), scores
-        if processors:
-            places, last = inputs.tokens.positions[inputs.sample_at] + 1, inputs.fed_tokens().token_ids[inputs.sample_at]
-            changed, has_some = process(processors, scores, LogitsRows(places, last, inputs.extra or {}))
-            is_finite &= has_some
-        token_ids, has_choice = _choose(changed, inputs)
-        is_finite &= has_choice
-        shown, is_logit = _shown(scores, changed, inputs, logprobs_mode), logprobs_mode.endswith("logits")
-        is_plain = inputs.wants_logprobs if is_logit else None
-        best = likeliest(shown, inputs.beam_temperature, min(max_logprobs, scores.shape[1]), is_plain)
-        logprobs, ranks = logprobs_of(shown, token_ids, inputs.wants_logprobs, is_plain=is_logit)
-        token_ids = jnp.pad(token_ids, (0, len(inputs.previous) - len(token_ids)))
-        return cls(token_ids, is_finite, *best, logprobs, ranks)
+    def of(cls, scores: jax.Array, inputs: StepInputs, max_logprobs: int, **options: Any) -> StepOutputs:
+        """What follows from the logits [R, V] of the rows that may sample; `options` are those of `choose`."""
+        chosen = vars(choose(scores, inputs.rows(), max_logprobs, **options))
+        token_ids = jnp.pad(chosen["token_ids"], (0, len(inputs.previous) - len(scores)))
+        return cls(**{**chosen, "token_ids": token_ids}, logits=scores)
 
     def told(
         self,
@@ -150,39 +139,6 @@ class StepOutputs:
         return self.replace(prompt=prompt, is_sound=inputs.tokens.is_finite(hidden))  # type: ignore[attr-defined]
 
 
-def _shown(scores: jax.Array, changed: jax.Array, inputs: StepInputs, logprobs_mode: str) -> jax.Array:
-    """The logits [R, V] that log-probabilities of new tokens are of: the model's, or those that tokens are drawn by."""
-    if logprobs_mode.startswith("raw"):
-        return scores
-
-    def drawn_by(_: None) -> jax.Array:
-        found, adjustments = changed, inputs.adjustments
-        if adjustments is not None:
-            found, _ = adjust(found, adjustments, inputs.fed_tokens().token_ids[inputs.sample_at])
-        # Beams compete by what the model finds.
-        return jnp.where(inputs.wants_logprobs[:, None], processed(found, inputs.sampling), scores)
-
-    return lax.cond(jnp.any(inputs.wants_logprobs), drawn_by, lambda _: scores, None)
-
-
-def _choose(scores: jax.Array, inputs: StepInputs) -> tuple[jax.Array, jax.Array]:
-    """A token for each row, and whether its request leaves it one."""
-    positions, adjustments = inputs.tokens.positions[inputs.sample_at] + 1, inputs.adjustments
-
-    def plainly(_: None) -> tuple[jax.Array, jax.Array]:
-        return sample(scores, inputs.sampling, positions), jnp.ones(len(scores), bool)
-
-    if adjustments is None:
-        return plainly(None)
-
-    def adjusted(_: None) -> tuple[jax.Array, jax.Array]:
-        changed, has_choice = adjust(scores, adjustments, inputs.fed_tokens().token_ids[inputs.sample_at])
-        return sample(changed, inputs.sampling, positions), has_choice
-
-    # Tokens come out of the branches and not logits, which a step that changes none would copy.
-    return lax.cond(adjustments.is_wanted(), adjusted, plainly, None)
-
-
 def step(
     weights: Weights,
     cache: KVCache,
@@ -196,7 +152,7 @@ def step(
 ) -> tuple[StepOutputs, KVCache]:
     """Compute the step's tokens, write their keys and values, and sample. Donate `cache`: it is updated in place.
 
-    `of_tokens` are the options of `StepOutputs.of`.
+    `of_tokens` are the options of `choose`.
     """
     how: dict[str, Any] = {"config": config, "batch_invariant": batch_invariant}
     hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), backend=backend, **how)

@@ -5,17 +5,19 @@ Knows what a decision is. Refuses to know where frames go.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from typing import Any
 
 from jaxpaged.host.plan import StepPlan, Transfers
 from jaxpaged.host.request import Sequence
 from jaxpaged.host.scheduler import Scheduler
-from jaxpaged.observe.records import Admission, Kind, packed, unwords, words
+from jaxpaged.observe.records import Admission, Kind, pack_drafts, packed, unwords, words
 
-Look = tuple[tuple[int, int, int, int], list[int], list[int]]
-"""The state of pool and queues, and of each decode its row and the page it writes to."""
+Look = tuple[tuple[int, int, int, int], list[int], list[list[int]]]
+"""The state of pool and queues, and of each decode its row and the pages it writes to."""
 
 
 class Encoder:
@@ -50,8 +52,12 @@ class Encoder:
             return
         if self.has_news or any(chunk.sequence not in self.rows for chunk in plan.chunks()):
             self._admit(plan)
-        self.put(Kind.PLAN, pack_plan(plan, *self.look(plan), self.page_size, self.rows))
+        self.put(Kind.PLAN, pack_plan(plan, self.look(plan), self.page_size, self.rows))
         self.in_flight.append(plan)
+
+    def proposed(self, drafts: Mapping[Sequence, Seq[int]]) -> bytes:
+        """What the next plan is given; a sequence that has no row gets none of it."""
+        return pack_drafts({self.rows[sequence]: tokens for sequence, tokens in drafts.items() if sequence in self.rows})
 
     def look(self, plan: StepPlan) -> Look:
         """What of a plan and of the pool may be otherwise by the time it is written down. KeyError when a row is new."""
@@ -59,7 +65,7 @@ class Encoder:
         return (
             (pool.num_free, pool.num_cached, len(scheduler.running), len(scheduler.waiting)),
             [rows[chunk.sequence] for chunk in plan.decodes],
-            [chunk.sequence.pages[chunk.start // size] for chunk in plan.decodes],
+            [chunk.sequence.pages[chunk.start // size : -(-chunk.end // size)] for chunk in plan.decodes],
         )
 
     @property
@@ -125,19 +131,25 @@ def _pack_transfers(transfers: Transfers) -> list[int]:
     return numbers
 
 
-def pack_plan(
-    plan: StepPlan, counts: tuple[int, ...], rows: list[int], pages: list[int], page_size: int, row_of: dict[Sequence, int]
-) -> bytes:
-    """A plan's frame; `records.Decision` reads it. The first three values are those of `Encoder.look`."""
-    decodes, prefills, copies = plan.decodes, plan.prefills, plan.copies
-    numbers = [
-        *(*counts, len(decodes), len(prefills), len(copies)),
-        *(*rows, *[chunk.start for chunk in decodes], *pages),
-        *(*[source for source, _ in copies], *[target for _, target in copies]),
-    ]
-    for chunk in prefills:
+def pack_plan(plan: StepPlan, seen: Look, page_size: int, row_of: dict[Sequence, int]) -> bytes:
+    """A plan's frame; `records.Decision` reads it."""
+    counts, rows, pages = seen
+    plain, others = [], []
+    for row, written, chunk in zip(rows, pages, plan.decodes, strict=True):
+        if chunk.drafts:
+            others.append((row, chunk.start, chunk.num_tokens, 1 + len(chunk.drafts), len(written), *written))
+        else:
+            plain.append((row, chunk.start, *written))
+    for chunk in plan.prefills:
         written = chunk.sequence.pages[chunk.start // page_size : -(-chunk.end // page_size)]
-        numbers += (row_of[chunk.sequence], chunk.start, chunk.num_tokens, chunk.samples, len(written), *written)
+        others.append((row_of[chunk.sequence], chunk.start, chunk.num_tokens, chunk.samples, len(written), *written))
+    copies = plan.copies
+    numbers = [
+        *(*counts, len(plain), len(others), len(copies)),
+        *itertools.chain.from_iterable(zip(*plain, strict=True)),
+        *(*[source for source, _ in copies], *[target for _, target in copies]),
+        *itertools.chain.from_iterable(others),
+    ]
     if any(plan.transfers):
         numbers += _pack_transfers(plan.transfers)
     return packed(numbers)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jaxpaged.config import ConfigError, EngineConfig
 from jaxpaged.host.beams import Candidates
 from jaxpaged.host.plan import StepPlan
 from jaxpaged.host.policies import POLICIES
-from jaxpaged.host.request import Request
+from jaxpaged.host.request import Request, Sequence
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.observe.debug_socket import DebugSocket
 from jaxpaged.observe.recorder import Recorder
@@ -50,9 +51,11 @@ class Eyes:
         if self._socket is not None:
             self._socket.begin()
 
-    def planning(self) -> None:
-        """It is about to decide a step."""
+    def planning(self, drafts: Mapping[Sequence, Seq[int]]) -> None:
+        """It is about to decide a step, with these drafts."""
         self._stage = "plan"
+        if drafts and self._recorder is not None:
+            self._recorder.proposed(drafts)
         if self._socket is not None:
             self._socket.begin()
 
@@ -101,7 +104,7 @@ class Eyes:
         if self._socket is not None:
             self._socket.end()
 
-    def ran(self, token_ids: Sequence[int], is_finite: Sequence[bool], candidates: Sequence[Candidates] | None = None) -> None:
+    def ran(self, token_ids: Seq[int], is_finite: Seq[bool], candidates: Seq[Candidates] | None = None) -> None:
         """The oldest step in flight has run and is about to be committed."""
         self._stage = "commit"
         if self._socket is not None:

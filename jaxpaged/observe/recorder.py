@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 from jaxpaged.host.beams import Candidates
 from jaxpaged.host.plan import StepPlan
-from jaxpaged.host.request import Request
+from jaxpaged.host.request import Request, Sequence
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.observe import state
 from jaxpaged.observe.encoder import Encoder, pack_plan
@@ -56,7 +57,8 @@ class Recorder:
         self._clock = clock
         self._encoder = Encoder(scheduler, self._put)
         self._segments: deque[bytearray] = deque()
-        self._late: list[tuple] = []  # (time, plan, what `Encoder.look` saw) or (time, None, (token ids, flags))
+        # (time, plan, what `Encoder.look` saw), or (time, None, what a step sampled, or the frame of what was proposed)
+        self._late: list[tuple] = []
         self._is_full = False
         self._head_bytes = 0  # of the last segment
         self._why_blind = ""
@@ -91,6 +93,10 @@ class Recorder:
         self._put(Kind.RESET, b"")
         self._settle()
 
+    def proposed(self, drafts: Mapping[Sequence, Seq[int]]) -> None:
+        """The scheduler is about to decide a step with these drafts."""
+        self._late.append((self._clock(), None, self._encoder.proposed(drafts)))
+
     def planned(self, plan: StepPlan | None) -> None:
         """The scheduler has decided a step, or None."""
         self.num_steps += plan is not None
@@ -111,7 +117,7 @@ class Recorder:
             self._settle()
         return True
 
-    def ran(self, token_ids: Sequence[int], is_finite: Sequence[bool], candidates: Sequence[Candidates] | None = None) -> None:
+    def ran(self, token_ids: Seq[int], is_finite: Seq[bool], candidates: Seq[Candidates] | None = None) -> None:
         """The oldest step in flight has run; it is about to be committed."""
         self._late.append((self._clock(), None, (token_ids, is_finite, candidates)))
 
@@ -136,11 +142,12 @@ class Recorder:
         late, self._late = self._late, []
         encoder = self._encoder
         for time_s, plan, rest in late:
-            if plan is None:
-                self._write(Kind.COMMIT, time_s, pack_commit(*rest))
+            if plan is not None:
+                self._write(Kind.PLAN, time_s, pack_plan(plan, rest, encoder.page_size, {}))
+            elif isinstance(rest, bytes):
+                self._write(Kind.DRAFTS, time_s, rest)
             else:
-                counts, rows, pages = rest
-                self._write(Kind.PLAN, time_s, pack_plan(plan, counts, rows, pages, encoder.page_size, {}))
+                self._write(Kind.COMMIT, time_s, pack_commit(*rest))
 
     def _write(self, kind: Kind, time_s: float, payload: bytes) -> None:
         if len(payload) > self.max_bytes // 4:  # only a ring of a few kilobytes meets such a frame

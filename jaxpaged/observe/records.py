@@ -11,12 +11,13 @@ import enum
 import json
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxpaged.host.plan import NO_TRANSFERS, Transfers
 from jaxpaged.host.request import Request, SamplingParams
+from jaxpaged.host.structured import StructuredOutputsParams
 
 KEY_WORDS = 4  # of a key of the prefix cache
 MAX_ERROR = 1000  # characters of an exception that are kept
@@ -39,6 +40,7 @@ class Kind(enum.IntEnum):
     FETCHED = 6
     STOP = 7
     SEGMENT = 8
+    DRAFTS = 9
     DECISION = 16
     ADMIT = 17
     PREEMPT = 18
@@ -135,6 +137,8 @@ def _plain(value: Any) -> Any:
         return sorted(value)
     if isinstance(value, enum.Enum):
         return value.value
+    if isinstance(value, StructuredOutputsParams):
+        return value.given
     return repr(value)
 
 
@@ -150,6 +154,21 @@ def pack_stop(request_id: str, index: int) -> bytes:
 def unpack_stop(payload: bytes) -> tuple[str, int]:
     """Inverse of `pack_stop`."""
     return payload[4:].decode(), unwords(payload[:4])[0]
+
+
+def pack_drafts(drafts: Mapping[int, Sequence[int]]) -> bytes:
+    """Proposed tokens by row, which the next plan has been given."""
+    return packed([number for row, tokens in drafts.items() for number in (row, len(tokens), *tokens)])
+
+
+def unpack_drafts(payload: bytes) -> dict[int, tuple[int, ...]]:
+    """Inverse of `pack_drafts`."""
+    numbers, at, drafts = unwords(payload), 0, {}
+    while at < len(numbers):
+        row, count = numbers[at : at + 2]
+        drafts[row] = tuple(numbers[at + 2 : at + 2 + count])
+        at += 2 + count
+    return drafts
 
 
 def pack_fetched(key: bytes, ok: bool) -> bytes:
@@ -226,13 +245,17 @@ class Admission:
 
 @dataclass(frozen=True)
 class Work:
-    """One chunk of a plan: tokens [start, start + num_tokens) of a row, and the pages that they are written to."""
+    """One chunk of a plan: tokens [start, start + num_tokens) of a row, and the pages that they are written to.
+
+    The last `num_drafts` tokens are proposed ones.
+    """
 
     row: int
     start: int
     num_tokens: int
     samples: bool
     pages: tuple[int, ...]
+    num_drafts: int = 0
 
 
 @dataclass(frozen=True)
@@ -263,12 +286,14 @@ class Decision:
             return numbers[at - count : at]
 
         rows, starts, pages = take(num_decodes), take(num_decodes), take(num_decodes)
-        decodes = tuple(Work(row, start, 1, True, (page,)) for row, start, page in zip(rows, starts, pages, strict=True))
+        decodes = [Work(row, start, 1, True, (page,)) for row, start, page in zip(rows, starts, pages, strict=True)]
         copies = tuple(zip(take(num_copies), take(num_copies), strict=True))
         prefills = []
         for _ in range(num_prefills):
             row, start, num_tokens, samples, count = take(5)
-            prefills.append(Work(row, start, num_tokens, bool(samples), tuple(take(count))))
+            # A decode with drafts is among these: it tells how many it has.
+            works = decodes if samples > 1 else prefills
+            works.append(Work(row, start, num_tokens, bool(samples), tuple(take(count)), max(0, samples - 1)))
         num_free, num_cached, num_running, num_waiting = numbers[:4]
         transfers = NO_TRANSFERS
         if at < len(numbers):
@@ -277,7 +302,7 @@ class Decision:
             saves, loads = (tuple(zip(take(count), take(count), strict=True)) for count in counts[1:3])
             fetches = tuple((take(KEY_WORDS).tobytes(), take(1)[0]) for _ in range(counts[3]))
             transfers = Transfers(spills, saves, loads, fetches)
-        return cls(num_free, num_cached, num_running, num_waiting, copies, decodes, tuple(prefills), transfers)
+        return cls(num_free, num_cached, num_running, num_waiting, copies, tuple(decodes), tuple(prefills), transfers)
 
 
 def note_names(frame: Frame, names: dict[int, str]) -> None:
@@ -318,6 +343,9 @@ def _describe(frame: Frame, names: dict[int, str]) -> list[str]:
         return _describe_plan(Decision.unpack(payload), names)
     if kind is Kind.IDLE:
         return ["nothing to run"]
+    if kind is Kind.DRAFTS:
+        found = unpack_drafts(payload).items()
+        return [f"drafts   {names.get(row, f'row {row}')}: {_list(tokens)}" for row, tokens in found]
     if kind is Kind.FETCHED:
         key, ok = unpack_fetched(payload)
         return [f"fetched  key {key.hex()}{'' if ok else ': a miss'}"]
@@ -338,7 +366,8 @@ def _describe_plan(plan: Decision, names: dict[int, str]) -> list[str]:
         for work in works:
             name = names.get(work.row, f"row {work.row}")
             where = f"tokens [{work.start}, {work.start + work.num_tokens}) to pages {_list(work.pages)}"
-            lines.append(f"{what}  {name}: {where}{'' if work.samples else ', no sample'}")
+            drafts = f", {work.num_drafts} of them drafts" if work.num_drafts else ""
+            lines.append(f"{what}  {name}: {where}{drafts}{'' if work.samples else ', no sample'}")
     counts = (
         f"{plan.num_free} pages free, {plan.num_cached} of them cached; {plan.num_running} running, {plan.num_waiting} waiting"
     )

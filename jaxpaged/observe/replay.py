@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from jaxpaged.host.plan import Limits
 from jaxpaged.host.policies import Policy, find_policy
 from jaxpaged.host.preemption import SwapCosts
 from jaxpaged.host.prefix_cache import PrefixCache
-from jaxpaged.host.request import Request
+from jaxpaged.host.request import Request, Sequence
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.host.tiers import HostTier
 from jaxpaged.observe import state
@@ -33,6 +33,7 @@ from jaxpaged.observe.records import (
     note_names,
     readable,
     unpack_commit,
+    unpack_drafts,
     unpack_fetched,
     unpack_request,
     unpack_stop,
@@ -72,6 +73,7 @@ class Replay:
         self.failure: str | None = None  # what the recorded scheduler raised, and this one too
         self.now = 0.0  # the virtual clock
         self._decided: deque[Frame] = deque()
+        self._drafts: Mapping[Sequence, tuple[int, ...]] = {}  # for the next plan
         self._at, segment = self._beginning()
         self.first_step = self.num_steps = segment.num_steps
         self._encoder = self._restore(segment)
@@ -166,6 +168,9 @@ class Replay:
         elif kind is Kind.STOP:
             scheduler.stop(*unpack_stop(frame.payload))
             self._encoder.find_finished()
+        elif kind is Kind.DRAFTS:
+            sequences = {row: sequence for sequence, row in self._encoder.rows.items()}
+            self._drafts = {sequences[row]: tokens for row, tokens in unpack_drafts(frame.payload).items()}
         elif kind is Kind.FETCHED:
             scheduler.fetched(*unpack_fetched(frame.payload))
         elif kind is Kind.RESET:
@@ -176,7 +181,7 @@ class Replay:
         elif kind is Kind.FAIL:
             stage = json.loads(frame.payload)["stage"]
             if stage == "plan":
-                self._encoder.planned(scheduler.plan())  # raises again, or differs
+                self._plan()  # raises again, or differs
             if stage != "run":  # what fails there is the device
                 return self._differ([frame], list(self._decided))
             self._encoder.failed()
@@ -192,12 +197,16 @@ class Replay:
                 f"{self.recording.path}: cannot be replayed: a request of jaxpaged {version} is none of {__version__} ({error})"
             ) from None
 
+    def _plan(self) -> None:
+        drafts, self._drafts = self._drafts, {}
+        self._encoder.planned(self.scheduler.plan(drafts))
+
     def _decide(self) -> Kind | None:
         """Let the scheduler decide what it decided, and compare frame by frame."""
         recorded = self._group()
         is_ending = recorded[0].kind is Kind.FINISH
         if not is_ending and not self._decided:
-            self._encoder.planned(self.scheduler.plan())
+            self._plan()
         again = list(self._decided)
         self._decided.clear()
         if [(frame.kind, frame.payload) for frame in again] != [(frame.kind, frame.payload) for frame in recorded]:

@@ -127,8 +127,9 @@ class _Tracer:
         number, planned, plan = self.in_flight.pop(0)
         start = max(planned, self.last_commit)  # a step that is planned while another runs begins when that one ends
         self.last_commit = now
-        num_tokens = len(plan.decodes) + sum(work.num_tokens for work in plan.prefills)
-        args = {"tokens": num_tokens, "decodes": len(plan.decodes), "prefills": len(plan.prefills), "copies": len(plan.copies)}
+        works = (*plan.decodes, *plan.prefills)
+        args = {"tokens": sum(work.num_tokens for work in works), "decodes": len(plan.decodes), "prefills": len(plan.prefills)}
+        args |= {"copies": len(plan.copies), "drafts": sum(work.num_drafts for work in works)}
         place = {"pid": _ENGINE, "tid": 1, "ts": start, "dur": now - start}
         yield {"ph": "X", "name": f"step {number}", **place, "args": args}
         for name, works in (("decode", plan.decodes), ("prefill", plan.prefills)):
@@ -138,7 +139,8 @@ class _Tracer:
     def _work(self, name: str, work: Work, start: float, end: float) -> Iterator[dict[str, Any]]:
         track = self.rows.get(work.row, f"row {work.row}")
         span = f"[{work.start}, {work.start + work.num_tokens})"
-        yield from self._slice(name, track, start, end, tokens=span, pages=list(work.pages))
+        drafts = {"drafts": work.num_drafts} if work.num_drafts else {}
+        yield from self._slice(name, track, start, end, tokens=span, pages=list(work.pages), **drafts)
         if track in self.waits:  # it gave way while this ran
             self.waits[track] = max(self.waits[track], end)
 

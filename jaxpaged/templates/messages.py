@@ -5,6 +5,7 @@ Knows what a conversation looks like. Refuses to know templates beyond whether t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -14,24 +15,10 @@ from jaxpaged.host.request import RequestError
 
 MAX_NESTING = 100  # of lists and objects in messages and tools
 # Names that are a call's own or the environment's: a request that could set them would be the operator.
-RESERVED = [
-    "messages",
-    "tools",
-    "documents",
-    "add_generation_prompt",
-    "continue_final_message",
-    "chat_template",
-    "tokenize",
-    "return_dict",
-    "raise_exception",
-    "strftime_now",
-    "namespace",
-    "dict",
-    "range",
-    "lipsum",
-    "cycler",
-    "joiner",
-]
+RESERVED = (
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize",
+    "return_dict", "raise_exception", "strftime_now", "namespace", "dict", "range", "lipsum", "cycler", "joiner",
+)  # fmt: skip
 # Names under which a message's reasoning comes; templates read the first, those of gpt-oss the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
@@ -50,6 +37,8 @@ def plain(value: Any, name: str, depth: int = 0) -> Any:
     for plain_type in (str, int, float):
         if isinstance(value, plain_type):
             return plain_type(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # our own ToolCall, given back
+        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)}, name, depth)
     return f"<{type(value).__name__}>"
 
 

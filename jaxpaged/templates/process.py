@@ -115,17 +115,20 @@ class TemplateProcess:
             return self._process
         if self._process is not None:
             self.close()
-        folders = [str(Path(__file__).parents[2]), *(path or os.getcwd() for path in sys.path)]
+        folders = [*filter(None, sys.path), str(Path(__file__).parents[2])]
         told = json.dumps([folders, self._cpu_s, MAX_RENDERED])
-        process = subprocess.Popen(
-            # The paths are ours, so nothing of the environment and no site configuration is needed to start.
-            [sys.executable, "-I", "-S", "-c", _CODE, told],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for us
-        )
+        try:
+            process = subprocess.Popen(
+                # The paths are ours, so nothing of the environment and no site configuration is needed to start.
+                [sys.executable, "-I", "-S", "-c", _CODE, told],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for us
+            )
+        except OSError as error:
+            raise TemplateError(f"its process did not start ({error.strerror})") from None
         self._process, self._owner = process, os.getpid()
         self._ending = weakref.finalize(self, _stop, process, self._owner)
         os.set_blocking(process.stdin.fileno(), False)  # type: ignore[union-attr]

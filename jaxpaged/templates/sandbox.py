@@ -23,55 +23,16 @@ from jinja2.utils import Namespace
 WARM_UP = "{{ [strftime_now('%c'), {'a': 1} | tojson(indent=1)] }}{% generation %}{% endgeneration %}"
 
 # Spelled out in a template they are an attempt to leave it: the sandbox would refuse them when they are reached, this is earlier.
-_INTERNALS = [
-    "base",
-    "bases",
-    "builtins",
-    "class",
-    "closure",
-    "code",
-    "dict",
-    "func",
-    "getattr",
-    "getattribute",
-    "globals",
-    "import",
-    "init",
-    "init_subclass",
-    "loader",
-    "mro",
-    "new",
-    "reduce",
-    "reduce_ex",
-    "self",
-    "setattr",
-    "spec",
-    "subclasses",
+_INTERNALS = (
+    "base", "bases", "builtins", "class", "closure", "code", "dict", "func", "getattr", "getattribute", "globals", "import",
+    "init", "init_subclass", "loader", "mro", "new", "reduce", "reduce_ex", "self", "setattr", "spec", "subclasses",
     "subclasshook",
-]
-_FRAMES = [
-    "ag_await",
-    "ag_code",
-    "ag_frame",
-    "cr_await",
-    "cr_code",
-    "cr_frame",
-    "f_back",
-    "f_builtins",
-    "f_code",
-    "f_globals",
-    "f_locals",
-    "func_closure",
-    "func_code",
-    "func_defaults",
-    "func_globals",
-    "gi_code",
-    "gi_frame",
-    "gi_yieldfrom",
-    "mro",
-    "tb_frame",
-    "tb_next",
-]
+)  # fmt: skip
+_FRAMES = (
+    "ag_await", "ag_code", "ag_frame", "cr_await", "cr_code", "cr_frame", "f_back", "f_builtins", "f_code", "f_globals",
+    "f_locals", "func_closure", "func_code", "func_defaults", "func_globals", "gi_code", "gi_frame", "gi_yieldfrom", "mro",
+    "tb_frame", "tb_next",
+)  # fmt: skip
 
 
 class Clock:
@@ -132,10 +93,17 @@ def tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which what is unsafe is refused at once: jinja's own prints nothing in its place and goes on."""
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+        raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} object is unsafe")
+
+
 @functools.cache
-def environment() -> ImmutableSandboxedEnvironment:
+def environment() -> Environment:
     """The one that all templates share: they can change nothing in it."""
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    made = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     made.filters["tojson"] = tojson
     made.globals |= {
         "raise_exception": raise_exception,

@@ -62,7 +62,7 @@ TOOL_CALL_PARSERS = tuple(_CLASSES)
 _SIGNS = {
     "mistral": (("[TOOL_CALLS]",), ()),
     "hermes": (("<tool_call>",), ("<function=", "<arg_key>", "<tool_sep>")),
-    "llama3_json": (('"parameters"', "<|python_tag|>"), ()),
+    "llama3_json": (('"parameters"', "<|start_header_id|>"), ()),
 }
 
 

@@ -21,7 +21,7 @@ class ToolParser(ABC):
     """A text that comes in deltas, and the events that it gives.
 
     Laws: what `add` and `finish` gave is together the same Reply however the text was cut into deltas. All of the text is
-    content, or a finished call with its markers, or white space that touches nothing but calls and the ends of the text.
+    content, or a finished call with its markers and separators, or white space that touches nothing but calls and the ends.
     What is held back may still be the beginning of a call. Each character is looked at a bounded number of times: what was
     taken for a call and is none is content as a whole, and is not searched for other calls.
     """

@@ -164,7 +164,7 @@ class FakeTiers:
 class FakeRunner(FakeTiers):
     """The Runner protocol over pages of token ids, written and read through the page list of each chunk's sequence."""
 
-    duel = None
+    duel = matchers = None
 
     def __init__(
         self,

@@ -50,8 +50,8 @@ def test_the_record_is_what_was_decided(tmp_path: Path, monkeypatch: pytest.Monk
     engine, plan = new_engine(), Scheduler.plan
     decided = []
 
-    def watched(self):
-        found = plan(self)
+    def watched(self, *drafts):
+        found = plan(self, *drafts)
         if found is not None:
             free = self.pool.num_free, self.pool.num_cached, len(self.running), len(self.waiting)
             works = []
@@ -185,12 +185,12 @@ def planted(monkeypatch: pytest.MonkeyPatch, at: int, change) -> None:
     """Another scheduler, which makes one mistake: before the `at`-th plan."""
     plan, count = Scheduler.plan, 0
 
-    def other(self):
+    def other(self, *drafts):
         nonlocal count
         count += 1
         if count == at:
             change(self)
-        return plan(self)
+        return plan(self, *drafts)
 
     monkeypatch.setattr(Scheduler, "plan", other)
 
@@ -211,10 +211,10 @@ def test_other_pages_are_found_at_the_first_step_that_takes_one(day: Recording, 
     free, num_taken = [], []  # before each step: free pages that hold nothing; in it: pages taken
     plan, allocate = Scheduler.plan, PagePool.allocate
 
-    def watched_plan(self):
+    def watched_plan(self, *drafts):
         free.append(len(self.pool._free))
         num_taken.append(0)
-        return plan(self)
+        return plan(self, *drafts)
 
     def watched_allocate(self, count):
         num_taken[-1] += count

@@ -6,8 +6,9 @@ import dataclasses
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -60,11 +61,11 @@ def test_calls_that_were_written_are_found(form: str) -> None:
 @pytest.mark.parametrize("form", FORMATS)
 def test_whatever_a_model_writes(form: str) -> None:
     num_calls = num_contents = 0
-    for seed in range(400):
+    for seed in range(300):
         rng = random.Random(seed)
         content, calls = check(rng, form, a_mess(rng, form))
         num_calls, num_contents = num_calls + len(calls), num_contents + bool(content)
-    assert num_calls > 90 and num_contents > 90  # the texts are neither all right nor all wrong
+    assert num_calls > 70 and num_contents > 70  # the texts are neither all right nor all wrong
 
 
 WHOLE = [
@@ -84,6 +85,11 @@ WHOLE = [
     ("hermes", '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>', None, []),
     ("hermes", '<tool_call>{"name": "f", "name": "g", "arguments": {}}</tool_call>', None, []),
     ("hermes", '<tool_call>{"name": "f", "arguments": "{}"}</tool_call>', None, []),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {}, "arguments": {}}</tool_call>', None, []),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"x": [1,]}}</tool_call>', None, []),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1,}}</tool_call>', None, []),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {},}</tool_call>', None, []),
+    ("hermes", '<tool_call>{,"name": "f", "arguments": {}}</tool_call>', None, []),
     ("hermes", '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>', None, []),
     ("hermes", '<tool_call>{"name": "f", "arguments": {"x": "', None, []),
     (
@@ -310,31 +316,56 @@ class CountedText(str):
         return piece
 
 
-def work_of(form: str, text: str) -> int:
-    """Lines of jaxpaged.tools that one text makes run in one piece, and characters touched by what those lines call."""
+def lines_of(run: Callable[[], object]) -> int:
+    """Lines of jaxpaged.tools that run."""
     lines = 0
 
-    def count(frame: FrameType, event: str, _: Any) -> Any:
+    def is_ours(code: CodeType) -> bool:
+        return Path(code.co_filename).parent == FOLDER
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal lines
         lines += event == "line"
-        return count if Path(frame.f_code.co_filename).parent == FOLDER else None
+        return trace if is_ours(frame.f_code) else None
 
-    CountedText.work, one, before = 0, tool_parser(form, make_id=lambda: "id"), sys.gettrace()
-    sys.settrace(count)
+    def count(code: CodeType, _: int) -> None:
+        nonlocal lines
+        lines += is_ours(code)
+
+    if sys.version_info < (3, 12):
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            run()
+        finally:
+            sys.settrace(before)
+        return lines
+    monitoring = sys.monitoring  # what settrace is built on there, which takes fifty times as long
+    monitoring.use_tool_id(monitoring.PROFILER_ID, "lines")
+    monitoring.register_callback(monitoring.PROFILER_ID, monitoring.events.LINE, count)
+    monitoring.set_events(monitoring.PROFILER_ID, monitoring.events.LINE)
     try:
-        one.add(CountedText(text))
-        one.finish()
+        run()
     finally:
-        sys.settrace(before)
-    return lines + CountedText.work
+        monitoring.set_events(monitoring.PROFILER_ID, 0)
+        monitoring.register_callback(monitoring.PROFILER_ID, monitoring.events.LINE, None)
+        monitoring.free_tool_id(monitoring.PROFILER_ID)
+    return lines
+
+
+def work_of(form: str, text: str) -> int:
+    """Lines that one text in one piece makes run, and the characters touched by what those lines call."""
+    CountedText.work, one = 0, tool_parser(form, make_id=lambda: "id")
+    return lines_of(lambda: (one.add(CountedText(text)), one.finish())) + CountedText.work
 
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_work_is_linear(form: str, name: str) -> None:
-    small, large = HOSTILE[name](1500, form), HOSTILE[name](6000, form)
-    assert work_of(form, large) <= 60 * len(large) + 300
-    assert work_of(form, large) <= 1.15 * len(large) / len(small) * work_of(form, small) + 500
+    small, large = HOSTILE[name](500, form), HOSTILE[name](2000, form)
+    work = work_of(form, large)
+    assert len(large) <= work <= 60 * len(large) + 300
+    assert work <= 1.15 * len(large) / len(small) * work_of(form, small) + 500
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -370,7 +401,8 @@ def test_parsers_have_names() -> None:
         ("... within <tool_call></tool_call> XML tags: ...", "hermes"),
         ("<tool_call>\n<function=name>", None),
         ("{{ '[TOOL_CALLS]' }}", "mistral"),
-        ('{{ "<|python_tag|>" }} {"name": function name, "parameters": dictionary}', "llama3_json"),
+        ('{{ "<|start_header_id|>" }} {"name": function name, "parameters": dictionary}', "llama3_json"),
+        ("{{ '<|start_header_id|>' }}{{ message.content }}", None),
         ("{{ messages }}", None),
         (None, None),
     ],
