@@ -7,11 +7,9 @@ function raises when a law is broken and returns how many cases it has seen. tes
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import random
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -272,9 +270,3 @@ def check_pair(first: str, second: str) -> None:
             params = SamplingParams(**{**PLAIN, "temperature": 1.0, "seed": 7 + index})
             alone = _events(another_engine(engine()), [Ask(prompts()[0], params)])
             assert [event.token_id for event in alone["0", 0]] == [event.token_id for event in found["0", index]]
-
-
-def with_feature(name: str, feature: Feature) -> None:
-    """Add a line to FEATURES from another file."""
-    assert re.fullmatch(r"[a-z_ ]+", name) and name not in FEATURES
-    FEATURES[name] = dataclasses.replace(feature)
