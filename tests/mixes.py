@@ -7,11 +7,9 @@ function raises when a law is broken and returns how many cases it has seen. tes
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import random
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,7 +91,7 @@ OPTIONS: dict[str, Callable[[random.Random], Any]] = {
     "ignore_eos": lambda rng: rng.random() < 0.5,
 }
 SEARCH: dict[str, Callable[[random.Random], Any]] = {
-    "n": lambda rng: rng.choice((1, 2, 4)),
+    "n": lambda rng: rng.choice((1, 2, 3)),
     "temperature": lambda rng: rng.choice((0.0, 0.7)),
     "length_penalty": lambda rng: rng.choice((0.0, 1.0, 2.0)),
     "early_stopping": lambda rng: rng.choice((True, False, "never")),
@@ -125,7 +123,10 @@ def no_compilations(count: int, seed: int = 0) -> int:
         for number in range(count):
             prompt = rng.choice(beginnings)[: rng.choice((0, 8, 17, 40))] + [rng.randrange(V) for _ in range(rng.randint(1, 30))]
             one = ones[number // per_one]
-            one.add_request(prompt, random_params(rng), request_id=str(number))
+            params = random_params(rng)
+            if params.use_beam_search:
+                prompt = prompt[:30]  # all beams have to fit into few pages
+            one.add_request(prompt, params, request_id=str(number))
             while len(one.scheduler.waiting) > 4:
                 one.step()
             if rng.random() < 0.05:
@@ -269,9 +270,3 @@ def check_pair(first: str, second: str) -> None:
             params = SamplingParams(**{**PLAIN, "temperature": 1.0, "seed": 7 + index})
             alone = _events(another_engine(engine()), [Ask(prompts()[0], params)])
             assert [event.token_id for event in alone["0", 0]] == [event.token_id for event in found["0", index]]
-
-
-def with_feature(name: str, feature: Feature) -> None:
-    """Add a line to FEATURES from another file."""
-    assert re.fullmatch(r"[a-z_ ]+", name) and name not in FEATURES
-    FEATURES[name] = dataclasses.replace(feature)

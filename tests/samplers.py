@@ -5,6 +5,7 @@ Each function raises when a law is broken and returns how many cases it has seen
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import mixes
 import numpy as np
 import oracle
-from driving import Ask, another_engine, greedy, run
+from driving import Ask, ShuffledPool, another_engine, greedy, run
 from model.test_sampler import draw, inputs, keep, kept_by_sorting
 from scipy import stats
 from test_adjust import chain
 
+from jaxpaged.config import EngineConfig
+from jaxpaged.engine import Engine
 from jaxpaged.host.request import SamplingParams
 
 SIZES = (1, 2, 3, 7, 40, 257, 1000)
@@ -90,22 +93,30 @@ KINDS: dict[str, dict[str, Any]] = {
     "logit_bias": {"temperature": 3.0, "logit_bias": {3: 6.0, 40: -9.0}},
     "allowed_token_ids": {"temperature": 3.0, "allowed_token_ids": list(range(0, 90, 7))},
 }
-PROMPT = [5, 9, 11, 5, 5, 30, 2]
+PROMPT = [5, 9, 11, 5, 5, 30, 2, 8, 1]  # a page and a token: outputs share the page, and none is copied
+ROWS = 64
+
+
+@functools.cache
+def wide_engine() -> Engine:
+    """Draws so many tokens in a step."""
+    sizes = {"max_num_seqs": ROWS, "decode_row_buckets": (ROWS,), "num_gpu_blocks_override": 4 * ROWS}
+    config = EngineConfig(**{**mixes.ENGINE, **sizes})
+    return Engine.from_weights(config, mixes.MODEL, mixes.FAMILY.weights(), pool_type=ShuffledPool)
 
 
 def draws(name: str, count: int) -> float:
-    """Chi-square's p of so many draws of the whole engine, each a request's first token, 127 outputs and seeds to a request."""
+    """Chi-square's p of so many draws of the whole engine, each the first token of an output with a seed of its own."""
     options, counts, seed = KINDS[name], np.zeros(mixes.V), 0
-    one = another_engine(mixes.engine())
-    while counts.sum() < count:
-        n = int(min(127, count - counts.sum()))
-        one.add_request(PROMPT, SamplingParams(n=n, seed=seed, max_tokens=1, ignore_eos=True, **options))
-        seed += n
-        if len(one.scheduler.waiting) < 16 and counts.sum() + 16 * 127 < count:
-            continue
-        while one.has_unfinished:
-            for event in one.step():
-                counts[event.token_id] += 1
+    one = another_engine(wide_engine())
+    while seed < count or one.has_unfinished:
+        while seed < count and len(one.scheduler.waiting) < 4:
+            n = min(ROWS, count - seed)
+            one.add_request(PROMPT, SamplingParams(n=n, seed=seed, max_tokens=1, ignore_eos=True, **options))
+            seed += n
+        for event in one.step():
+            counts[event.token_id] += 1
+    assert counts.sum() == count
     params = SamplingParams(**options)
     scores = chain(oracle.logits(mixes.FAMILY.tensors(), mixes.MODEL, PROMPT)[-1], PROMPT, [], params) / params.temperature
     kept = np.array(kept_by_sorting(scores, params.top_k, params.top_p, params.min_p)) & (scores > -np.inf)
@@ -155,12 +166,8 @@ def prompt_logprobs(chunks: Iterable[int] = (1, 7, mixes.PAGE, 0), lengths: Iter
     return count
 
 
-_EXACT: list[Any] = []
-
-
-def exact_engine() -> Any:
-    """One whose sums do not depend on what runs together; the attention of its rows and tiles is the portable one."""
-    if not _EXACT:
-        config = mixes.EngineConfig(**mixes.ENGINE, batch_invariant=True)
-        _EXACT.append(mixes.Engine.from_weights(config, mixes.MODEL, mixes.FAMILY.weights(), pool_type=mixes.ShuffledPool))
-    return _EXACT[0]
+@functools.cache
+def exact_engine() -> Engine:
+    """One whose sums do not depend on what runs together."""
+    config = EngineConfig(**mixes.ENGINE, batch_invariant=True)
+    return Engine.from_weights(config, mixes.MODEL, mixes.FAMILY.weights(), pool_type=ShuffledPool)

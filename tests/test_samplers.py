@@ -10,10 +10,15 @@ def test_hostile_logits() -> None:
     assert samplers.laws(range(14)) == 14 * 64
 
 
-@pytest.mark.parametrize("name", samplers.KINDS)
+QUICK = ("all three", "penalties", "allowed_token_ids")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in samplers.KINDS]
+)
 def test_draws_of_the_engine_follow_the_distribution(name: str) -> None:
     assert samplers.draws(name, 4_000) > 1e-4
 
 
 def test_log_probabilities_of_prompts_are_complete_in_any_chunks() -> None:
-    assert samplers.prompt_logprobs(chunks=(1, 7, 0), lengths=(2, 33)) == 36
+    assert samplers.prompt_logprobs(chunks=(1, 7, 0), lengths=(33,)) == 18

@@ -115,8 +115,9 @@ def keep_likely(logits: jax.Array, sampling: SamplingInputs) -> jax.Array:
     counting passes over the row and exact.
     """
     V = logits.shape[1]
-    lowest_kept = jnp.max(logits, axis=-1) + jnp.log(sampling.min_p)  # log(0) = -inf keeps all
-    logits = jnp.where(logits < lowest_kept[:, None], -jnp.inf, logits)
+    # The difference of two floats that are near each other is exact; the sum of a large one and a logarithm is not.
+    behind = logits - jnp.max(logits, axis=-1, keepdims=True)
+    logits = jnp.where(behind < jnp.log(sampling.min_p)[:, None], -jnp.inf, logits)  # log(0) = -inf keeps all
 
     ranks = _ordered_bits(logits)
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V)
