@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from driving import Ask, ShuffledPool, another_engine
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine import Engine
 from jaxpaged.host.request import SamplingParams, TokenEvent
+from jaxpaged.host.structured import StructuredOutputsParams
+from jaxpaged.structured.grammars import Grammars
 
 (FAMILY,) = [family for family in families.FAMILIES if family.name == "qwen2-window"]
 MODEL = FAMILY.config
@@ -37,12 +40,34 @@ ENGINE = {
     "num_gpu_blocks_override": 8 * MAX_LEN // PAGE + 1,
 }
 FEW_PAGES = MAX_LEN // PAGE + 8
+SPECULATION = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "adaptive": False}}
+
+
+@functools.cache
+def grammars() -> Grammars:
+    """Those of a tokenizer whose tokens are the printable characters of ASCII and the end of a line."""
+    characters = ["\u0120", *map(chr, range(33, 127)), "\u010a"]  # as byte-level tokenizers spell a space and an end of line
+    vocab = {character: token_id for token_id, character in enumerate(characters)}
+    tokenizer = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": vocab, "merges": []}}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return Grammars(lambda: json.dumps({**tokenizer, "pre_tokenizer": byte_level, "decoder": byte_level}))
+
+
+def _new_engine(**options: Any) -> Engine:
+    config = EngineConfig(**{**ENGINE, **options})
+    return Engine.from_weights(config, MODEL, FAMILY.weights(), pool_type=ShuffledPool, grammars=grammars())
 
 
 @functools.cache
 def engine() -> Engine:
     """One for the life of the process: two compiled steps."""
-    return Engine.from_weights(EngineConfig(**ENGINE), MODEL, FAMILY.weights(), pool_type=ShuffledPool)
+    return _new_engine()
+
+
+@functools.cache
+def speculating() -> Engine:
+    """Likewise, with rows for drafts."""
+    return _new_engine(**SPECULATION)
 
 
 @contextlib.contextmanager
@@ -89,7 +114,13 @@ OPTIONS: dict[str, Callable[[random.Random], Any]] = {
     "prompt_logprobs": lambda rng: rng.choice((0, 1, 20)),
     "stop_token_ids": lambda rng: some_ids(rng, 4),
     "ignore_eos": lambda rng: rng.random() < 0.5,
+    "structured_outputs": lambda rng: rng.choice(FORMS),
 }
+FORMS = (
+    StructuredOutputsParams(regex="[a-z]{2,9}"),
+    StructuredOutputsParams(choice=["long words that leave one choice", "short"]),
+    StructuredOutputsParams(json={"type": "object", "properties": {"name": {"type": "integer"}}, "required": ["name"]}),
+)
 SEARCH: dict[str, Callable[[random.Random], Any]] = {
     "n": lambda rng: rng.choice((1, 2, 3)),
     "temperature": lambda rng: rng.choice((0.0, 0.7)),
@@ -117,7 +148,10 @@ def no_compilations(count: int, seed: int = 0) -> int:
         another_engine(engine(), num_pages=FEW_PAGES),
         another_engine(engine(), num_pages=FEW_PAGES, async_scheduling=False, long_prefill_token_threshold=7),
         another_engine(engine(), scheduling_policy="sjf", eager_copy=True),
+        another_engine(speculating(), num_pages=FEW_PAGES),
     ]
+    for form in FORMS:
+        grammars().find(form)  # what the process is that tries them out, is no business of the steps
     per_one = -(-count // len(ones))  # one after the other: their steps are those of one runner
     with compilations() as seen:
         for number in range(count):
@@ -138,7 +172,7 @@ def no_compilations(count: int, seed: int = 0) -> int:
         assert seen == [], f"{len(seen)} traces and compilations"
     stats = [one.stats() for one in ones]
     assert all(one["prefix_cache_hits"] for one in stats) and sum(one["num_preemptions"] for one in stats)
-    assert sum(one.scheduler.num_copies for one in ones)
+    assert sum(one.scheduler.num_copies for one in ones) and stats[-1]["spec_decode_num_accepted_tokens"]
     return count
 
 
@@ -173,6 +207,8 @@ FEATURES: dict[str, Feature] = {
     "prefix hit": Feature(is_warm=True),
     "preemption": Feature(num_pages=FEW_PAGES),
     "swap": Feature(options={"swap_space": 0.002, "preemption_mode": "swap"}, num_pages=FEW_PAGES),
+    "grammar": Feature({"structured_outputs": StructuredOutputsParams(regex="[a-z ]{35,40}")}, keeps=False),
+    "speculation": Feature(options=SPECULATION),
     "async off": Feature(options={"async_scheduling": False}),
     "chunks": Feature(options={"long_prefill_token_threshold": 5}),
 }
@@ -202,6 +238,7 @@ def outputs_with(names: tuple[str, ...]) -> dict[tuple[str, int], list[TokenEven
         for name, feature in zip(names, chosen, strict=True):
             assert not feature.num_pages or one.scheduler.num_preemptions > 0, f"{name}: nobody was preempted"
             assert name != "swap" or one.scheduler.num_swaps > 0, "nobody was swapped"
+            assert name != "speculation" or one.stats()["spec_decode_num_drafts"] > 0, "nothing was proposed"
             wanted = not feature.is_warm or "prompt_logprobs" in names or one.stats()["prefix_cache_hits"]
             assert wanted, "nothing was known"
     return found
@@ -210,9 +247,8 @@ def outputs_with(names: tuple[str, ...]) -> dict[tuple[str, int], list[TokenEven
 def _engine_with(stack: contextlib.ExitStack, options: dict[str, Any], num_pages: int | None) -> Engine:
     """Around the shared steps where pages stay on the device; with tiers below them, one of its own."""
     if "swap_space" not in options:
-        return another_engine(engine(), num_pages=num_pages, **options)
-    config = EngineConfig(**{**ENGINE, "num_gpu_blocks_override": num_pages, "enforce_eager": True, **options})
-    return stack.enter_context(Engine.from_weights(config, MODEL, FAMILY.weights()))
+        return another_engine(speculating() if "speculative_config" in options else engine(), num_pages=num_pages, **options)
+    return stack.enter_context(_new_engine(num_gpu_blocks_override=num_pages, enforce_eager=True, **options))
 
 
 def _events(one: Engine, asks: list[Ask], *, is_reversed: bool = False) -> dict[tuple[str, int], list[TokenEvent]]:
