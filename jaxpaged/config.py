@@ -603,6 +603,12 @@ class EngineConfig:
         """Tokens that are proposed for one sequence in one step at most: there may be sure ones without speculation too."""
         return max(MAX_SURE_DRAFTS, self.speculation.num_speculative_tokens if self.speculation is not None else 0)
 
+    @property
+    def num_places_ahead(self) -> int:
+        """Places after its next token that a sequence is to have pages for: a draft model keeps there what it goes on from."""
+        is_by_model = self.speculation is not None and self.speculation.method == "draft_model"
+        return self.speculation.num_speculative_tokens if is_by_model else 0  # type: ignore[union-attr]
+
     def _rows_of(self, max_num_seqs: int, max_tokens: int) -> int:
         num_each = 1 + (self.speculation.num_speculative_tokens if self.speculation is not None else 0)
         return min(max_num_seqs * num_each, max(max_tokens, max_num_seqs))

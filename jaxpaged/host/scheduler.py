@@ -52,7 +52,7 @@ def build(config: EngineConfig, model: ModelConfig, pool: PagePool, *, costs: Sw
         sliding_window=max(model.windows) if model.windows and all(model.windows) else 0,
         eager_copy=config.eager_copy,
         max_num_rows=config.buckets()[-1].decode_rows,
-        lookahead=config.speculation.num_speculative_tokens if config.speculation is not None else 0,
+        lookahead=config.num_places_ahead,
     )
     num_slots = config.num_host_pages(model)
     if (config.enable_prefix_caching or num_slots) and pool.cache is None:
