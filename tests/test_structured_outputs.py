@@ -6,12 +6,14 @@ The model's weights are random, so that it does nothing right by itself.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from driving import Ask, another_engine, outputs_of
@@ -19,10 +21,13 @@ from test_engine import compilations
 from text_model import FAST, write_text_model
 
 from jaxpaged import LLM, StructuredOutputsParams
+from jaxpaged.adjuster import Adjuster
 from jaxpaged.bench.forms import form, problem
 from jaxpaged.engine import Engine
 from jaxpaged.host.pages import PagePool
 from jaxpaged.host.request import RequestError, SamplingParams
+from jaxpaged.model.choice import Chosen, Masks, Rows, rechoose
+from jaxpaged.model.sampler import SamplingInputs
 from jaxpaged.observe import Recording, Replay
 
 PROMPTS = ["hello world", "one day a small dog", "naïve café", "日本語"]
@@ -379,16 +384,9 @@ def test_steps_that_compile_when_they_are_needed(directory: Path) -> None:
 
 def test_rows_that_choose_again() -> None:
     """The program alone: the token is the likeliest that is allowed, of a row that is masked, and nothing else changes."""
-    import jax
-    import jax.numpy as jnp
-
-    from jaxpaged.adjuster import Adjuster
-    from jaxpaged.model.sampler import SamplingInputs
-    from jaxpaged.model.step import Masks, rechoose
-
-    rng = np.random.default_rng(0)
+    rng, R = np.random.default_rng(0), 6
+    run = jax.jit(functools.partial(rechoose, max_logprobs=2))
     for V in (32, 70):
-        R = 6
         logits = rng.normal(size=(R, V)).astype(np.float32)
         is_allowed = rng.random((R, V)) < 0.2
         is_allowed[0], is_allowed[1] = False, True
@@ -397,15 +395,14 @@ def test_rows_that_choose_again() -> None:
         zeros, ones = np.zeros(R, np.float32), np.ones(R, np.float32)
         sampling = SamplingInputs(zeros, np.zeros(R, np.int32), ones, zeros, np.zeros((R, 2), np.uint32))  # type: ignore[arg-type]
         plain = Adjuster(num_sequences=2, vocab_size=V, max_model_len=9, num_fed=9).plain(R)
-        masks = Masks(words, is_masked, np.arange(R), np.zeros(R, np.int32), sampling, is_masked, plain)  # type: ignore[arg-type]
-        before = np.full(9, 7, np.int32), np.array([True] * 5 + [False]), np.full(R, -1, np.float32), np.full(R, 2, np.int32)
-        token_ids, is_finite, logprobs, ranks = map(
-            np.asarray, jax.jit(rechoose)(jnp.asarray(logits), *map(jnp.asarray, before), masks)
-        )
-        assert is_finite.tolist() == [False, True, True, True, True, False]
-        assert token_ids[4] == 7 and logprobs[4] == -1 and ranks[4] == 2 and token_ids[6:].tolist() == [7] * 3
+        rows = Rows(np.arange(R, dtype=np.int32), np.zeros(R, np.int32), sampling, zeros, np.ones(R, bool), plain)  # type: ignore[arg-type]
+        many = np.full((R, 2), 7, np.int32), np.full((R, 2), -7, np.float32)
+        before = Chosen(np.full(9, 7, np.int32), np.ones(R, bool), *many, np.full(R, -1, np.float32), np.full(R, 2, np.int32))  # type: ignore[arg-type]
+        found = jax.tree.map(np.asarray, run(logits, before, Masks(rows, words, is_masked)))  # type: ignore[arg-type]
+        assert found.is_finite[:5].tolist() == [False, True, True, True, True]
+        assert (found.token_ids[4], found.logprobs[4], found.ranks[4]) == (7, -1, 2) and found.token_ids[6:].tolist() == [7] * 3
         for row in (1, 2, 3):
             expected = np.argmax(np.where(is_allowed[row], logits[row], -np.inf))
-            assert token_ids[row] == expected
-            assert logprobs[row] == pytest.approx(logits[row, expected] - np.log(np.sum(np.exp(logits[row]))), abs=1e-5)
-            assert ranks[row] == 1 + np.sum(logits[row] > logits[row, expected])
+            assert found.token_ids[row] == expected
+            assert found.logprobs[row] == pytest.approx(logits[row, expected] - np.log(np.sum(np.exp(logits[row]))), abs=1e-5)
+            assert found.ranks[row] == 1 + np.sum(logits[row] > logits[row, expected])
