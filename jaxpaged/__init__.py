@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from jaxpaged.host.structured import StructuredOutputsParams
     from jaxpaged.llm import LLM, load_weights
     from jaxpaged.model.cache import init_cache
+    from jaxpaged.model.processors import LogitsProcessor, LogitsRows
     from jaxpaged.model.step import decode, prefill
     from jaxpaged.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Logprob, RequestOutput, ScoreOutput
     from jaxpaged.tokenizer import Tokenizer
@@ -52,6 +53,8 @@ __all__ = [
     "Engine",
     "EngineArgs",
     "EngineConfig",
+    "LogitsProcessor",
+    "LogitsRows",
     "Logprob",
     "ModelConfig",
     "RequestError",
@@ -80,6 +83,8 @@ _LAZY = {
     "Engine": ("jaxpaged.engine", "Engine"),
     "EngineArgs": ("jaxpaged.config", "EngineConfig"),  # vLLM's name for it
     "EngineConfig": ("jaxpaged.config", "EngineConfig"),
+    "LogitsProcessor": ("jaxpaged.model.processors", "LogitsProcessor"),
+    "LogitsRows": ("jaxpaged.model.processors", "LogitsRows"),
     "Logprob": ("jaxpaged.outputs", "Logprob"),
     "ModelConfig": ("jaxpaged.config", "ModelConfig"),
     "RequestError": ("jaxpaged.host.request", "RequestError"),

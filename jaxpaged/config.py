@@ -24,6 +24,7 @@ MAX_SURE_DRAFTS = 8  # as many rows as cost little more than one
 # One size a page may have. 8 and below waste table space, above 128 waste the tail of every sequence.
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")  # model/step.py
 PREEMPTION_MODES = ("recompute", "swap", "auto")  # host/preemption.py
 SCHEDULING_POLICIES = ("fcfs", "lifo", "priority", "fair_share", "sjf", "prefix")  # host/policies.py
 
@@ -295,7 +296,15 @@ class EngineConfig:
       max_logprobs: likeliest tokens of which a step can give the log-probabilities; a beam search needs its width and one for
         each id that ends it.
       batch_invariant: the same bits for a request, whatever shares its batch and however it is chunked, cached and preempted, on
-        one machine with one backend. It costs speed: see `python -m jaxpaged.bench.batch_invariant`.
+        one machine with one backend: tokens, log-probabilities, scores. Norms and products then run in tiles of 16 tokens, and
+        attention token by token. On 2 loaded CPU cores it leaves 0.35 of the tokens/s of one float32 sequence of a 135M model, as
+        many of 16, and half of those of prompts; in bfloat16 0.8 to 1.0 of all (`python -m jaxpaged.bench.batch_invariant`).
+        Seen on CPUs alone: on a GPU attention would be called for one token at a time, and nothing is promised.
+      logprobs_mode: what `logprobs` gives of new tokens: raw_logprobs, what the model alone finds; processed_logprobs, after all
+        that changes or cuts logits and the temperature, -inf for what is cut, greedy rows without temperature; or raw_logits and
+        processed_logits, the same before they are normalised. Those of prompts, and of beams, are always raw_logprobs.
+      logits_processors: functions that change the logits of every row, compiled into the step, in Python only; see
+        `jaxpaged.LogitsProcessor`.
       kv_cache_dtype: of the page pool; auto is dtype.
       num_gpu_blocks_override: pages of the pool, whatever the memory.
       kv_cache_memory_bytes: bytes of the pool; overrides gpu_memory_utilization.
@@ -355,6 +364,8 @@ class EngineConfig:
     ageing_steps: int = 5000
     enable_prefix_caching: bool = True
     max_logprobs: int = 20
+    logprobs_mode: str = "raw_logprobs"
+    logits_processors: tuple[Callable[..., Any], ...] = ()
     batch_invariant: bool = False
     kv_cache_dtype: str = "auto"
     num_gpu_blocks_override: int | None = None
@@ -430,6 +441,7 @@ class EngineConfig:
         self._check_int("prefetch_blocks", 1, 2**20)
         self._check_offloading()
         self._check_speculation()
+        self._check_logits()
         if self.gpu_memory_utilization is not None:
             value = self.gpu_memory_utilization
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
@@ -449,6 +461,27 @@ class EngineConfig:
             if not isinstance(sizes, (tuple, list)) or not all(type(size) is int and size >= low for size in sizes):
                 raise ConfigError(f"{name}: got {sizes!r}, expected whole numbers of at least {low}")
             object.__setattr__(self, name, tuple(sorted(set(sizes))))
+
+    def _check_logits(self) -> None:
+        mode, processors = self.logprobs_mode, self.logits_processors
+        if mode not in LOGPROBS_MODES:
+            hint = nearest(mode, LOGPROBS_MODES) if isinstance(mode, str) else ""
+            raise ConfigError(f"logprobs_mode: got {mode!r}, expected one of {', '.join(LOGPROBS_MODES)}{hint}")
+        if not isinstance(processors, (tuple, list)) or not all(map(callable, processors)):
+            raise ConfigError(f"logits_processors: got {processors!r}, expected a list of functions")
+        object.__setattr__(self, "logits_processors", tuple(processors))
+        for index, processor in enumerate(processors):
+            for name, default in getattr(processor, "extra_args", {}).items():
+                is_number = isinstance(default, (int, float)) and not isinstance(default, bool) and math.isfinite(default)
+                if not isinstance(name, str) or not is_number:
+                    raise ConfigError(
+                        f"logits_processors[{index}]: extra_args: got {name!r}: {default!r}, expected names and finite numbers"
+                    )
+
+    @property
+    def extra_args(self) -> dict[str, float]:
+        """The numbers that `logits_processors` ask for by name, with what they are for requests that do not give them."""
+        return {name: one for processor in self.logits_processors for name, one in getattr(processor, "extra_args", {}).items()}
 
     def _check_offloading(self) -> None:
         for name in ("swap_space", "kv_offloading_size"):
@@ -567,8 +600,14 @@ class EngineConfig:
 
     @property
     def max_drafts(self) -> int:
-        """Tokens that are proposed for one sequence in one step: there may be sure ones without speculation too."""
-        return self.speculation.num_speculative_tokens if self.speculation is not None else MAX_SURE_DRAFTS
+        """Tokens that are proposed for one sequence in one step at most: there may be sure ones without speculation too."""
+        return max(MAX_SURE_DRAFTS, self.speculation.num_speculative_tokens if self.speculation is not None else 0)
+
+    @property
+    def num_places_ahead(self) -> int:
+        """Places after its next token that a sequence is to have pages for: a draft model keeps there what it goes on from."""
+        is_by_model = self.speculation is not None and self.speculation.method == "draft_model"
+        return self.speculation.num_speculative_tokens if is_by_model else 0  # type: ignore[union-attr]
 
     def _rows_of(self, max_num_seqs: int, max_tokens: int) -> int:
         num_each = 1 + (self.speculation.num_speculative_tokens if self.speculation is not None else 0)

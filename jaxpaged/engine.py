@@ -11,13 +11,14 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import jax
 
-from jaxpaged.config import EngineConfig, ModelConfig
+from jaxpaged.config import MAX_SURE_DRAFTS, EngineConfig, ModelConfig, nearest
+from jaxpaged.drafter import Draft, check_draft
 from jaxpaged.duel import Duel
 from jaxpaged.host import scheduler
 from jaxpaged.host.beam_params import check_room
@@ -28,6 +29,7 @@ from jaxpaged.host.request import FinishReason, Likelihood, Request, RequestErro
 from jaxpaged.observe import eyes
 from jaxpaged.runner import JaxRunner, Result, Runner, plan_memory, use_compilation_cache
 from jaxpaged.speculative import Proposer
+from jaxpaged.speculative.draft_model import DraftModelProposer
 from jaxpaged.speculative.drafting import Drafting, new_drafting
 from jaxpaged.structured.grammars import Grammars
 from jaxpaged.structured.matchers import is_constrained
@@ -61,11 +63,15 @@ class Engine:
         self.scheduler = scheduler.build(config, model, self.pool, costs=costs)
         self._prompts: dict[str, dict[int, Likelihood]] = {}  # of running requests that want them: by place in the prompt
         self._eyes = eyes.Eyes(config, self.scheduler, clock)
+        self._row_sizes = sorted({bucket.decode_rows for bucket in config.buckets()})
+        if runner.drafter is not None and config.speculation is not None and config.speculation.method == "draft_model":
+            proposers = *proposers, DraftModelProposer(runner.drafter, config.speculation.num_speculative_tokens)
         self._drafting: Drafting | None = new_drafting(config, proposers, clock)
         self.num_steps = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
         self.failed_ids: frozenset[str] = frozenset()  # requests that were in the last step that raised
+        self._untold: list[TokenEvent] = []  # events of a call of `step` that went on to fail
         self._in_flight: deque[tuple[StepPlan, Callable[[], Result]]] = deque()  # steps that run, the oldest first
         self._seeds = random.Random(config.seed)
         self._ids = itertools.count()
@@ -78,6 +84,7 @@ class Engine:
         model: ModelConfig,
         weights,
         *,
+        draft: Draft | None = None,
         use_tqdm: bool = False,
         pool_type: type[PagePool] = PagePool,
         grammars: Grammars | None = None,
@@ -86,12 +93,18 @@ class Engine:
 
         Args:
           weights: `jaxpaged.model.weights.Weights` of `config.dtype`; the engine owns them from here and `close` deletes them.
+          draft: the draft model with its weights, likewise, where `config.speculation` is by one.
           grammars: of the model's tokenizer, for requests with structured_outputs.
+
+        Raises:
+          ConfigError: an option cannot be, or the draft model cannot propose for this one.
         """
         config = config.resolved(model, jax.default_backend())
+        if draft is not None:
+            check_draft(draft.model, model)
         use_compilation_cache(config.compilation_cache_dir)
-        num_pages = plan_memory(config, model)
-        runner = JaxRunner(config, model, weights, num_pages=num_pages, grammars=grammars)
+        num_pages = plan_memory(config, model, draft.model if draft is not None else None)
+        runner = JaxRunner(config, model, weights, num_pages=num_pages, draft=draft, grammars=grammars)
         if not config.enforce_eager:
             runner.warm_up(use_tqdm=use_tqdm)
         runner.log_memory()
@@ -169,6 +182,13 @@ class Engine:
             wanted, limit = getattr(request.params, name) or 0, self.config.max_logprobs
             if wanted > limit:
                 raise RequestError(f"{name}: got {wanted}, the limit is max_logprobs {limit}")
+        if unknown := request.params.extra_numbers.keys() - self.config.extra_args.keys():
+            name, known = min(unknown), tuple(self.config.extra_args)
+            takes = f"expected one of {', '.join(known)}{nearest(name, known)}" if known else "no logits processor takes any"
+            raise RequestError(f"extra_args: got {name[:64]!a}, {takes}")
+        mode = self.config.logprobs_mode
+        if mode.endswith("logits") and request.params.best_of is not None:
+            raise RequestError(f"best_of: got {request.params.best_of}, log-probabilities rank outputs, logprobs_mode is {mode}")
         check_room(
             request,
             vocab_size=self.model.vocab_size,
@@ -208,7 +228,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do."""
-        return self.scheduler.has_unfinished
+        return self.scheduler.has_unfinished or bool(self._untold)
 
     def step(self) -> list[TokenEvent]:
         """Start the next step and finish the oldest: at most one new token per output of a running request, and one more for each
@@ -217,14 +237,17 @@ class Engine:
         With async_scheduling the oldest is the step before, and the first call finishes none; when there may be drafts, it is
         finished before the next is planned. Empty also when nothing is to be done, and when only prompts and beams have advanced.
         """
+        events, self._untold = self._untold, []
         try:
             self._take_fetched(wait=False)
-            events, drafts = [], self._forced()
-            if self._drafting is not None and self._drafting.is_wanted(self._unforced(drafts)):
+            drafts = self._forced()
+            is_wanted = self._drafting is not None and self._drafting.is_wanted(self._unforced(drafts))
+            if is_wanted or drafts or any(chunk.drafts for plan, _ in self._in_flight for chunk in plan.decodes):
                 while self._in_flight:
                     events += self._finish_step()
                 drafts = self._forced()
-                drafts |= self._drafting.propose(self._unforced(drafts))
+            if is_wanted:
+                drafts |= self._possible(self._drafting.propose(self._unforced(drafts)))  # type: ignore[union-attr]
             self._eyes.planning(drafts)
             plan = self.scheduler.plan(drafts)
             self._eyes.planned(plan)
@@ -242,6 +265,7 @@ class Engine:
         except BaseException as error:
             in_flight = [chunk.sequence for plan, _ in self._in_flight for chunk in plan.chunks()]
             self.failed_ids = frozenset(one.request.request_id for one in (*in_flight, *self.scheduler.running))
+            self._untold = events  # of steps that did not fail
             self._in_flight.clear()
             if self._drafting is not None:
                 self._drafting.failed()
@@ -297,21 +321,29 @@ class Engine:
 
     def _forced(self) -> dict[Sequence, tuple[int, ...]]:
         """Tokens that running sequences will have next because their grammars leave no choice."""
-        if self.matchers is None or not self.matchers.is_used:
+        if self.matchers is None or not self.matchers.is_used or not self.scheduler.num_draft_rows():
             return {}
-        in_flight = {chunk.sequence: chunk for chunk in self._in_flight[-1][0].sampling()} if self._in_flight else {}
-        found = {}
+        in_flight = {chunk.sequence for plan, _ in self._in_flight for chunk in plan.sampling()}
+        # As many rows as the step computes anyway, or as cost little more than one.
+        num_rows = len(self.scheduler.running)
+        room = max(MAX_SURE_DRAFTS, next((size for size in self._row_sizes if size >= num_rows), 0)) - num_rows
+        found: dict[Sequence, tuple[int, ...]] = {}
         for sequence in self.scheduler.running:
-            # Rules and penalties are told of tokens one by one.
-            if not is_constrained(sequence) or sequence.request.params.changes_logits:
-                continue
-            chunk = in_flight.get(sequence)
-            if chunk is None and sequence.num_uncomputed == 1:
-                found[sequence] = self.matchers.forced(sequence)
-            elif chunk is not None and not chunk.drafts:
-                # The token to come is the first that is forced, or nothing is known of those after it.
-                found[sequence] = self.matchers.forced(sequence)[1:]
-        return {sequence: drafts for sequence, drafts in found.items() if drafts}
+            # The token to come is the first that is forced, or nothing is known of those after it.
+            num_pending = sequence in in_flight
+            if room > 0 and is_constrained(sequence) and (num_pending or sequence.num_uncomputed == 1):
+                most = min(room, self.config.max_drafts)
+                found[sequence] = self.matchers.forced(sequence, most + num_pending)[num_pending:]
+                room -= len(found[sequence])
+        # Nothing may be in flight when a step with drafts is planned: a few of them are not worth it.
+        is_worth_it = 2 * sum(map(len, found.values())) >= num_rows
+        return {sequence: drafts for sequence, drafts in found.items() if drafts} if is_worth_it else {}
+
+    def _possible(self, drafts: Mapping[Sequence, tuple[int, ...]]) -> dict[Sequence, tuple[int, ...]]:
+        """The drafts as far as grammars let them be."""
+        if self.matchers is None or not self.matchers.is_used:
+            return dict(drafts)
+        return {one: self.matchers.allowed(one, found) if is_constrained(one) else found for one, found in drafts.items()}
 
     def _with_prompt(self, event: TokenEvent) -> TokenEvent:
         """The first event of a request's first output with what was found of its prompt."""

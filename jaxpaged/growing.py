@@ -90,14 +90,14 @@ class GrowingOutput:
         elif event.likelihood is not None:
             self.cumulative_logprob = (self.cumulative_logprob or 0.0) + event.likelihood.logprob
         new_ids: tuple[int, ...] = () if event.token_id is None else (event.token_id,)
-        token_ids = event.token_ids or new_ids
+        token_ids: tuple[int, ...] = event.token_ids or new_ids
         self.token_ids += token_ids
         if self.num_wanted is not None and event.likelihood is not None and event.token_id is not None:
             self.logprobs.append(named(event.token_id, event.likelihood, self.tokenizer))
         if self.text is None:
             return False
         # The token that stops a request is no part of its text, as in vLLM. One that completes a grammar is.
-        is_stop = event.finish_reason is FinishReason.STOP and token_ids[-1] in self.stop_ids
+        is_stop = event.finish_reason is FinishReason.STOP and not self.stop_ids.isdisjoint(token_ids[-1:])
         is_cut = is_stop and not self.is_stop_included
         self.text.add(token_ids[:-1] if is_cut else token_ids, is_last=event.finish_reason is not None)
         if self.text.stop_string is not None and event.finish_reason in _IS_WHOLE:

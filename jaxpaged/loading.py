@@ -17,7 +17,8 @@ import jax
 from jaxpaged import checkpoint as checkpoints
 from jaxpaged.checkpoint import Checkpoint, CheckpointError
 from jaxpaged.config import EngineConfig, ModelConfig
-from jaxpaged.demo import MODEL_DIR
+from jaxpaged.demo import DRAFT_DIR, MODEL_DIR
+from jaxpaged.drafter import Draft, check_draft
 from jaxpaged.engine import Engine
 from jaxpaged.host.request import RequestError, SamplingParams
 from jaxpaged.model.weights import Weights
@@ -51,14 +52,19 @@ def load(model: str | os.PathLike[str] | None = None, *, use_tqdm: bool = True, 
     # Everything that can be refused is refused before the weights are read.
     resolved = config.resolved(checkpoint.config, jax.default_backend())
     attention_backend(resolved, checkpoint.config)
+    draft_checkpoint = _open_draft(resolved, checkpoint)
     tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, checkpoint)
     default_params = _default_params(checkpoint)
 
     started = time.perf_counter()
-    weights = checkpoints.load(checkpoint, resolved.dtype, allow_nonfinite=config.allow_nonfinite, use_tqdm=use_tqdm)
+    how: dict[str, Any] = {"allow_nonfinite": config.allow_nonfinite, "use_tqdm": use_tqdm}
+    weights = checkpoints.load(checkpoint, resolved.dtype, **how)
+    draft = None
+    if draft_checkpoint is not None:
+        draft = Draft(draft_checkpoint.config, checkpoints.load(draft_checkpoint, resolved.dtype, **how))
     load_s = time.perf_counter() - started
     grammars = Grammars(tokenizer.backend.to_str) if tokenizer is not None else None
-    engine = Engine.from_weights(config, checkpoint.config, weights, use_tqdm=use_tqdm, grammars=grammars)
+    engine = Engine.from_weights(config, checkpoint.config, weights, draft=draft, grammars=grammars, use_tqdm=use_tqdm)
     warm_up_s = time.perf_counter() - started - load_s
     return Loaded(
         engine, tokenizer, checkpoint.config, default_params, checkpoint.generation_defaults, load_s=load_s, warm_up_s=warm_up_s
@@ -87,6 +93,22 @@ def open_model(model: str | None, revision: str | None = None) -> Checkpoint:
     for warning in checkpoint.warnings:
         logger.warning("%s", warning)
     return checkpoint
+
+
+def _open_draft(config: EngineConfig, target: Checkpoint) -> Checkpoint | None:
+    """The checkpoint of the draft model that resolved options ask for, its weights not yet read; None when they ask for none.
+
+    Raises:
+      ConfigError: it cannot propose for the target.
+      CheckpointError: it cannot be found.
+    """
+    speculation = config.speculation
+    if speculation is None or speculation.method != "draft_model":
+        return None
+    draft = open_model(speculation.model if speculation.model is not None else os.fspath(DRAFT_DIR))
+    check_draft(draft.config, target.config)
+    attention_backend(config, draft.config)
+    return draft
 
 
 def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer:

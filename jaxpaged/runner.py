@@ -17,7 +17,7 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -27,14 +27,19 @@ from tqdm import tqdm
 from jaxpaged import batch, duel
 from jaxpaged.adjuster import Adjuster
 from jaxpaged.config import Bucket, ConfigError, EngineConfig, ModelConfig
+from jaxpaged.drafter import Draft, Drafter
 from jaxpaged.host.beams import Candidates
 from jaxpaged.host.plan import Chunk, StepPlan
 from jaxpaged.host.preemption import SwapCosts
 from jaxpaged.host.request import Likelihood, Sequence
 from jaxpaged.model import cache as kv_cache
+from jaxpaged.model import draft as model_draft
 from jaxpaged.model import duel as model_duel
+from jaxpaged.model import processors
 from jaxpaged.model import step as model_step
 from jaxpaged.model import weights as model_weights
+from jaxpaged.model.cache import KVCache
+from jaxpaged.model.draft import DraftInputs
 from jaxpaged.model.step import PromptLogprobs, StepInputs, StepOutputs
 from jaxpaged.model.weights import Weights
 from jaxpaged.offload.transfer import Offload
@@ -46,6 +51,7 @@ from pallas_kernels.paged_decode_attention import dispatch
 
 logger = logging.getLogger("jaxpaged")
 
+FEW_ON_CPU = 1  # sequences that get a way of their own through the draft model: a CPU pays for each row of it
 MEASURED_STEPS = 4  # the first is slower than the others
 ZEROED_AT_ONCE = 64  # pages of a request that has failed, of all layers
 _CPU_POOL_BYTES = 4 << 30  # as much as vLLM's CPU build takes by default
@@ -59,7 +65,7 @@ class Result(NamedTuple):
     """What a step yields, for each of `plan.outputs()` in its order; what nobody wants is None."""
 
     token_ids: Seq[int]
-    is_finite: Seq[bool]  # whether the logits were finite numbers
+    is_finite: Seq[bool]  # whether what was computed were finite numbers
     candidates: Seq[Candidates] | None = None  # of beams; nothing for what is no beam
     likelihoods: Seq[Likelihood | None] | None = None  # of the tokens; None for those of which it is not wanted
     prompts: Seq[tuple[Chunk, list[Likelihood]]] = ()  # of the prompt's tokens from `chunk.start + 1` on
@@ -70,13 +76,14 @@ class Runner(Protocol):
 
     num_pages: int
     duel: duel.Duel | None
+    drafter: Drafter | None
     matchers: Matchers | None
 
     def submit(self, plan: StepPlan) -> Callable[[], Result]:
         """Start one step, behind those before it; the call that comes back waits for it.
 
-        A chunk whose token is pending takes it from the step before.
-        Where one of `plan.unsampled()` was not finite, tokens and what was finite go on with those, in their order.
+        A chunk whose token is pending takes it from the step before. Where one of `plan.unsampled()` was not finite, `token_ids`,
+        `is_finite` and `candidates` go on with those, in their order.
         """
         ...
 
@@ -119,9 +126,12 @@ class JaxRunner:
         weights: Weights,
         *,
         num_pages: int,
+        draft: Draft | None = None,
         grammars: Grammars | None = None,
     ):
-        """`grammars`: those of the model's tokenizer; without them no request may have one."""
+        """`draft`: the model that proposes, if one does. `grammars`: those of the model's tokenizer; without them no request may
+        have one.
+        """
         self.config, self.model, self.weights, self.num_pages = config, model, weights, num_pages
         self.buckets = config.buckets()
         self.cache = kv_cache.init_cache(model, num_pages, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
@@ -134,26 +144,35 @@ class JaxRunner:
         limits["max_drafts"] = config.max_drafts
         self.adjuster = Adjuster(vocab_size=model.vocab_size, **limits)  # type: ignore[arg-type]
         self.matchers, self._chooser = None, None
+        of_tokens = {"max_logprobs": config.max_logprobs, "logprobs_mode": config.logprobs_mode}
+        of_tokens["processors"] = config.logits_processors  # type: ignore[assignment]
+        processors.check(config.logits_processors, config.extra_args, num_rows, model.vocab_size)
         if grammars is not None:
             self.matchers = Matchers(grammars, vocab_size=model.vocab_size)
-            self._chooser = Chooser(self.matchers, num_fed=num_rows)
+            self._chooser = Chooser(self.matchers, num_fed=num_rows, **of_tokens)  # type: ignore[arg-type]
         self._late: tuple[_Step, Late] | None = None
         self.duel = None
         backend = attention_backend(config, model)
-        options = {"config": model, "backend": backend, "max_logprobs": config.max_logprobs}
-        options["batch_invariant"] = config.batch_invariant
+        options = {"config": model, "backend": backend, "batch_invariant": config.batch_invariant, **of_tokens}
         step = functools.partial(model_step.step, **options)
         if config.compare_with is not None:
             rival = attention_backend(config, model, "compare_with")
             self.duel = duel.Duel.between(backend, rival, config, model)
             step = functools.partial(model_duel.step, rival=rival, **options)
+        self.drafter = None
+        if draft is not None:
+            self.drafter = Drafter(*draft, config, num_pages=num_pages)
+            options = {"config": draft.model, "backend": attention_backend(config, draft.model)}
+            options |= {"max_drafts": self.drafter.max_drafts, "few": FEW_ON_CPU if jax.default_backend() == "cpu" else 0}
+            step = functools.partial(model_draft.step_and_propose, step=step, **options)  # type: ignore[arg-type]
         self._jitted = jax.jit(step, donate_argnums=1)
         # A step copies at most one page of each sequence; few sizes, so that a step of two copies does not move 256 null pages.
         limit: int = config.max_num_seqs  # type: ignore[assignment]
         self._copy_sizes = [*itertools.takewhile(lambda size: size < limit, (4**i for i in itertools.count(1))), limit]
         self._copiers: dict[int, jax.stages.Compiled] = {}
+        models = (model,) if draft is None else (model, draft.model)
+        self._jitted_copy = jax.jit(functools.partial(_copy_pages, models=models), donate_argnums=0)
         self._jitted_zero = jax.jit(functools.partial(kv_cache.zero_pages, config=model), donate_argnums=0)
-        self._jitted_copy = jax.jit(functools.partial(kv_cache.copy_pages, config=model), donate_argnums=0)
         self.offload = None
         if num_slots := config.num_host_pages(model):
             where = {"offload_dir": config.offload_dir, "num_threads": config.offload_num_threads}
@@ -164,6 +183,8 @@ class JaxRunner:
         self._choose_late()
         if self.offload is not None and any(plan.transfers):
             self.cache = self.offload.transfer(self.cache, plan.transfers)
+        if self.drafter is not None:
+            self.drafter.moved(plan)
         if not plan.chunks():
             return lambda: Result([], [])
         if plan.copies:
@@ -172,8 +193,12 @@ class JaxRunner:
         inputs, rows = self._pad(plan, bucket, self._feed)
         if bucket not in self.compiled:  # enforce_eager
             self.compiled[bucket] = self._compile(bucket)
-        inputs = inputs.replace(adjustments=self.adjuster.adjustments(plan, rows, len(inputs.sample_at), self._feed))  # type: ignore[attr-defined]
-        outputs, self.cache = self.compiled[bucket](self.weights, self.cache, inputs)
+        adjustments = self.adjuster.adjustments(plan, rows, len(inputs.sample_at), self._feed)
+        inputs = inputs.replace(adjustments=adjustments, extra=self._extra(plan, rows, len(inputs.sample_at)))  # type: ignore[attr-defined]
+        drafting = None
+        if self.drafter is not None:
+            drafting = self.drafter.inputs(plan, bucket, rows)
+        outputs, proposals = self._run(bucket, inputs, drafting)
         if self.duel is not None:
             outputs, evidence = outputs
             self.duel.record(plan, inputs, rows, evidence, self.cache)
@@ -198,7 +223,18 @@ class JaxRunner:
         for array in asked + (jax.tree.leaves(outputs.prompt) if prompts else []):
             array.copy_to_host_async()
         result = functools.partial(self._result, step, rows, sequences, wanted, prompts)
+        if self.drafter is not None and proposals is not None:
+            result = self.drafter.with_proposals(result, proposals)
         return lambda: _with_faults(result(), np.asarray(outputs.is_sound), plan, bucket.decode_rows, self.config.prefill_tile)  # type: ignore[arg-type]
+
+    def _run(self, bucket: Bucket, inputs: StepInputs, drafting: DraftInputs | None) -> tuple[Any, jax.Array | None]:
+        """Run a step on the pages: its outputs, and what the draft model proposes where there is one."""
+        if self.drafter is None:
+            outputs, self.cache = self.compiled[bucket](self.weights, self.cache, inputs)
+            return outputs, None
+        weights, caches = (self.weights, self.drafter.weights), (self.cache, self.drafter.cache)
+        found, (self.cache, self.drafter.cache) = self.compiled[bucket](weights, caches, (inputs, drafting))
+        return found
 
     def _choose_late(self) -> None:
         """Let the rows of the step before that have a grammar choose: the tokens before them are known by now."""
@@ -293,19 +329,34 @@ class JaxRunner:
         seconds = []
         for _ in range(MEASURED_STEPS):
             started = time.perf_counter()
-            outputs, self.cache = self.compiled[bucket](self.weights, self.cache, inputs)
+            outputs, _ = self._run(bucket, inputs, self.drafter.padding(bucket) if self.drafter is not None else None)
             jax.block_until_ready(outputs)
             seconds.append(time.perf_counter() - started)
         token_s = min(seconds) / (bucket.prefill_tiles * self.config.prefill_tile)  # type: ignore[operator]
         return SwapCosts(token_s, *moves)
 
     def _compile(self, bucket: Bucket) -> jax.stages.Compiled:
-        return self._jitted.lower(self.weights, self.cache, self._padding(bucket)).compile()
+        arguments = self.weights, self.cache, self._padding(bucket)
+        if self.drafter is not None:
+            of_draft = self.drafter.weights, self.drafter.cache, self.drafter.padding(bucket)
+            arguments = tuple(zip(arguments, of_draft, strict=True))
+        return self._jitted.lower(*arguments).compile()
 
     def _padding(self, bucket: Bucket) -> StepInputs:
         """A step of nothing."""
         inputs, _ = self._pad(StepPlan((), ()), bucket, self._feed)
-        return inputs.replace(adjustments=self.adjuster.plain(len(inputs.sample_at)))  # type: ignore[attr-defined]
+        R = len(inputs.sample_at)
+        return inputs.replace(adjustments=self.adjuster.plain(R), extra=self._extra(StepPlan((), ()), [], R))  # type: ignore[attr-defined]
+
+    def _extra(self, plan: StepPlan, rows: Seq[int], num_rows: int) -> dict[str, np.ndarray] | None:
+        """The numbers of `extra_args` that logits processors ask for, for each row of a step; None without processors."""
+        if not self.config.logits_processors:
+            return None
+        found = {name: np.full(num_rows, default, np.float32) for name, default in self.config.extra_args.items()}
+        for row, (chunk, _) in zip(rows, plan.outputs(), strict=True):
+            for name, number in chunk.sequence.request.params.extra_numbers.items():
+                found[name][row] = number
+        return found
 
     def _copy(self, copies: Seq[tuple[int, int]]) -> None:
         """Copy pages of all layers onto others, in one call; the rest of its size is the null page onto itself."""
@@ -314,10 +365,17 @@ class JaxRunner:
         pairs[:, : len(copies)] = np.transpose(copies)
         if size not in self._copiers:  # enforce_eager
             self._copiers[size] = self._compile_copier(size)
-        self.cache = self._copiers[size](self.cache, *pairs)
+        caches = self._copiers[size](self._caches(), *pairs)
+        if self.drafter is not None:
+            self.drafter.cache = caches[1]
+        self.cache = caches[0]
+
+    def _caches(self) -> tuple[KVCache, ...]:
+        """The pages, of the draft model too."""
+        return (self.cache,) if self.drafter is None else (self.cache, self.drafter.cache)
 
     def _compile_copier(self, size: int) -> jax.stages.Compiled:
-        return self._jitted_copy.lower(self.cache, *np.zeros((2, size), np.int32)).compile()
+        return self._jitted_copy.lower(self._caches(), *np.zeros((2, size), np.int32)).compile()
 
     def log_memory(self) -> None:
         """The start-up table of where every byte goes, and what the pool can hold, in the words that people search logs for."""
@@ -335,6 +393,11 @@ class JaxRunner:
         if self.offload is not None:
             num_slots = self.offload.host.num_slots
             rows.append((f"host memory for pages ({num_slots:,} x {page_bytes:,} bytes)", num_slots * page_bytes))
+        if self.drafter is not None:
+            draft = self.drafter.model
+            draft_bytes = kv_cache.page_bytes(draft, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
+            rows.append((f"weights of the draft model ({config.dtype})", model_weights.num_bytes(draft, config.dtype)))
+            rows.append((f"its KV pages ({self.num_pages:,} x {draft_bytes:,} bytes)", self.num_pages * draft_bytes))
         for what, size in rows:
             logger.info("%-60s %12s", what, f"{size / 2**20:,.1f} MiB")
         num_tokens = (self.num_pages - 1) * config.block_size  # type: ignore[operator]
@@ -347,6 +410,8 @@ class JaxRunner:
         if self.offload is not None:
             self.offload.close()
         self.adjuster.close()
+        if self.drafter is not None:
+            self.drafter.close()
         if self.matchers is not None:
             self.matchers.grammars.close()
         for array in jax.tree.leaves((self.weights, self.cache)):
@@ -355,6 +420,14 @@ class JaxRunner:
         self._feed = self._feed._replace(token_ids=np.zeros(0, np.int32), rows={})
         self.compiled.clear()
         self._copiers.clear()
+
+
+def _copy_pages(
+    caches: tuple[KVCache, ...], sources: jax.Array, targets: jax.Array, *, models: tuple[ModelConfig, ...]
+) -> tuple[KVCache, ...]:
+    """The same copies in the pages of each model."""
+    pairs = zip(caches, models, strict=True)
+    return tuple(kv_cache.copy_pages(cache, sources, targets, config=model) for cache, model in pairs)
 
 
 def _with_faults(result: Result, is_sound: np.ndarray, plan: StepPlan, num_rows: int, tile: int) -> Result:
@@ -369,9 +442,12 @@ def _with_faults(result: Result, is_sound: np.ndarray, plan: StepPlan, num_rows:
     result = result._replace(is_finite=[*map(operator.and_, result.is_finite, sampled)])
     if all(unsampled):
         return result
-    token_ids, is_finite = [*result.token_ids, *[0] * len(unsampled)], [*result.is_finite, *unsampled]
-    candidates = None if result.candidates is None else [*result.candidates, *[()] * len(unsampled)]
-    return result._replace(token_ids=token_ids, is_finite=is_finite, candidates=candidates)
+    none = len(unsampled)
+    return result._replace(
+        token_ids=[*result.token_ids, *[0] * none],
+        is_finite=[*result.is_finite, *unsampled],
+        candidates=[*result.candidates, *[()] * none] if result.candidates is not None else None,
+    )
 
 
 def _prompt_places(plan: StepPlan, tile: int) -> Iterator[tuple[Chunk, list[int]]]:
@@ -415,13 +491,16 @@ def attention_backend(config: EngineConfig, model: ModelConfig, option: str = "a
     return "interpret" if wanted == "interpret" else choice.name  # type: ignore[return-value]
 
 
-def plan_memory(config: EngineConfig, model: ModelConfig) -> int:
+def plan_memory(config: EngineConfig, model: ModelConfig, draft: ModelConfig | None = None) -> int:
     """Pages of the pool that the options and the device's memory allow, the null page included.
+
+    A draft model has as many pages beside it, and all that is said of the pool's bytes counts both.
 
     Raises:
       ConfigError: the pool cannot hold one page, or an option asks for more than the machine has.
     """
-    page_bytes = kv_cache.page_bytes(model, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
+    models = [one for one in (model, draft) if one is not None]
+    page_bytes = sum(kv_cache.page_bytes(one, config.block_size, config.kv_cache_dtype) for one in models)  # type: ignore[arg-type]
     if config.num_gpu_blocks_override is not None:
         num_pages = config.num_gpu_blocks_override
     elif config.kv_cache_memory_bytes is not None:
@@ -429,7 +508,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig) -> int:
     else:
         # More than this is never used: every sequence at its full length.
         useful = config.max_num_seqs * config.max_blocks_per_seq + 1  # type: ignore[operator]
-        num_pages = min(useful, _spare_bytes(config, model) // page_bytes)
+        num_pages = min(useful, _spare_bytes(config, models) // page_bytes)
     if num_pages < 2:
         room = f"the page pool has room for {num_pages} pages of {page_bytes:,} bytes"
         raise ConfigError(f"{room}, at least 2 are needed (raise kv_cache_memory_bytes)")
@@ -440,13 +519,14 @@ def plan_memory(config: EngineConfig, model: ModelConfig) -> int:
     return num_pages
 
 
-def _spare_bytes(config: EngineConfig, model: ModelConfig) -> int:
+def _spare_bytes(config: EngineConfig, models: Seq[ModelConfig]) -> int:
     total, free = _memory()
     if config.gpu_memory_utilization is None and jax.default_backend() == "cpu":
         return min(_CPU_POOL_BYTES, free // 4)
     share = config.gpu_memory_utilization or 0.92
     # The weights are on the device already when this is asked on a GPU; a twentieth is left for the step's temporaries.
-    spare = min(total * share - model_weights.num_bytes(model, config.dtype), free) - config.marks_bytes(model)
+    weight_bytes = sum(model_weights.num_bytes(model, config.dtype) for model in models)
+    spare = min(total * share - weight_bytes, free) - config.marks_bytes(models[0])
     return int(spare * 0.95)
 
 

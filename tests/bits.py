@@ -50,7 +50,7 @@ def step_with_logits(weights, cache, inputs, *, config, backend, max_logprobs):
     hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), config=config, backend=backend)
     scores = transformer.logits(weights, config, hidden[inputs.sample_at])
     outputs = StepOutputs.of(scores, inputs, max_logprobs)
-    return (outputs.told(weights, config, hidden, inputs, max_logprobs), scores), cache
+    return (outputs.told(weights, hidden, inputs, max_logprobs, config=config), scores), cache
 
 
 class Keeper:

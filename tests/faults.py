@@ -100,6 +100,7 @@ class Ward:
             for number in self.numbers:
                 self.engine.add_request(bank()[number].prompt, bank()[number].params, request_id=str(number))
             while self.engine.has_unfinished:
+                self.owned = {}
                 for event in self.engine.step():
                     self.take(event)
                 self.look()

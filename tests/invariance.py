@@ -196,3 +196,42 @@ def score_apart(family: families.Family, *, batch_invariant: bool, num_prompts: 
             [score] = llm.score([text])
             apart = max(apart, float(np.max(np.abs(np.subtract(score.logprobs, told)))))
     return apart
+
+
+# --- what `make fuzz` shows ---
+
+
+def compositions(count: int, *, dtype: str = "float32", batch_invariant: bool = True) -> Seen:
+    """So many compositions in two engines of other pages, tiles and steps than each other."""
+    other = {"block_size": 16, "prefill_tile": 8, "prefill_tile_buckets": (8,), "decode_row_buckets": (3, 8)}
+    with (
+        new_engine(dtype=dtype, batch_invariant=batch_invariant) as one,
+        new_engine(dtype=dtype, batch_invariant=batch_invariant, num_gpu_blocks_override=70, **other) as two,
+    ):
+        return Invariance([one, two]).compose(range(count))
+
+
+def equal_compositions(count: int, dtype: str) -> int:
+    """How many have been seen. Raises AssertionError when one bit of one request is another than alone."""
+    seen = compositions(count, dtype=dtype)
+    kinds = ", ".join(f"{kind} {number:,}" for kind, number in sorted(seen.kinds.items()))
+    print(f"  {seen.outputs:,} outputs, {seen.bytes:,} bytes, {len(seen.differ):,} differ; compositions: {kinds}")
+    assert not seen.differ, seen.differ[:5]
+    return seen.compositions
+
+
+def other_bits(count: int, dtype: str) -> int:
+    """How many outputs have other bits than alone without `batch_invariant`. Raises AssertionError when none has."""
+    seen = compositions(count, dtype=dtype, batch_invariant=False)
+    print(f"  {len(seen.differ):,} of {seen.outputs:,} outputs differ")
+    assert seen.differ
+    return len(seen.differ)
+
+
+def scores(count: int) -> int:
+    """A table of so many families: how far scores are from decoding. Raises AssertionError for one bit if batch-invariant."""
+    for family in families.FAMILIES[:count]:
+        plain, invariant = (score_apart(family, batch_invariant=is_on) for is_on in (False, True))
+        print(f"  {family.name:14} max |score - decode| {plain:.1e}, with batch_invariant {invariant:g}", flush=True)
+        assert invariant == 0, family.name
+    return len(families.FAMILIES[:count])

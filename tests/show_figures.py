@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import random
 import sys
 import time
 import traceback
@@ -19,11 +20,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "host"))
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
 
+import bad_values
 import faults
 import figures
 import fuzz
+import invariance
+import mixes
 import reuse
+import samplers
+import speculation
+import texts
 import tool_texts
+
+from jaxpaged.bench.forms import hostile
+from jaxpaged.demo import MODEL_DIR
+from jaxpaged.host.request import RequestError
+from jaxpaged.host.structured import StructuredOutputsParams
+from jaxpaged.structured.grammars import Grammars
 
 Figure = tuple[str, str, Callable[[float], int]]
 
@@ -51,6 +64,41 @@ def sick(share: float) -> int:
     return faults.sick_crowds(some(540, share))
 
 
+def families_that_score_alike(share: float) -> int:
+    """R20's and R22's."""
+    return invariance.scores(len(some(10, share)))
+
+
+def equal(share: float, dtype: str) -> int:
+    """R22's."""
+    return invariance.equal_compositions(len(some(1000, share)), dtype)
+
+
+def hostile_grammars(share: float) -> int:
+    """R16's: each is refused in a line or does no harm, and within its time."""
+    grammars, options = Grammars((MODEL_DIR / "tokenizer.json").read_text), hostile(random.Random(0))
+    cases = some(1000, share)
+    for _, one in zip(cases, options, strict=False):
+        started = time.monotonic()
+        try:
+            grammars.find(StructuredOutputsParams(**one))
+        except RequestError as error:
+            if "\n" in str(error) or len(str(error)) > 300:
+                raise
+        if time.monotonic() - started > 10:  # 2 s of its own, and a machine that is busy
+            raise TimeoutError(f"{one!a}"[:300])
+    grammars.close()
+    return len(cases)
+
+
+def draws(share: float) -> int:
+    """S02's, 200,000 of each kind."""
+    count = max(2000, round(200_000 * share))
+    for name in samplers.KINDS:
+        print(f"    {name}: p = {samplers.draws(name, count):.3f}", flush=True)
+    return count * len(samplers.KINDS)
+
+
 FIGURES: list[Figure] = [
     ("R01", "operations of pool, cache and tiers against a model, a full check after each", operations),
     ("R02", "requests on pages of token ids, equal to isolated runs", lambda x: figures.equal_to_isolated_runs(some(1000, x))),
@@ -66,12 +114,29 @@ FIGURES: list[Figure] = [
     ("R07", "last in priority, ageing after 100 steps", lambda x: figures.unpopular(some(1000, x), ageing_steps=100)),
     ("R07", "last in priority, ageing by default: within 10,000 steps", lambda x: figures.unpopular(some(200, x))),
     ("R09", "aborts, at every moment of days of an engine", lambda x: figures.abort_everywhere(every=max(1, round(1 / x)))[0]),
+    ("R13", "fields of token ids x bad ids, refused by name", lambda x: bad_values.bad_ids()),
+    ("R14", "fields of numbers x odd numbers, served or refused by name", lambda x: bad_values.odd_numbers()),
+    ("R15", "pairs of features, each as the plain path where it must be", lambda x: mixes.pairs()),
+    ("R18", "sequences of tokens, all deltas together the whole", texts.all_streams),
+    ("R19", "texts with stop strings in pieces, against looking everywhere", texts.all_stops),
+    ("R20", "prompts in chunks, cached or not: log-probabilities complete and the same", lambda x: samplers.prompt_logprobs()),
+    ("S01", "rows of hostile logits against the sorted definition in float64", lambda x: samplers.laws(some(700, x))),
+    ("S02", "draws of the whole engine, chi-square for each kind of sampler", draws),
+    ("R23", "requests that mix everything, no compilation", lambda x: mixes.no_compilations(max(30, round(5000 * x)))),
     ("R12", "places of a real model's requests that become NaN, each ends alone and leaves no trace", sick),
     (
         "R17",
         "texts with tool calls, right and wrong, in deltas and whole, against a slow oracle",
         lambda x: tool_texts.fuzz(some(10_000, x)),
     ),
+    ("R16", "hostile grammars, refused in a line or harmless", hostile_grammars),
+    ("R20", "families whose texts score as they were decoded, to the last bit if batch-invariant", families_that_score_alike),
+    ("R21", "requests of a real model with drafts, tokens of each without", lambda x: speculation.crowds(some(20, x, 100))),
+    ("R21", "draws with drafts, against the exact distribution", lambda x: speculation.chi_square(max(8000, round(200_000 * x)))),
+    ("R22", "batches around requests that are batch-invariant, 0 bits different", lambda x: equal(x, "float32")),
+    ("R22", "the same in bfloat16", lambda x: equal(x, "bfloat16")),
+    ("R22", "outputs with other bits where it is off", lambda x: invariance.other_bits(len(some(100, x)), "float32")),
+    ("R22", "the same in bfloat16", lambda x: invariance.other_bits(len(some(100, x)), "bfloat16")),
     ("R43", "requests whose pages are found by 4 bits of their keys", lambda x: figures.collisions(some(1000, x))[0]),
 ]
 

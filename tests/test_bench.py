@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxpaged.bench import prefix_cache, scheduling, swap
+from jaxpaged.bench import batch_invariant, prefix_cache, scheduling, speculation, swap
 from jaxpaged.bench.ratios import spread
 from jaxpaged.bench.stopwatch import Stopwatch
 from jaxpaged.engine import Engine
@@ -70,6 +70,27 @@ def test_a_stopwatch_adds_up_and_leaves_no_trace():
         assert wait() == 8.0
     assert watch.seconds == {"spend": 0.5 + 4 + 1 + 100 + 2 + 8, "own": 4.0, "fail": 1.0, "later": 2.0, "wait": 8.0}
     assert vars(thing) == {**before, "now": thing.now} and "spend" not in vars(thing)
+
+
+# --- batch invariance ---------------------------------------------------------------------------------------------
+
+
+def test_prompts_and_decoding_count_apart(plain: Engine, monkeypatch: pytest.MonkeyPatch):
+    """On a clock that moves by one in each step: a prompt of 16 takes one step, and each further token one."""
+    step, clock = plain.step, iter(range(1000))
+    now = [next(clock)]
+    monkeypatch.setattr(plain, "step", lambda: (now.append(next(clock)), step())[1])
+    monkeypatch.setattr(batch_invariant.time, "perf_counter", lambda: now[-1])
+    prompts = [[seed + 1] * 16 for seed in range(2)]
+    assert batch_invariant.take_turn(plain, prompts, 6) == {"prompt_tokens_per_s": 32, "new_tokens_per_s": 2}
+    with pytest.raises(RuntimeError, match="raise --output-len"):
+        batch_invariant.take_turn(plain, prompts, 1)
+    while plain.has_unfinished:
+        plain.step()
+    rows = batch_invariant.compare({False: plain, True: plain}, [1, 2], rounds=2, length=16, num_tokens=4)
+    assert [row["num_seqs"] for row in rows] == [1, 2]
+    assert all(row[metric]["ratio"] == 1 for row in rows for metric in batch_invariant.METRICS)
+    assert len(batch_invariant.table(rows).splitlines()) == 5
 
 
 # --- the prefix cache --------------------------------------------------------------------------------------------
@@ -185,8 +206,27 @@ def test_what_auto_would_have_done():
     assert many["request"]["ratio"] == 2 and spread([3.0])["quartiles"] == [3.0, 3.0]
 
 
-@pytest.mark.parametrize("main", [prefix_cache.main, scheduling.main, swap.main])
+@pytest.mark.parametrize("main", [batch_invariant.main, prefix_cache.main, scheduling.main, swap.main])
 def test_nothing_cannot_be_measured(main, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="2"):
         main(["--rounds", "0"])
     assert "of at least 1" in capsys.readouterr().err
+
+
+# --- speculation -------------------------------------------------------------------------------------------------
+
+
+def test_where_speculation_stops_paying_is_told():
+    def rows(*ratios: float) -> list[dict]:
+        return [{"tokens": tokens, "ratio": ratio} for tokens, ratio in enumerate(ratios)]
+
+    assert speculation.verdict(rows(9.0, 1.1, 1.4, 0.9, 0.8)) == "pays best with 2 (1.40), and no more from 3 on"
+    assert speculation.verdict(rows(9.0, 1.1, 1.4)) == "pays best with 2 (1.40)"
+    assert speculation.verdict(rows(1.0, 0.5, 0.7)) == "never pays: 0.70 at best, with 2"
+
+
+def test_turns_with_and_without_speculation(plain: Engine):
+    rows = speculation.compare({None: plain, 3: plain}, [[5, 6, 7], [8, 9]], 2, temperature=0.0, rounds=2, num_tokens=6)
+    (row,) = [{"workload": "repeats", "method": "ngram", **row} for row in rows]
+    assert row["tokens_per_step"] == 1.0 and row["acceptance"] == 0.0 and row["tokens"] == 3
+    assert row["ratio"] > 0 and "ratio" in speculation.table([row]) and json.dumps(row)

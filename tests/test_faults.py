@@ -26,11 +26,8 @@ def test_pages_stay_finite_and_the_token_tells(number: float) -> None:
     config = dataclasses.replace(faults.runner().model, windows=())
     K, H = config.num_kv_heads, config.head_dim
     cache = init_cache(config, 3, 8, "float16")
-    tokens = PagedTokens(
-        *(jnp.array(one, jnp.int32) for one in ([1, 1], [0, 0], [8, 16], [[1], [2]], [1, 1])),
-        jnp.zeros((0, 1), jnp.int32),
-        jnp.zeros(0, jnp.int32),
-    )
+    ones, none = jnp.ones(2, jnp.int32), jnp.zeros((0, 1), jnp.int32)
+    tokens = PagedTokens(ones, ones * 0, jnp.array([8, 16]), jnp.array([[1], [2]]), ones, none, none[:, 0])
     k = jnp.ones((2, K, H), jnp.float32).at[0, 1, 3].set(number)
     for new_k, new_v in ((k, jnp.ones_like(k)), (jnp.ones_like(k), k)):
         attended, after = PagedAttention(tokens, config, "xla")(0, jnp.ones((2, config.num_heads, H)), new_k, new_v, cache)
@@ -75,5 +72,5 @@ def test_what_failed_and_stays_known_shows(monkeypatch: pytest.MonkeyPatch) -> N
         self.spoiled += [page for page in pages if not self.pool.num_owners(page)]
 
     monkeypatch.setattr(Scheduler, "_spoil", careless)
-    with pytest.raises(AssertionError, match="found by others|is in the prefix cache"):
+    with pytest.raises(AssertionError, match=r"found by others|is in the prefix cache"):
         faults.sick_crowds(range(20))

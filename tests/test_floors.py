@@ -22,7 +22,7 @@ FLOORS = (
     ("jaxpaged.config", "pallas_kernels"),
     ("jaxpaged.host", "jaxpaged.model", "jaxpaged.outputs"),
     ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel", "jaxpaged.observe", "jaxpaged.offload", "jaxpaged.templates"),
-    ("jaxpaged.adjuster", "jaxpaged.structured"),
+    ("jaxpaged.adjuster", "jaxpaged.drafter", "jaxpaged.structured"),
     ("jaxpaged.runner", "jaxpaged.tokenizer", "jaxpaged.demo", "convert"),
     ("jaxpaged.speculative",),
     ("jaxpaged.engine",),

@@ -2,7 +2,7 @@
 
 Two engines on one model, without and with it, serve the same requests in turn. Prompts and decoding count apart: prompt tokens
 per second until the last sequence has its first token, and new tokens per second from there to the first end of a sequence. Of
-both, medians are reported, and of their ratio, with over without, the median over turns, because a shared machine's speed changes.
+both, medians are reported, and of their ratio, with over without, the median over turns, because a shared machine changes.
 """
 
 from __future__ import annotations

@@ -133,6 +133,12 @@ def numbers_by_number(text: str) -> tuple[tuple[int, float], ...]:
     return tuple((whole_number(key), number(value)) for key, _, value in pairs)
 
 
+def numbers_by_name(text: str) -> tuple[tuple[str, float], ...]:
+    """Names, each with a colon and a decimal number, and commas between these pairs."""
+    pairs = [part.rpartition(":") for part in text.split(",")]
+    return tuple((name, number(value)) for name, _, value in pairs)
+
+
 def switch_or_word(text: str) -> bool | str:
     """true and false, or a word whose meaning is the dataclass's business."""
     return {"true": True, "false": False}.get(text.lower(), text)
@@ -163,6 +169,8 @@ _KINDS = {
     "Mapping[int, float] | tuple[tuple[int, float], ...]": (numbers_by_number, "N:X,N:X,..."),
 }
 _KINDS["str | tuple[str, ...]"] = _KINDS["str"]  # a list can only be given in Python
+_IN_PYTHON_ONLY = "tuple[Callable[..., Any], ...]"  # functions have no spelling on a command line
+_KINDS["Mapping[str, float] | tuple[tuple[str, float], ...]"] = (numbers_by_name, "NAME:X,NAME:X,...")
 _KINDS["str | Callable[..., Any]"] = _KINDS["str"]  # a function can only be given in Python
 _KINDS["SpeculativeConfig | Mapping[str, Any] | str"] = (str, "JSON")
 
@@ -183,7 +191,7 @@ def add_fields(
     group = parser.add_argument_group(title)
     described = described_fields(kind)
     for field in dataclasses.fields(kind):
-        if field.name in leave_out:
+        if field.name in leave_out or field.type == _IN_PYTHON_ONLY:
             continue
         # What is None in Python is a flag that is absent here.
         text = re.sub(r"[;,] None (is|means) ([^;]*)", r" (default: \2)", described.get(field.name, "")).replace("%", "%%")

@@ -129,10 +129,10 @@ class StepPlan:
         """The chunks that yield a token, in the order of the step's outputs."""
         return [*self.decodes, *(chunk for chunk in self.prefills if chunk.samples)]
 
-    def outputs(self) -> list[tuple[Chunk, int]]:
-        """What the step yields, in order: each chunk of `sampling()`, with how many of its drafts come before the token."""
-        return [(chunk, num_drafts) for chunk in self.sampling() for num_drafts in range(len(chunk.drafts) + 1)]
-
     def unsampled(self) -> list[Chunk]:
         """The others, in their order."""
         return [chunk for chunk in self.prefills if not chunk.samples]
+
+    def outputs(self) -> list[tuple[Chunk, int]]:
+        """What the step yields, in order: each chunk of `sampling()`, with how many of its drafts come before the token."""
+        return [(chunk, num_drafts) for chunk in self.sampling() for num_drafts in range(len(chunk.drafts) + 1)]

@@ -22,6 +22,7 @@ MAX_RULES = 1024  # token ids whose logits a request may change by name in one s
 MAX_BAD_WORD_LEN = 64  # in tokens; each word is compared with the end of the output in every step
 MAX_STOP_STRINGS = 64  # each new character is compared with one of each
 MAX_STOP_LEN = 256  # characters of one
+MAX_EXTRA = 1e38  # what the step has room for: its numbers are float32
 _OF_TEXTS = "include_stop_str_in_output", "logprobs", "prompt_logprobs"
 MAX_N = 128  # outputs of one request, as many as OpenAI's API has: one request must not be able to fill the engine
 
@@ -83,6 +84,7 @@ class SamplingParams:
       logprobs: return the log-probability of each new token, and those of so many likeliest ones; at most max_logprobs.
       prompt_logprobs: likewise of each token of the prompt but the first. Such a prompt is computed as a whole: pages of the
         prefix cache know no log-probabilities.
+      extra_args: name -> number, for the engine's `logits_processors` that ask for it by this name.
       output_kind: what `LLM.stream` yields: everything so far, what is new, or the end alone. `LLM.generate` returns the end.
       structured_outputs: what the text has to be: a JSON schema, a regular expression, a choice, a grammar. It ends when nothing
         can follow; where the grammar accepts what there is, the ids that end the output are allowed too, and nowhere else.
@@ -124,6 +126,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     structured_outputs: StructuredOutputsParams | None = None
+    extra_args: Mapping[str, float] | tuple[tuple[str, float], ...] | None = ()
 
     def __new__(cls, *args: object, **options: object) -> SamplingParams:
         # A misspelt option must name its neighbour; the generated __init__ would only say "unexpected keyword argument".
@@ -159,6 +162,7 @@ class SamplingParams:
         check_number("length_penalty", self.length_penalty, -10.0, 10.0)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise RequestError(f"early_stopping: got {_shown(self.early_stopping)}, expected True, False or 'never'")
+        object.__setattr__(self, "extra_args", _checked_extra_args(self.extra_args))
         for name, value in _checked_logit_options(self).items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "structured_outputs", checked_structured_outputs(self.structured_outputs))
@@ -219,6 +223,11 @@ class SamplingParams:
         """`logit_bias` as it is kept: (token id, bias)."""
         return self.logit_bias  # type: ignore[return-value]
 
+    @property
+    def extra_numbers(self) -> dict[str, float]:
+        """`extra_args` by name."""
+        return dict(self.extra_args or ())
+
     @cached_property
     def has_penalties(self) -> bool:
         """Whether it matters which tokens have been."""
@@ -272,6 +281,21 @@ def _checked_logit_options(params: SamplingParams) -> dict[str, object]:
         if not 1 <= len(one) <= MAX_BAD_WORD_LEN:
             raise RequestError(f"bad_words_token_ids: got a word of {len(one)} tokens, expected 1 to {MAX_BAD_WORD_LEN}")
     return {"logit_bias": pairs, "allowed_token_ids": allowed, "bad_words": words, "bad_words_token_ids": ids}
+
+
+def _checked_extra_args(given: object) -> tuple[tuple[str, float], ...]:
+    """As pairs: a request never changes once it is checked."""
+    expected = "a dict of names and numbers"
+    pairs = given.items() if isinstance(given, Mapping) else _listed("extra_args", () if given is None else given, expected)
+    checked = []
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise RequestError(f"extra_args: got {_shown(pair)}, expected a name and a number")
+        check_number(f"extra_args[{_shown(pair[0], 24)}]", pair[1], -MAX_EXTRA, MAX_EXTRA)
+        checked.append(pair)
+    if len(dict(checked)) < len(checked):
+        raise RequestError("extra_args: a name is in it twice")
+    return tuple(checked)
 
 
 def _listed(name: str, value: object, expected: str = "a list of lists of token ids") -> tuple:

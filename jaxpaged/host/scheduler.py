@@ -52,6 +52,7 @@ def build(config: EngineConfig, model: ModelConfig, pool: PagePool, *, costs: Sw
         sliding_window=max(model.windows) if model.windows and all(model.windows) else 0,
         eager_copy=config.eager_copy,
         max_num_rows=config.buckets()[-1].decode_rows,
+        lookahead=config.num_places_ahead,
     )
     num_slots = config.num_host_pages(model)
     if (config.enable_prefix_caching or num_slots) and pool.cache is None:
@@ -180,7 +181,7 @@ class Scheduler(Searches):
         tokens_left, tiles_left = self.limits.max_num_batched_tokens, self.limits.max_prefill_tiles
         chunks: list[Chunk] = []
         has_preempted, is_by_arrival = False, self.waiting.policy is fcfs and not self.recall.has_disk
-        rows_left = self._num_draft_rows() if drafts else 0
+        rows_left = self.num_draft_rows() if drafts else 0
         self.waiting.step += 1
 
         index = 0
@@ -443,7 +444,7 @@ class Scheduler(Searches):
         sequence.pages += pages
         return True
 
-    def _num_draft_rows(self) -> int:
+    def num_draft_rows(self) -> int:
         """Rows of a step that whoever runs, is forked or may yet be admitted has no use for."""
         num_seqs = len(self.running) + sum(sequence.num_to_come for sequence in self.running) + len(self.waiting)
         return max(self.limits.max_num_rows, self.limits.max_num_seqs) - min(num_seqs, self.limits.max_num_seqs)
@@ -526,9 +527,9 @@ class Scheduler(Searches):
         self.spoiled = []
         grown: dict[str, BeamGroup] = {}
         outputs = plan.outputs()
-        num_sampled = len(outputs)
-        sampled = zip(outputs, token_ids[:num_sampled], is_finite[:num_sampled], strict=True)
-        for row, ((chunk, num_drafts), token_id, finite) in enumerate(sampled):
+        num_outputs = len(outputs)
+        yielded = zip(outputs, token_ids[:num_outputs], is_finite[:num_outputs], strict=True)
+        for row, ((chunk, num_drafts), token_id, finite) in enumerate(yielded):
             sequence = chunk.sequence
             if sequence.finish_reason is not None:  # aborted while the step ran, or ended by the token before
                 continue
@@ -563,7 +564,8 @@ class Scheduler(Searches):
             stop_reason = token_id if reason is FinishReason.STOP and token_id in params.stop_token_ids else None
             new_id, num_cached = token_id if finite else None, sequence.num_cached_tokens
             events.append(TokenEvent(sequence.request.request_id, new_id, reason, stop_reason, num_cached, sequence.index))
-        for chunk, finite in zip(plan.unsampled(), is_finite[num_sampled:], strict=False):  # mostly there are none of the latter
+        others = plan.unsampled() if len(token_ids) > num_outputs else ()
+        for chunk, _, finite in zip(others, token_ids[num_outputs:], is_finite[num_outputs:], strict=True):
             if not finite:  # by now siblings may have been forked from it
                 events += self._end_all(chunk.sequence.request.request_id, FinishReason.ERROR)
         for request_id, group in grown.items():

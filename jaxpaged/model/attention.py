@@ -17,7 +17,9 @@ from pallas_kernels import paged_decode_attention, paged_prefill_attention, writ
 from pallas_kernels.backends import Backend
 from pallas_kernels.row_tiles import RowTiles
 
-# Tokens that a batch-invariant step computes at a time.
+# Tokens that a batch-invariant step computes at a time. Norms and products of 6 layers of the 135M shape in float32, with 1, 16
+# and 512 tokens: 12, 11 and 196 ms in tiles of 16; 7, 17 and 383 in tiles of 8; 16, 15 and 204 in tiles of 32; 3, 11 and 124 all
+# at once (lowest of 8 turns, 2 loaded CPU cores, jax 0.10.2, November 2026). In bfloat16 one row alone costs more than sixteen.
 ROW_TILE = 16
 
 
@@ -139,6 +141,6 @@ class PagedAttention:
 
 
 def written(new: jax.Array, cache: KVCache) -> jax.Array:
-    """New keys or values as pages hold them: 0 for what is not finite in the pages' dtype, which may have no room for a number."""
+    """New keys or values as pages hold them: 0 for what is not finite in the pages' dtype, which may lack room for a number."""
     new = new.astype(cache.dtype)
     return jnp.where(jnp.isfinite(new), new, 0)

@@ -56,6 +56,7 @@ def step(
     rival: Backend,
     max_logprobs: int = 20,
     batch_invariant: bool = False,
+    **of_tokens: Any,
 ) -> tuple[tuple[StepOutputs, Evidence], KVCache]:
     """`model.step.step` on `backend`, and beside it the evidence of its duel with `rival`. Donate `cache`.
 
@@ -70,8 +71,7 @@ def step(
     )
     hidden, (cache, errors, queries) = run(_Duellists(attention, opponent), (cache, (), ()))
     scores = sampled_logits(weights, hidden, inputs, **how)
-    outputs = StepOutputs.of(scores, inputs, max_logprobs)
-    outputs = outputs.told(weights, config, hidden, inputs, max_logprobs, batch_invariant=batch_invariant)
+    outputs = StepOutputs.of(scores, inputs, max_logprobs, **of_tokens).told(weights, hidden, inputs, max_logprobs, **how)
 
     def read_only(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         return opponent.read(layer, q, cache), cache

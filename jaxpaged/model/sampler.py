@@ -49,17 +49,29 @@ def sample(logits: jax.Array, sampling: SamplingInputs, positions: jax.Array) ->
     return lax.cond(jnp.any(sampling.temperature >= _LOWEST_TEMPERATURE), draw, lambda _: greedy, None)
 
 
-def likeliest(logits: jax.Array, temperature: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def processed(logits: jax.Array, sampling: SamplingInputs) -> jax.Array:
+    """The logits [R, V] that `sample` draws by: over the temperature, -inf for what is cut. Greedy rows are as they were."""
+    is_greedy = sampling.temperature < _LOWEST_TEMPERATURE
+    scaled = logits / jnp.where(is_greedy, 1.0, sampling.temperature)[:, None]
+    return jnp.where(is_greedy[:, None], logits, keep_likely(scaled, sampling))
+
+
+def likeliest(
+    logits: jax.Array, temperature: jax.Array, count: int, is_plain: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Each row's `count` likeliest tokens, int32 [R, count], best first, and their log-probabilities, float32 [R, count].
 
     `temperature` [R] divides the logits and is 0 for a row that does not ask. Of equal tokens the lower id comes first. All are 0
-    in a step where no row asks, which does no more than look.
+    in a step where no row asks, which does no more than look. Rows of `is_plain` [R] get the logits themselves.
     """
 
     def search(_: None) -> tuple[jax.Array, jax.Array]:
         scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
         best, token_ids = lax.top_k(scaled, count)
-        return token_ids.astype(jnp.int32), best - jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
+        total = jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
+        if is_plain is not None:
+            total = jnp.where(is_plain[:, None], 0.0, total)
+        return token_ids.astype(jnp.int32), best - total
 
     def nothing(_: None) -> tuple[jax.Array, jax.Array]:
         shape = logits.shape[0], count
@@ -68,17 +80,20 @@ def likeliest(logits: jax.Array, temperature: jax.Array, count: int) -> tuple[ja
     return lax.cond(jnp.any(temperature > 0), search, nothing, None)
 
 
-def logprobs_of(logits: jax.Array, token_ids: jax.Array, is_wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+def logprobs_of(
+    logits: jax.Array, token_ids: jax.Array, is_wanted: jax.Array, *, is_plain: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Log-probability of one token of each row, float32 [R], and its rank, int32 [R], by the model alone: no temperature, nothing
     cut. The likeliest has rank 1; of equal ones all have the rank of the last, as in vLLM.
 
-    All are 0 in a step where no row of `is_wanted` [R] asks, which does no more than look.
+    All are 0 in a step where no row of `is_wanted` [R] asks, which does no more than look. With `is_plain` it is the logit
+    itself.
     """
 
     def compute(_: None) -> tuple[jax.Array, jax.Array]:
         chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=-1)
         ranks = jnp.sum(logits >= chosen, axis=-1, dtype=jnp.int32)
-        return chosen[:, 0] - jax.nn.logsumexp(logits, axis=-1), ranks
+        return chosen[:, 0] if is_plain else chosen[:, 0] - jax.nn.logsumexp(logits, axis=-1), ranks
 
     def nothing(_: None) -> tuple[jax.Array, jax.Array]:
         return jnp.zeros(len(logits), jnp.float32), jnp.zeros(len(logits), jnp.int32)
@@ -100,8 +115,9 @@ def keep_likely(logits: jax.Array, sampling: SamplingInputs) -> jax.Array:
     counting passes over the row and exact.
     """
     V = logits.shape[1]
-    lowest_kept = jnp.max(logits, axis=-1) + jnp.log(sampling.min_p)  # log(0) = -inf keeps all
-    logits = jnp.where(logits < lowest_kept[:, None], -jnp.inf, logits)
+    # The difference of two floats that are near each other is exact; the sum of a large one and a logarithm is not.
+    behind = logits - jnp.max(logits, axis=-1, keepdims=True)
+    logits = jnp.where(behind < jnp.log(sampling.min_p)[:, None], -jnp.inf, logits)  # log(0) = -inf keeps all
 
     ranks = _ordered_bits(logits)
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V)

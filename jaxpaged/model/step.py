@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpaged.config import ModelConfig
-from jaxpaged.model.adjust import Adjustments, adjust
+from jaxpaged.model.adjust import Adjustments
 from jaxpaged.model.attention import ROW_TILE, PagedAttention, PagedTokens
 from jaxpaged.model.cache import KVCache
-from jaxpaged.model.sampler import SamplingInputs, likeliest, logprobs_of, sample
+from jaxpaged.model.choice import Rows, choose
+from jaxpaged.model.sampler import SamplingInputs, likeliest, logprobs_of
 from jaxpaged.model.transformer import forward, logits
 from jaxpaged.model.weights import Weights
 from pallas_kernels.backends import Backend
@@ -37,6 +38,13 @@ class StepInputs:
     wants_logprobs: jax.Array  # bool [R], rows whose token is wanted with its log-probability
     prompt_targets: jax.Array  # int32 [C*T], 1 + the prompt's token after each of the tiles' tokens; 0 where none is wanted
     adjustments: Adjustments | None = None  # of the logits that tokens are chosen by; None for a step that never changes them
+    extra: Mapping[str, jax.Array] | None = None  # name -> float32 [R], for logits processors; None where there are none
+
+    def rows(self) -> Rows:
+        """What there is to know of the rows that may sample."""
+        positions, last = self.tokens.positions[self.sample_at] + 1, self.fed_tokens().token_ids[self.sample_at]
+        wanted = self.sampling, self.beam_temperature, self.wants_logprobs, self.adjustments, self.extra
+        return Rows(positions, last, *wanted)
 
     def fed_tokens(self) -> PagedTokens:
         """`tokens` with those of the step before in their places."""
@@ -110,81 +118,25 @@ class StepOutputs:
     logits: jax.Array | None = None  # float32 [R, V], of the model alone, for `rechoose`
 
     @classmethod
-    def of(cls, scores: jax.Array, inputs: StepInputs, max_logprobs: int) -> StepOutputs:
-        """What follows from the logits [R, V] of the rows that may sample."""
-        token_ids, has_choice = _choose(scores, inputs)
-        is_finite = jnp.all(jnp.isfinite(scores), axis=-1) & has_choice
-        best = likeliest(scores, inputs.beam_temperature, min(max_logprobs, scores.shape[1]))
-        logprobs, ranks = logprobs_of(scores, token_ids, inputs.wants_logprobs)
-        token_ids = jnp.pad(token_ids, (0, len(inputs.previous) - len(token_ids)))
-        return cls(token_ids, is_finite, *best, logprobs, ranks, logits=scores)
+    def of(cls, scores: jax.Array, inputs: StepInputs, max_logprobs: int, **options: Any) -> StepOutputs:
+        """What follows from the logits [R, V] of the rows that may sample; `options` are those of `choose`."""
+        chosen = vars(choose(scores, inputs.rows(), max_logprobs, **options))
+        token_ids = jnp.pad(chosen["token_ids"], (0, len(inputs.previous) - len(scores)))
+        return cls(**{**chosen, "token_ids": token_ids}, logits=scores)
 
     def told(
         self,
         weights: Weights,
-        config: ModelConfig,
         hidden: jax.Array,
         inputs: StepInputs,
         max_logprobs: int,
         *,
+        config: ModelConfig,
         batch_invariant: bool = False,
     ) -> StepOutputs:
         """The same, with what follows from the hidden states [X, D] of all tokens."""
         prompt = PromptLogprobs.of(weights, config, hidden, inputs, max_logprobs, batch_invariant=batch_invariant)
         return self.replace(prompt=prompt, is_sound=inputs.tokens.is_finite(hidden))  # type: ignore[attr-defined]
-
-
-def _choose(scores: jax.Array, inputs: StepInputs) -> tuple[jax.Array, jax.Array]:
-    """A token for each row, and whether its request leaves it one."""
-    positions, adjustments = inputs.tokens.positions[inputs.sample_at] + 1, inputs.adjustments
-
-    def plainly(_: None) -> tuple[jax.Array, jax.Array]:
-        return sample(scores, inputs.sampling, positions), jnp.ones(len(scores), bool)
-
-    if adjustments is None:
-        return plainly(None)
-
-    def adjusted(_: None) -> tuple[jax.Array, jax.Array]:
-        changed, has_choice = adjust(scores, adjustments, inputs.fed_tokens().token_ids[inputs.sample_at])
-        return sample(changed, inputs.sampling, positions), has_choice
-
-    # Tokens come out of the branches and not logits, which a step that changes none would copy.
-    return lax.cond(adjustments.is_wanted(), adjusted, plainly, None)
-
-
-@flax.struct.dataclass
-class Masks:
-    """Which tokens rows may have. What there is to know of the rows is a step's, but for the places and last tokens."""
-
-    allowed: jax.Array  # uint32 [R, ceil(V / 32)], bit i % 32 of word i // 32 for token i
-    is_masked: jax.Array  # bool [R], the others keep their tokens
-    positions: jax.Array  # int32 [R], where the new token goes in its sequence
-    last: jax.Array  # int32 [R], the token before it
-    sampling: SamplingInputs
-    wants_logprobs: jax.Array  # bool [R]
-    adjustments: Adjustments
-
-
-def rechoose(
-    logits: jax.Array, token_ids: jax.Array, is_finite: jax.Array, logprobs: jax.Array, ranks: jax.Array, masks: Masks
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """What a step says of its rows, the arguments after `logits`, once it is known which tokens its masked rows may have.
-
-    The masks come last, after all that a request wants of its logits, and take tokens away as that does: what is -inf stays so.
-    Log-probabilities are those of the model alone, as without a mask.
-    """
-    changed = lax.cond(masks.adjustments.is_wanted(), lambda x: adjust(x, masks.adjustments, masks.last)[0], lambda x: x, logits)
-    bits = masks.allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
-    is_allowed = bits.reshape(len(logits), -1)[:, : logits.shape[1]] != 0
-    changed = jnp.where(is_allowed, changed, -jnp.inf)
-    # A row that may have nothing draws from what is all -inf, and a row that is not masked is drawn again: neither is read.
-    chosen = sample(changed, masks.sampling, masks.positions)
-    found = logprobs_of(logits, chosen, masks.wants_logprobs & masks.is_masked)
-    keep = functools.partial(jnp.where, masks.is_masked)
-    R = len(logits)
-    token_ids = token_ids.at[:R].set(keep(chosen, token_ids[:R]))
-    is_finite = is_finite & (~masks.is_masked | (jnp.max(changed, axis=-1) > -jnp.inf))
-    return token_ids, is_finite, keep(found[0], logprobs), keep(found[1], ranks)
 
 
 def step(
@@ -196,12 +148,16 @@ def step(
     backend: Backend = "auto",
     max_logprobs: int = 20,
     batch_invariant: bool = False,
+    **of_tokens: Any,
 ) -> tuple[StepOutputs, KVCache]:
-    """Compute the step's tokens, write their keys and values, and sample. Donate `cache`: it is updated in place."""
+    """Compute the step's tokens, write their keys and values, and sample. Donate `cache`: it is updated in place.
+
+    `of_tokens` are the options of `choose`.
+    """
     how: dict[str, Any] = {"config": config, "batch_invariant": batch_invariant}
     hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), backend=backend, **how)
-    outputs = StepOutputs.of(sampled_logits(weights, hidden, inputs, **how), inputs, max_logprobs)
-    return outputs.told(weights, config, hidden, inputs, max_logprobs, batch_invariant=batch_invariant), cache
+    outputs = StepOutputs.of(sampled_logits(weights, hidden, inputs, **how), inputs, max_logprobs, **of_tokens)
+    return outputs.told(weights, hidden, inputs, max_logprobs, **how), cache
 
 
 def forward_paged(

@@ -177,6 +177,9 @@ class Adaptive:
         self._verified.add(self._size(num_rows), seconds - (0.0 if self.is_free else proposing_s))
         if longest and not self.is_free:
             self._proposed.add(longest, proposing_s)
+        if self._num_plain:  # only what is sure was proposed
+            self._num_plain -= 1
+            return
         plain = self._plain.known.get(self._size(num_sequences))
         if plain is None:
             return

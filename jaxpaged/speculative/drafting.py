@@ -10,7 +10,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
-from jaxpaged.config import EngineConfig
+from jaxpaged.config import MAX_SURE_DRAFTS, EngineConfig
 from jaxpaged.host.plan import StepPlan
 from jaxpaged.host.request import Sequence
 from jaxpaged.speculative import Proposer
@@ -33,13 +33,22 @@ class Drafting:
 
     Args:
       most: drafts of one sequence in one step.
+      most_sure: likewise of those that are sure.
       row_sizes: decode rows of the compiled steps, smallest first.
     """
 
     def __init__(
-        self, proposers: Seq[Proposer], *, most: int, row_sizes: Seq[int], is_adaptive: bool, clock: Callable[[], float]
+        self,
+        proposers: Seq[Proposer],
+        *,
+        most: int,
+        most_sure: int,
+        row_sizes: Seq[int],
+        is_adaptive: bool,
+        clock: Callable[[], float],
     ):
-        self.proposers, self.most, self.row_sizes, self.clock = tuple(proposers), most, tuple(row_sizes), clock
+        self.proposers, self.clock = tuple(proposers), clock
+        self.most, self.most_sure = most, most_sure
         unsure = [proposer for proposer in proposers if not proposer.is_sure]
         self.adaptive = None
         if is_adaptive and unsure:
@@ -66,26 +75,25 @@ class Drafting:
     def propose(self, running: Seq[Sequence]) -> dict[Sequence, tuple[int, ...]]:
         """Drafts for the next step; no step is in flight."""
         decoding = [sequence for sequence in running if _decodes(sequence)]
-        # The step itself yields one token, so drafts for the last one are for nothing.
-        asked = {one: min(self.most, one.request.max_len - one.num_tokens - 1) for one in decoding}
-        asked = {sequence: most for sequence, most in asked.items() if most > 0}
         drafts: dict[Sequence, tuple[int, ...]] = {}
         proposing_s, weighed = 0.0, set()
-        count = _num_rows(running)
+        num_rows = _num_rows(running)
         for proposer in self._heard(running):
-            mine = {sequence: most for sequence, most in asked.items() if proposer.may_propose(sequence)}
+            most = self.most_sure if proposer.is_sure else self.most
+            # The step itself yields one token, so drafts for the last one are for nothing.
+            asked = {one: min(most, one.request.max_len - one.num_tokens - 1) for one in decoding if one not in drafts}
+            mine = {one: count for one, count in asked.items() if count > 0 and proposer.may_propose(one)}
             if self.adaptive is not None and not proposer.is_sure and not proposer.is_free:
-                mine = self._chosen(mine, count)
+                mine = self._chosen(mine, num_rows)
             started = self.clock()
             found = {one: tuple(tokens) for one, tokens in proposer.propose(mine).items() if tokens} if mine else {}
             if not proposer.is_sure:
                 proposing_s += self.clock() - started
             if self.adaptive is not None and proposer.is_free and not proposer.is_sure:
-                lengths = self._chosen({one: len(tokens) for one, tokens in found.items()}, count)
+                lengths = self._chosen({one: len(tokens) for one, tokens in found.items()}, num_rows)
                 found = {one: found[one][:length] for one, length in lengths.items()}
             drafts |= found
             weighed |= set() if proposer.is_sure else found.keys()
-            asked = {sequence: most for sequence, most in asked.items() if sequence not in found}
         longest = max((len(drafts[sequence]) for sequence in weighed), default=0)
         self._weighed = weighed
         self._next = _Asked(True, proposing_s, longest)
@@ -151,11 +159,12 @@ class Drafting:
 
     def stats(self) -> dict[str, int]:
         """Counters under vLLM's names."""
+        num_places = max(self.most, len(self.num_accepted_at))
         found = {
             "num_drafts": self.num_drafts,
             "num_draft_tokens": self.num_draft_tokens,
             "num_accepted_tokens": self.num_accepted_tokens,
-            **{f"num_accepted_tokens_per_pos_{at}": self.num_accepted_at[at] for at in range(self.most)},
+            **{f"num_accepted_tokens_per_pos_{at}": self.num_accepted_at[at] for at in range(num_places)},
         }
         return {f"spec_decode_{name}": count for name, count in found.items()}
 
@@ -180,7 +189,8 @@ def new_drafting(config: EngineConfig, proposers: Seq[Proposer], clock: Callable
         return None
     row_sizes = sorted({bucket.decode_rows for bucket in config.buckets()})
     is_adaptive = wanted is not None and wanted.adaptive
-    return Drafting(asked, most=config.max_drafts, row_sizes=row_sizes, is_adaptive=is_adaptive, clock=clock)
+    limits = {"most": wanted.num_speculative_tokens if wanted is not None else MAX_SURE_DRAFTS, "most_sure": config.max_drafts}
+    return Drafting(asked, **limits, row_sizes=row_sizes, is_adaptive=is_adaptive, clock=clock)
 
 
 def _num_rows(running: Seq[Sequence]) -> int:

@@ -5,18 +5,19 @@ Knows steps' rows and masks. Refuses to know what a grammar is.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxpaged.host.plan import Chunk, StepPlan
-from jaxpaged.model.step import Masks, StepInputs, StepOutputs, rechoose
+from jaxpaged.model.choice import Chosen, Masks, Rows, rechoose
+from jaxpaged.model.step import StepInputs, StepOutputs
 from jaxpaged.structured.matchers import Matchers, is_constrained
-
-_CHOSEN = "token_ids", "is_finite", "logprobs", "ranks"  # of StepOutputs, in the order of `rechoose`
 
 
 class Late(NamedTuple):
@@ -29,9 +30,11 @@ class Late(NamedTuple):
 class Chooser:
     """Compiles one small program for each number of rows that a step has, and none after `warm_up`."""
 
-    def __init__(self, matchers: Matchers, *, num_fed: int):
-        """`num_fed`: tokens that a step hands to the next."""
+    def __init__(self, matchers: Matchers, *, num_fed: int, max_logprobs: int, **options: Any):
+        """`num_fed`: tokens that a step hands to the next. `options`: as the step's, of `rechoose`."""
         self.matchers, self.num_fed = matchers, num_fed
+        self.num_likeliest = min(max_logprobs, matchers.vocab_size)
+        self._jitted = jax.jit(functools.partial(rechoose, max_logprobs=max_logprobs, **options))
         self.compiled: dict[int, jax.stages.Compiled] = {}
 
     def late(self, plan: StepPlan, rows: Seq[int], inputs: StepInputs) -> Late | None:
@@ -48,8 +51,9 @@ class Chooser:
         num_rows = len(masks.is_masked)
         if num_rows not in self.compiled:  # enforce_eager
             self.compile(late.inputs)
-        found = self.compiled[num_rows](*(getattr(outputs, name) for name in ("logits", *_CHOSEN)), masks)
-        return outputs.replace(**dict(zip(_CHOSEN, found, strict=True)), logits=None)  # type: ignore[attr-defined]
+        chosen = Chosen(*(getattr(outputs, field.name) for field in dataclasses.fields(Chosen)))
+        found = self.compiled[num_rows](outputs.logits, chosen, masks)
+        return outputs.replace(**vars(found), logits=None)  # type: ignore[attr-defined]
 
     def _masks(self, late: Late) -> Masks:
         inputs, R = late.inputs, len(late.inputs.sample_at)
@@ -62,12 +66,14 @@ class Chooser:
                 is_masked[row:end] = True
                 last[row:end] = (sequence.tokens[-1], *chunk.drafts)[: end - row]
         positions = np.asarray(inputs.tokens.positions)[np.asarray(inputs.sample_at)] + 1
-        rows = inputs.sampling, inputs.wants_logprobs, inputs.adjustments
-        return Masks(allowed, is_masked, positions.astype(np.int32), last, *rows)  # type: ignore[arg-type]
+        wanted = inputs.sampling, inputs.beam_temperature, inputs.wants_logprobs, inputs.adjustments, inputs.extra
+        return Masks(Rows(positions.astype(np.int32), last, *wanted), allowed, is_masked)  # type: ignore[arg-type]
 
     def compile(self, padding: StepInputs) -> None:
         """Compile the program of steps of as many rows as this one has."""
         R, V = len(padding.sample_at), self.matchers.vocab_size
-        shapes = ((R, V), jnp.float32), ((self.num_fed,), jnp.int32), ((R,), bool), ((R,), jnp.float32), ((R,), jnp.int32)
-        arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-        self.compiled[R] = jax.jit(rechoose).lower(*arrays, self._masks(Late([], padding))).compile()
+        one, likeliest = (R,), (R, self.num_likeliest)
+        shapes = ((self.num_fed,), jnp.int32), (one, bool), (likeliest, jnp.int32), (likeliest, jnp.float32)
+        chosen = Chosen(*(jax.ShapeDtypeStruct(*shape) for shape in (*shapes, (one, jnp.float32), (one, jnp.int32))))  # type: ignore[arg-type]
+        logits = jax.ShapeDtypeStruct((R, V), jnp.float32)
+        self.compiled[R] = self._jitted.lower(logits, chosen, self._masks(Late([], padding))).compile()

@@ -5,6 +5,7 @@ Knows forms. Refuses to know sequences: see `jaxpaged.structured.matchers`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -68,6 +70,7 @@ class Grammars:
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
         self._num_bytes = 0
         self._probe: subprocess.Popen[bytes] | None = None
+        self._end: Callable[[], object] = lambda: None  # ends the process, at the latest when this object is no more
         self._lock, self._probing = threading.Lock(), threading.Lock()
 
     @property
@@ -147,6 +150,7 @@ class Grammars:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         command = [sys.executable, "-c", _MAIN.format(path=path)]
         self._probe = probe = subprocess.Popen(command, start_new_session=True, **pipes)  # type: ignore[call-overload]
+        self._end = weakref.finalize(self, _end, probe)
         try:
             write_frame(probe.stdin, {"tokenizer": self._tokenizer_json(), "limits": dataclasses.asdict(self.limits)})  # type: ignore[arg-type]
             answer = self._answer(probe, _START_S)
@@ -160,7 +164,7 @@ class Grammars:
     @staticmethod
     def _answer(probe: subprocess.Popen[bytes], wait_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + wait_s
-        while not select.select([probe.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        while not select.select([probe.stdout.fileno()], [], [], max(0.0, deadline - time.monotonic()))[0]:  # type: ignore[union-attr]
             if time.monotonic() >= deadline:
                 raise EOFError(f"no answer in {wait_s:g} s")
         answer = read_frame(probe.stdout)  # type: ignore[arg-type]
@@ -169,22 +173,18 @@ class Grammars:
         return answer
 
     def _end_probe(self) -> None:
-        probe, self._probe = self._probe, None
-        if probe is None:
-            return
-        probe.kill()
-        probe.wait()
-        for pipe in (probe.stdin, probe.stdout):
-            try:
-                pipe.close()  # type: ignore[union-attr]
-            except OSError:
-                continue
+        self._probe = None
+        self._end()
 
     def close(self) -> None:
         """End the process. What is kept stays usable."""
         with self._probing:
             self._end_probe()
 
-    def __del__(self) -> None:
-        # Its pipes close with this object, and the process ends with them; without this it would stay a zombie until then.
-        self._end_probe()
+
+def _end(probe: subprocess.Popen[bytes]) -> None:
+    probe.kill()
+    probe.wait()
+    for pipe in (probe.stdin, probe.stdout):
+        with contextlib.suppress(OSError):  # what was not written yet never will be
+            pipe.close()  # type: ignore[union-attr]

@@ -31,7 +31,7 @@ class Limits:
     memory_bytes: int = 256 << 20
     walks: int = 2
     walk_len: int = 24
-    step_s: float = 0.1
+    step_s: float = 0.2
     initial_fuel: int = 1_000_000
     step_fuel: int = 100_000
     step_items: int = 50_000

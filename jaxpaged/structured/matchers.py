@@ -21,15 +21,13 @@ from jaxpaged.structured.grammars import Grammar, Grammars
 if TYPE_CHECKING:
     import llguidance
 
-MAX_FORCED = 16  # tokens that a sequence is told at a time of those that its grammar leaves no choice about
-
 
 @dataclass(eq=False)
 class _State:
     """Invariant: the matcher has taken the first `num_taken` tokens of the output, or is in error for good."""
 
     matcher: llguidance.LLMatcher
-    ends: list[tuple[int, int]]  # words of a mask, and in each the bit of an id that ends the request
+    ends: list[tuple[int, np.uint32]]  # words of a mask, and in each the bit of an id that ends the request
     grammar: Grammar
     prototype: llguidance.LLMatcher | None  # which it is a copy of; None for one that shares nothing
     num_taken: int = 0
@@ -83,15 +81,15 @@ class Matchers:
             matcher.rollback(num_valid)
         return tuple(drafts[: num_valid - is_last])
 
-    def forced(self, sequence: Sequence, limit: int = MAX_FORCED) -> tuple[int, ...]:
-        """The tokens that have to come next, where the grammar leaves one choice, as the tokenizer itself would write their text.
+    def forced(self, sequence: Sequence, most: int) -> tuple[int, ...]:
+        """At most so many tokens that have to come next, where the grammar leaves one choice, as the tokenizer writes their text.
 
         Each is the only one that its mask has, so that what is sampled is the same with and without knowing them.
         """
         matcher = self._state(sequence).matcher
         if matcher.is_error() or matcher.is_stopped():
             return ()
-        return self.allowed(sequence, matcher.compute_ff_tokens()[:limit])
+        return self.allowed(sequence, matcher.compute_ff_tokens()[:most])
 
     def fill(self, masks: np.ndarray, sequence: Sequence, drafts: Seq[int] = ()) -> int:
         """Write the masks of the token after the sequence's last one and of those after each of the drafts.

@@ -34,7 +34,7 @@ _HEAD = struct.Struct("<I")
 _MAX_REPLY = 4 << 20
 _NOT_ZERO = re.compile(rb"[^\0]")
 # In what llguidance says of a grammar that is one, but a large one.
-_COMPLEX = ("too complex", "too many", "too large", "too big", "limit", "fuel", "exceed", "size")
+_COMPLEX = ("too complex", "too many", "max is", "too large", "too big", "limit", "fuel", "exceed", "size")
 
 
 def write_frame(file: BinaryIO, value: Any) -> None:
@@ -71,8 +71,12 @@ def main() -> None:
         return
     try_out(vocabulary, {"regex": "a|b"}, limits)  # what is set up once is set up here, not in every child
     write_frame(answers, {"ok": True})
+    least = in_child(vocabulary, {"regex": "a|b"}, limits).get("num_bytes", 0)  # pages that any child makes its own
     while (given := read_frame(asks)) is not None:
-        write_frame(answers, in_child(vocabulary, given, limits))
+        answer = in_child(vocabulary, given, limits)
+        if "num_bytes" in answer:
+            answer["num_bytes"] = max(0, answer["num_bytes"] - least)
+        write_frame(answers, answer)
 
 
 def in_child(vocabulary: llguidance.LLTokenizer, given: dict[str, Any], limits: Limits) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def in_child(vocabulary: llguidance.LLTokenizer, given: dict[str, Any], limits: 
         return json.loads(body)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
         return {"too_complex": f"compiling it takes more than {limits.wall_s:g} s"}
-    return {"too_complex": f"compiling it takes more than {limits.memory_bytes >> 20} MiB, or more stack than there is"}
+    return {"too_complex": f"compiling it takes more than {limits.memory_bytes / 2**20:g} MiB, or more stack than there is"}
 
 
 def _limit(limits: Limits) -> None:
@@ -145,7 +149,7 @@ def try_out(vocabulary: llguidance.LLTokenizer, given: dict[str, Any], limits: L
             one.consume_token(token_id)
             if time.process_time() - started > limits.step_s:
                 return {"too_complex": f"a token of it takes more than {limits.step_s:g} s"}
-            if one.is_stopped():
+            if one.is_stopped() and not one.is_error():
                 break
     return {"grammar": grammar, "num_bytes": max(0, psutil.Process().memory_info().rss - num_before)}
 

@@ -164,7 +164,7 @@ class FakeTiers:
 class FakeRunner(FakeTiers):
     """The Runner protocol over pages of token ids, written and read through the page list of each chunk's sequence."""
 
-    duel = matchers = None
+    duel = drafter = matchers = None
 
     def __init__(
         self,
@@ -215,16 +215,15 @@ class FakeRunner(FakeTiers):
             is_finite.append(self._is_sound(chunk, end))
         others = [self._is_sound(chunk, chunk.end) for chunk in plan.unsampled()]
         if not all(others):
-            token_ids, is_finite, candidates = (
-                [*token_ids, *[0] * len(others)],
-                is_finite + others,
-                candidates + [()] * len(others),
-            )
+            token_ids, is_finite = [*token_ids, *[0] * len(others)], is_finite + others
+            candidates += [()] * len(others)
         return (token_ids, is_finite, candidates) if any(candidates) else (token_ids, is_finite)
 
     def _is_sound(self, chunk, end: int) -> bool:
+        """Up to a draft, or of the whole chunk."""
         request_id, num_prompt = chunk.sequence.request.request_id, chunk.sequence.num_prompt
-        return not any(self.fails(request_id, end - num_prompt) for end in range(chunk.start + 1, end + 1))
+        first = end if chunk.is_decode else chunk.start + 1
+        return not any(self.fails(request_id, place - num_prompt) for place in range(first, end + 1))
 
     def close(self) -> None:
         """See `jaxpaged.runner.Runner.close`."""

@@ -28,7 +28,7 @@ REQUESTS = 20  # of one scenario
 
 
 def equal_to_isolated_runs(seeds: Iterable[int]) -> int:
-    """Requests, also with shared prefixes, forks, tiers, faults and the bridge: every output is that of a run without pages."""
+    """Requests, also with shared prefixes, forks, tiers, drafts and faults: every output is that of a run without pages."""
     count = 0
     for seed in seeds:
         shares, forks = seed % 3 == 1, seed % 4 == 1
@@ -37,7 +37,8 @@ def equal_to_isolated_runs(seeds: Iterable[int]) -> int:
             scenario = revisits(seed, with_faults=seed % 3 == 0, **options)
         else:
             scenario = random_scenario(seed, shares=shares, forks=forks, tiers=seed % 2 == 1, **options)
-        simulate(scenario, order=("oldest", "newest", "random")[seed % 3], is_async=seed % 2 == 0)
+        rightness = (None, None, None, 0.0, 0.5, 0.9, 1.0)[seed % 7]
+        simulate(scenario, order=("oldest", "newest", "random")[seed % 3], is_async=seed % 2 == 0, rightness=rightness)
         count += REQUESTS
     return count
 

@@ -186,6 +186,13 @@ def with_tiers(scenario: Scenario) -> Scenario:
     return dataclasses.replace(scenario, tiers=options, preemption_mode=mode, fetch_fails=fetch_fails, has_cache=has_cache)
 
 
+def with_drafts(scenario: Scenario) -> Scenario:
+    """The same with random room for drafts."""
+    rng, limits = random.Random(f"room {scenario.seed}"), scenario.limits
+    rows = rng.choice((1, 3, limits["max_num_seqs"], 5 * limits["max_num_seqs"])) + limits["max_num_seqs"]
+    return dataclasses.replace(scenario, limits={**limits, "max_num_rows": rows, "lookahead": rng.choice((0, 0, 3))})
+
+
 def _prompt(scenario: Scenario, num_prompt: int, rng: random.Random) -> list[int]:
     """A prompt that begins, more often than not, as an earlier conversation did, to wherever it was cut or to its very end."""
     before: list[int] = []
@@ -209,6 +216,8 @@ class Outcome:
     num_hit_tokens: int = 0
     num_evictions: int = 0
     num_copies: int = 0
+    num_drafts: int = 0
+    num_accepted: int = 0
     num_spoiled: int = 0
     num_saved: int = 0
     num_loaded: int = 0
@@ -233,7 +242,7 @@ def output_of(event) -> str:
 
 def buckets_of(limits) -> list[Bucket]:
     """Compiled shapes for these limits, as `EngineConfig.buckets` orders them."""
-    rows = sorted({1, min(4, limits.max_num_seqs), limits.max_num_seqs})
+    rows = sorted({1, min(4, limits.max_num_seqs), limits.max_num_seqs, max(limits.max_num_seqs, limits.max_num_rows)})
     tiles = sorted({0, 1, min(4, limits.max_prefill_tiles), limits.max_prefill_tiles})
     return [Bucket(decode_rows, prefill_tiles) for prefill_tiles in tiles for decode_rows in rows]
 
@@ -250,8 +259,12 @@ class Simulation:
         is_async: bool | None = None,
         policy="fcfs",
         ageing_steps: int = 5000,
+        rightness: float | None = None,
     ):
-        self.scenario, self.is_perturbed = scenario, is_perturbed
+        if rightness is not None:
+            scenario = with_drafts(scenario)
+        self.scenario, self.is_perturbed, self.rightness = scenario, is_perturbed, rightness
+        self.draft_rng, self.coming = random.Random(f"drafts {scenario.seed}"), {}
         self.is_async = bool(scenario.seed % 2) if is_async is None else is_async  # steps are now and then planned ahead
         self.rng = random.Random(scenario.seed)
         self.in_flight: deque = deque()  # (plan, what waits for its result), the oldest first
@@ -318,7 +331,8 @@ class Simulation:
 
         With a step in flight it may compute one token more, after what turns out to be its last.
         """
-        return sum((self.scenario.max_len(ask) + self.is_async) * len(outputs_of(ask)) for ask in self.scenario.asks)
+        most = sum((self.scenario.max_len(ask) + self.is_async) * len(outputs_of(ask)) for ask in self.scenario.asks)
+        return most if self.rightness is None else 2 * most  # while its drafts are in flight, the oldest waits and others run
 
     def add(self, ask: Ask) -> None:
         request_module, scenario = self.house.request, self.scenario
@@ -392,7 +406,7 @@ class Simulation:
         assert self.scheduler.has_unfinished == bool(self.live)
         waiting_before = {s.request.request_id for s in self.scheduler.waiting}
         self.take_fetched(wait=False)
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self.drafts())
         assert (plan is not None) == bool(self.live) or self.in_flight or self.scheduler.is_fetching, (
             "nobody is done anything for"
         )
@@ -414,14 +428,30 @@ class Simulation:
         if self.in_flight and (plan is None or len(self.in_flight) > 1 or not (self.is_async and self.rng.random() < 0.8)):
             self.commit()
 
+    def drafts(self) -> dict:
+        """What will come of some of those that run, as far as it is right; too much of it now and then, or of no use."""
+        if self.rightness is None:
+            return {}
+        rng, found = self.draft_rng, {}
+        for sequence in self.scheduler.running:
+            key = sequence.request.request_id, sequence.index
+            if key not in self.coming:
+                self.coming[key] = self.scenario.expected(self.asks[key[0]], sequence.index)
+            drafts = [*self.coming[key][sequence.num_tokens - sequence.num_prompt :], 1, 2, 3][: rng.randrange(9)]
+            found[sequence] = [one if rng.random() < self.rightness else rng.randrange(VOCAB_SIZE) for one in drafts]
+        return found
+
     def commit(self) -> None:
         plan, result = self.in_flight.popleft()
         owned = {chunk.sequence: chunk.sequence.owned_pages for chunk in plan.chunks()}
-        events = self.scheduler.commit(plan, *result())
+        sampled = result()
+        num_accepted = self.num_accepted(plan, sampled[0])
+        events = self.scheduler.commit(plan, *sampled)
         self.look_at_spoiled(owned)
         self.runner.clean(self.scheduler.spoiled)
         self.check()
-        assert len({output_of(event) for event in events}) == len(events)
+        assert len(events) <= len({output_of(event) for event in events}) + num_accepted
+        self.outcome.num_accepted += num_accepted
         for event in events:
             self.take(event)
 
@@ -436,6 +466,15 @@ class Simulation:
                 self.outcome.num_spoiled += len(mine)
         assert not any(self.pool.num_owners(page) for page in spoiled), "a page that somebody owns is cleaned"
         assert self.cache is None or not any(page in self.cache for page in spoiled), "what failed is known to the prefix cache"
+
+    def num_accepted(self, plan, token_ids: list[int]) -> int:
+        """Drafts of a plan that are what was drawn, all before them too."""
+        row = count = 0
+        for chunk in plan.decodes:
+            pairs = zip(chunk.drafts, token_ids[row : row + len(chunk.drafts)], strict=True)
+            count += next((at for at, (draft, drawn) in enumerate(pairs) if draft != drawn), len(chunk.drafts))
+            row += chunk.num_tokens
+        return count
 
     def take_fetched(self, *, wait: bool) -> None:
         """Tell the scheduler what has come from disk."""
@@ -455,7 +494,7 @@ class Simulation:
             self.look_at_tiers(plan)
         # But for a beam that waits for candidates, and for an output of which the step in flight samples the last token.
         mine = [s for s in self.scheduler.running if s.request.request_id == self.live[0]]
-        waits = [s.num_tokens >= s.request.max_len or bool(s.group and not s.num_uncomputed) for s in mine]
+        waits = [s.num_tokens >= s.request.max_len or s.is_drafted or bool(s.group and not s.num_uncomputed) for s in mine]
         is_in_order = self.is_fcfs and not self.has_disk
         assert self.live[0] in ids or not is_in_order or all(waits), "the oldest request sits a step out"
         assert len({id(chunk.sequence) for chunk in chunks}) == len(chunks), "one sequence has two chunks in one step"
@@ -463,16 +502,18 @@ class Simulation:
         assert len(set(targets)) == len(targets) and not set(targets) & {source for source, _ in plan.copies}
         self.outcome.num_copies += len(targets)
         assert sum(-(-chunk.num_tokens // limits.tile) for chunk in plan.prefills) <= limits.max_prefill_tiles
-        assert all(chunk.num_tokens == 1 and chunk.samples for chunk in plan.decodes)
+        assert all(chunk.num_tokens == 1 + len(chunk.drafts) and chunk.samples for chunk in plan.decodes)
+        assert plan.num_rows <= max(limits.max_num_seqs, limits.max_num_rows)
+        self.outcome.num_drafts += sum(len(chunk.drafts) for chunk in plan.decodes)
         for chunk in plan.prefills:
             assert 0 < chunk.num_tokens <= (limits.long_prefill_token_threshold or chunk.num_tokens)
-            assert not (chunk.num_tokens == 1 and chunk.samples), "a decode among the prefills"
+            assert not (chunk.num_tokens == 1 and chunk.samples) and not chunk.drafts, "a decode among the prefills"
         for chunk in chunks:
             size = limits.page_size
             written = chunk.sequence.pages[chunk.start // size : -(-chunk.end // size)]
             assert all(self.pool.num_owners(page) == 1 for page in written), "a shared page is written"
             assert self.cache is None or not any(page in self.cache for page in written), "a known page is written"
-            assert chunk.samples == (chunk.end == chunk.sequence.num_tokens)
+            assert chunk.samples == (chunk.end - len(chunk.drafts) == chunk.sequence.num_tokens)
         ranks = [self.rank[s.request.request_id] for s in (*self.scheduler.running, *self.scheduler.waiting)]
         assert ranks == sorted(ranks) or not is_in_order, "not in order of arrival"
         new = [s.request.request_id for s in self.scheduler.running if s.request.request_id in waiting_before]
@@ -558,7 +599,7 @@ class Simulation:
                 assert event.stop_reason == (output[-1] if output[-1] in ask.params["stop_token_ids"] else None)
                 assert output[-1] in stops or len(ask.prompt) + len(output) == self.scenario.max_len(ask)
         self.outcome.num_preemptions = self.scheduler.num_preemptions
-        is_plain = not self.outcome.num_preemptions and self.cache is None and not self.is_perturbed
+        is_plain = self.rightness is None and not self.outcome.num_preemptions and self.cache is None and not self.is_perturbed
         if (
             is_plain
             and set(self.outcome.reasons) <= {"stop", "length"}
@@ -594,6 +635,6 @@ def simulate(scenario: Scenario, *, order: str = "oldest", is_perturbed: bool = 
     Args:
       order: in which the pool hands out free pages: oldest, newest or random.
       is_perturbed: preempt at random and change the chunk size from step to step, for the first hundred steps.
-      options: policy and ageing_steps of the scheduler.
+      options: policy and ageing_steps of the scheduler; rightness, the share of proposed tokens that are those to come.
     """
     return Simulation(scenario, order=order, is_perturbed=is_perturbed, **options).run()

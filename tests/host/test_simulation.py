@@ -381,3 +381,14 @@ def test_check_sees_a_corruption(corrupt, message: str) -> None:
     corrupt(bench.scheduler)
     with pytest.raises(RuntimeError, match=message):
         bench.scheduler.check()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_drafts_of_any_rightness_change_no_output(seed: int) -> None:
+    shares, forks, tiers = seed % 2 == 1, seed % 5 == 1, seed % 3 == 1
+    options = {"is_padded": seed % 4 == 0, "has_window": seed % 4 and seed % 7 == 1}
+    scenario = random_scenario(seed, shares=shares, forks=forks, tiers=tiers, **options)
+    rightness = (0.0, 0.5, 0.9, 1.0)[seed % 4]
+    given = {"is_perturbed": seed % 6 == 5, "policy": ("fcfs", "lifo")[seed % 8 == 7]}
+    outcome = simulate(scenario, order="random", rightness=rightness, **given)
+    assert outcome.num_accepted <= outcome.num_drafts and (outcome.num_accepted or rightness < 1.0 or not outcome.num_drafts)

@@ -228,7 +228,7 @@ def test_a_simulation_is_quick():
 class RecordingRunner:
     """A device that takes no time and says 0, as the simulator's."""
 
-    duel = matchers = None
+    duel = drafter = matchers = None
 
     def __init__(self, num_pages: int):
         self.num_pages, self.price = num_pages, Price()
