@@ -180,7 +180,7 @@ class AsyncLLM:
         """Whether the engine lives: its own thread says so, step by step.
 
         Raises:
-          StalledError: why not.
+          StalledError, ClosedError: why not.
         """
         self._thread.check()
 

@@ -119,12 +119,14 @@ class EngineThread:
         """Whether the thread begins its steps: it says so itself.
 
         Raises:
-          StalledError: why not.
+          StalledError, ClosedError: why not.
         """
         if self._death is not None:
             raise StalledError(f"the engine's thread has ended ({type(self._death).__name__})")
         silent_s = self.clock() - self._beat_s
-        if silent_s > self._stall_s and self._thread.is_alive():
+        if self._is_closing:
+            raise ClosedError("the engine is closed")
+        if silent_s > self._stall_s:
             raise StalledError(f"the engine has begun no step for {silent_s:.1f} s, the limit is {self._stall_s:g} s")
         if self._num_failed >= _MAX_FAILED_STEPS:
             raise StalledError(f"the last {self._num_failed} steps have failed")

@@ -42,6 +42,7 @@ class Gated(FakeRunner):
         self.gate = threading.Event()
         self.gate.set()
         self.num_steps = 0
+        self.pause_s = 0.0
         self.raises: Callable[[set[str]], bool] = lambda request_ids: False
 
     def submit(self, plan):
@@ -50,6 +51,7 @@ class Gated(FakeRunner):
 
         def waited():
             self.gate.wait(20)
+            time.sleep(self.pause_s)
             self.num_steps += 1
             if self.raises(request_ids):
                 raise OSError("the device is gone")
@@ -145,6 +147,7 @@ def test_a_slow_consumer_gets_more_at_once() -> None:
 @pytest.mark.parametrize("how", ["cancel", "abort", "leave"])
 def test_whoever_leaves_takes_nothing_along(how: str) -> None:
     async def task(llm: AsyncLLM, runner: Gated) -> None:
+        runner.pause_s = 0.005  # long enough for both to be there for a while
         stayed = asyncio.create_task(tokens_of(llm, PROMPTS[2], params(400, output_kind=DELTA)))
         ends, num_seen = [], 0
 
@@ -166,7 +169,8 @@ def test_whoever_leaves_takes_nothing_along(how: str) -> None:
             await llm.abort("left")
         await asyncio.wait([leaving])
         await until(lambda: llm._thread.find("left") is None)
-        assert ends == (["abort"] if how == "abort" else []) and not stayed.done()
+        assert ends == (["abort"] if how == "abort" else [])
+        runner.pause_s = 0.0
         assert await stayed == await tokens_of(llm, PROMPTS[2], params(400))
 
     served(task)
@@ -241,9 +245,11 @@ def test_a_step_that_fails_once_is_computed_anew() -> None:
 def test_one_whose_steps_fail_is_given_up_and_the_engine_goes_on() -> None:
     async def task(llm: AsyncLLM, runner: Gated) -> None:
         alone = [await tokens_of(llm, prompt, params(30)) for prompt in PROMPTS]
-        runner.raises = lambda request_ids: "poison" in request_ids
+        tried: list[set[str]] = []
+        runner.raises = lambda request_ids: "poison" in request_ids and not tried.append(request_ids)
         with pytest.raises(StepFailedError):
             await tokens_of(llm, [5] * 9, params(30), request_id="poison")
+        assert len(tried) == 2
         assert [await tokens_of(llm, prompt, params(30)) for prompt in PROMPTS] == alone
         llm.check_health()
         assert max(llm._thread._failed_steps.values(), default=0) == 0
@@ -363,6 +369,8 @@ def test_shutting_down_ends_what_runs_with_an_error() -> None:
             await llm.start([1])
         with pytest.raises(ClosedError):
             await llm.stats()
+        with pytest.raises(ClosedError):
+            llm.check_health()
 
     asyncio.run(main())
     llm.shutdown()

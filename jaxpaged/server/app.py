@@ -20,7 +20,7 @@ from jaxpaged.server.guard import Guard
 from jaxpaged.server.options import ServerOptions
 from jaxpaged.server.protocol import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
 from jaxpaged.server.service import Asked, Service
-from jaxpaged.streams import StalledError
+from jaxpaged.streams import EngineError
 from jaxpaged.version import __version__
 
 _LARGE_BYTES = 64 << 10  # a body or an answer of which is read or written on a thread, for it takes a millisecond and more
@@ -132,7 +132,7 @@ def _add_states(app: FastAPI, service: Service) -> None:
 def _told():
     try:
         yield
-    except StalledError as error:
+    except EngineError as error:
         raise as_api_error(error) from None
 
 

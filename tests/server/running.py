@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 
 from jaxpaged.admission import QueueOptions
 from jaxpaged.async_llm import AsyncLLM

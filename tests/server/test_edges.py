@@ -19,7 +19,7 @@ from jaxpaged.cli import main
 from jaxpaged.config import ConfigError
 from jaxpaged.server.options import ServerOptions
 
-for name in ("fastapi", "uvicorn", "httptools", "httpx"):
+for name in ("fastapi", "uvicorn", "httptools", "httpx2"):
     pytest.importorskip(name, reason="the extra `serve` is not installed")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -195,7 +195,7 @@ def test_the_command_refuses_in_one_line(argv: list[str], code: int, told: str, 
 
 
 def test_the_command_serves_and_ends_at_sigterm_with_0() -> None:
-    import httpx
+    import httpx2 as httpx
 
     flags = [f"--{name.replace('_', '-')}={str(value).strip('(),')}" for name, value in ENGINE.items()]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}

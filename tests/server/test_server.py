@@ -22,7 +22,7 @@ from jaxpaged.growing import GrowingRequest
 from jaxpaged.host.request import SamplingParams
 from jaxpaged.server.options import ServerOptions
 
-for name in ("fastapi", "uvicorn", "httptools", "httpx"):
+for name in ("fastapi", "uvicorn", "httptools", "httpx2"):
     pytest.importorskip(name, reason="the extra `serve` is not installed")
 sys.path.insert(0, str(Path(__file__).parent))
 from running import Running, is_empty, new_llm, running, wait_until  # noqa: E402
