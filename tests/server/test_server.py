@@ -425,7 +425,10 @@ def test_a_fault_of_ours_is_a_500_that_says_nothing_and_the_next_is_served(
 
 
 @pytest.mark.parametrize("how", ["stream", "whole"])
-def test_a_client_that_leaves_frees_its_pages(server: Running, how: str) -> None:
+def test_a_client_that_leaves_frees_its_pages(server: Running, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = server.engine.runner.submit
+    # All of it would take ten seconds.
+    monkeypatch.setattr(server.engine.runner, "submit", lambda plan: time.sleep(0.01) or submit(plan))
     for trial in range(8):
         body = json.dumps({"prompt": "One day", "max_tokens": 900, "ignore_eos": True, "stream": how == "stream"}).encode()
         head = (
