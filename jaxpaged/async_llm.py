@@ -205,6 +205,12 @@ class AsyncLLM:
         self._texts.shutdown(wait=False, cancel_futures=True)
         self._grammars.shutdown(wait=False, cancel_futures=True)
 
+    def __enter__(self) -> AsyncLLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
 
 def guessed_len(prompt: LatePrompt) -> int:
     """Tokens of a prompt that has not been tokenised."""

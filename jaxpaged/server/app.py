@@ -58,8 +58,10 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
     def add(path: str, body: Body, answer: Answering, *, prompt: str | None = None) -> None:
         async def route(request: Request) -> Any:
+            parsed: dict[str, Any] = {}
+
             def as_error(error: BaseException) -> ApiError:
-                return as_api_error(error, fields=body.fields, prompt=prompt)
+                return as_api_error(error, given=parsed, prompt=prompt)
 
             try:
                 raw = await _raw_body(request)

@@ -20,6 +20,13 @@ MAX_MESSAGE_LEN = 500
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
 _CODES = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 411: "length_required", 413: "too_large"}
 _CODES |= {415: "unsupported_media_type", 431: "headers_too_large", 500: "internal_error", 503: "unavailable"}
+# A field of SamplingParams -> fields of requests that it may come from.
+_SOURCES = {
+    "structured_outputs": ("response_format", "tool_choice"),
+    "max_tokens": ("max_completion_tokens",),
+    "logprobs": ("top_logprobs",),
+    "prompt_logprobs": ("logprobs",),
+}
 _FIELD = re.compile(r"([a-z_]+)[\w.\[\]]*(?=: )")
 
 
@@ -47,11 +54,11 @@ class ApiError(Exception):
         return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
 
 
-def as_api_error(error: BaseException, *, fields: Collection[str] = (), prompt: str | None = None) -> ApiError:
+def as_api_error(error: BaseException, *, given: Collection[str] = (), prompt: str | None = None) -> ApiError:
     """What to tell a client of an exception.
 
     Args:
-      fields: of the request; a message of ours begins with the one that it is about.
+      given: fields of the request; a message of ours begins with the one that it is about.
       prompt: the field that holds the prompt, which a message may call by another name.
     """
     if isinstance(error, ApiError):
@@ -59,7 +66,7 @@ def as_api_error(error: BaseException, *, fields: Collection[str] = (), prompt: 
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after_s)})
     if isinstance(error, RequestError):
-        return _refusal(error, fields, prompt)
+        return _refusal(error, given, prompt)
     if isinstance(error, (ClosedError, StalledError)):
         return ApiError(503, str(error), code=error.code)
     if isinstance(error, EngineError):
@@ -68,10 +75,11 @@ def as_api_error(error: BaseException, *, fields: Collection[str] = (), prompt: 
     return ApiError(500, "this request could not be completed")
 
 
-def _refusal(error: RequestError, fields: Collection[str], prompt: str | None) -> ApiError:
+def _refusal(error: RequestError, given: Collection[str], prompt: str | None) -> ApiError:
     text = str(error)
     found = _FIELD.match(text)
-    param = found[1] if found and found[1] in fields else None
+    names = (found[1], *_SOURCES.get(found[1], ())) if found else ()
+    param = next((name for name in names if name in given), None)
     code = getattr(error, "code", None)
     if text.startswith("prompt has "):
         code = "context_length_exceeded"

@@ -68,15 +68,19 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    llm: AsyncLLM, options: ServerOptions, bound: socket.socket, *, when_ready: Callable[[str], None] | None = None
+    llm: AsyncLLM,
+    options: ServerOptions,
+    bound: socket.socket | None = None,
+    *,
+    when_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then end the model too, and the socket.
 
     Args:
-      bound: from `bind`.
+      bound: from `bind`; None binds what the options say.
       when_ready: told the address before the first connection.
     """
-    with bound:
+    with bound if bound is not None else bind(options.host, options.port) as bound:
         try:
             server = Server(llm, options)
             if when_ready is not None:
