@@ -13,7 +13,7 @@ from jaxpaged.server.answers import FINGERPRINT, Usage, chat_logprobs, check_end
 from jaxpaged.server.calls import Choice, Reader, choose, message_of
 from jaxpaged.server.sampling import chat_sampling, check_outputs, is_streamed
 from jaxpaged.server.service import Asked, Service
-from jaxpaged.server.streaming import EventStream, event, merged, unless_left
+from jaxpaged.server.streaming import EventStream, event, merged, whole
 from jaxpaged.streams import Stream
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -45,7 +45,7 @@ async def answer(service: Service, asked: Asked) -> Any:
     shape = _Shape(f"chatcmpl-{service.make_id()}", service.now(), model, body, choice)
     if is_streamed(body):
         return EventStream(_events(shape, stream), [stream], asked.as_error)
-    return await unless_left(asked.receive, _whole(shape, stream))
+    return await whole(asked.receive, [stream], _whole(shape, stream))
 
 
 def _check_messages(messages: list[Any]) -> None:

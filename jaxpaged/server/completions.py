@@ -12,7 +12,7 @@ from jaxpaged.prompts import Prompt
 from jaxpaged.server.answers import FINGERPRINT, TextLogprobs, Usage, check_ending, prompt_places
 from jaxpaged.server.sampling import check_outputs, completion_sampling, is_streamed
 from jaxpaged.server.service import Asked, Service
-from jaxpaged.server.streaming import EventStream, event, merged, unless_left
+from jaxpaged.server.streaming import EventStream, event, merged, whole
 from jaxpaged.streams import Stream
 
 
@@ -45,7 +45,7 @@ async def answer(service: Service, asked: Asked) -> Any:
     shape = _Shape(f"cmpl-{service.make_id()}", service.now(), model, body, params, service)
     if is_streamed(body):
         return EventStream(_events(shape, streams), streams, asked.as_error)
-    return await unless_left(asked.receive, _whole(shape, streams))
+    return await whole(asked.receive, streams, _whole(shape, streams))
 
 
 def _prompts(given: Any, limit: int) -> list[Prompt]:

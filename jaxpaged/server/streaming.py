@@ -46,8 +46,21 @@ async def merged(streams: list[Stream]) -> AsyncGenerator[tuple[int, RequestOutp
     finally:
         for future in waiting:
             future.cancel()
-        for stream in streams:
-            stream.close()
+        close_all(streams)
+
+
+def close_all(streams: list[Stream]) -> None:
+    """End what has not ended."""
+    for stream in streams:
+        stream.close()
+
+
+async def whole(receive: Any, streams: list[Stream], work: Coroutine[Any, Any, T]) -> T:
+    """What the work makes of the streams, which are over then. Raises ConnectionResetError when the client leaves."""
+    try:
+        return await unless_left(receive, work)
+    finally:
+        close_all(streams)
 
 
 async def unless_left(receive: Any, work: Coroutine[Any, Any, T]) -> T:
@@ -84,21 +97,21 @@ class EventStream(Response):
         self._events, self._streams, self._as_error = events, streams, as_error
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await unless_left(receive, self._send_all(send))
+        try:
+            await unless_left(receive, self._send_all(send))
+        finally:
+            # Here, not in the work: where the client has left already, that does not even begin.
+            close_all(self._streams)
+            await self._events.aclose()  # type: ignore[attr-defined]
 
     async def _send_all(self, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            try:
-                async for piece in self._events:
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
-                last = DONE
-            except ConnectionError:
-                raise
-            except Exception as error:
-                last = event(self._as_error(error).body) + DONE
-            await send({"type": "http.response.body", "body": last, "more_body": False})
-        finally:
-            for stream in self._streams:
-                stream.close()
-            await self._events.aclose()  # type: ignore[attr-defined]
+            async for piece in self._events:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            last = DONE
+        except ConnectionError:
+            raise
+        except Exception as error:
+            last = event(self._as_error(error).body) + DONE
+        await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -107,6 +107,36 @@ def test_a_client_that_never_reads_is_given_up_and_its_pages_come_back() -> None
     assert 3 < num_sent < 10
 
 
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_client_that_has_left_already_gets_no_step_more(is_streamed: bool) -> None:
+    llm, runner = new_fake_llm()
+
+    async def left() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        pass
+
+    async def task() -> None:
+        body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 450, "ignore_eos": True, "stream": is_streamed}).encode()
+        pieces = iter([{"type": "http.request", "body": body}])
+
+        async def receive() -> dict[str, Any]:
+            return next(pieces, None) or await left()
+
+        runner.gate.clear()
+        await build_app(llm)(scope(), receive, send)
+        runner.gate.set()
+        while not is_empty(llm):
+            await asyncio.sleep(0.001)
+
+    try:
+        asyncio.run(asyncio.wait_for(task(), 10))
+    finally:
+        llm.shutdown()
+    assert runner.num_steps <= 2
+
+
 def test_token_ids_need_no_tokenizer() -> None:
     """And what needs one is refused as long as there is none."""
     llm, _ = new_fake_llm()
