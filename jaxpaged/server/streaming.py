@@ -45,7 +45,8 @@ async def merged(streams: list[Stream]) -> AsyncGenerator[tuple[int, RequestOutp
                 yield place, output
     finally:
         for future in waiting:
-            future.cancel()
+            if not future.cancel():
+                future.exception()  # looked at, so that nobody is told of it who does not wait any more
         close_all(streams)
 
 
