@@ -150,6 +150,8 @@ def no_compilations(count: int, seed: int = 0) -> int:
         another_engine(engine(), scheduling_policy="sjf", eager_copy=True),
         another_engine(speculating(), num_pages=FEW_PAGES),
     ]
+    for one in (engine(), speculating()):
+        one.runner.warm_up_grammars()  # type: ignore[attr-defined]  # as the first request with a grammar does
     for form in FORMS:
         grammars().find(form)  # what the process is that tries them out, is no business of the steps
     per_one = -(-count // len(ones))  # one after the other: their steps are those of one runner
