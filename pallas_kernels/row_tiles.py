@@ -37,10 +37,11 @@ class RowTiles:
         """`function` of the rows [X, ...], which treats each row by itself: its results [X, ...], 0 in tiles that do not count.
 
         The number of turns is known to the device alone. XLA would unroll a loop of one turn into what is around it, and fuse it
-        otherwise than the body of a longer one.
+        otherwise than the body of a longer one. So it would a slice of one tile out of one: there are always two.
         """
         num_rows, size = len(rows[0]), self.size
-        rows = tuple(jnp.pad(x, [(0, -num_rows % size)] + [(0, 0)] * (x.ndim - 1)) for x in rows)
+        padding = max(-num_rows % size, 2 * size - num_rows)
+        rows = tuple(jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in rows)
         results = jax.eval_shape(function, *(jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for x in rows))
         start = jax.tree.map(lambda one: jnp.zeros((len(rows[0]), *one.shape[1:]), one.dtype), results)
 
