@@ -296,10 +296,10 @@ class EngineConfig:
       max_logprobs: likeliest tokens of which a step can give the log-probabilities; a beam search needs its width and one for
         each id that ends it.
       batch_invariant: the same bits for a request, whatever shares its batch and however it is chunked, cached and preempted, on
-        one machine with one backend: tokens, log-probabilities, scores. Norms and products then run in tiles of 16 tokens, and
-        attention token by token. On 2 loaded CPU cores it leaves 0.35 of the tokens/s of one float32 sequence of a 135M model, as
-        many of 16, and half of those of prompts; in bfloat16 0.8 to 1.0 of all (`python -m jaxpaged.bench.batch_invariant`).
-        Seen on CPUs alone: on a GPU attention would be called for one token at a time, and nothing is promised.
+        one machine with one backend; of tokens, log-probabilities and scores. Norms and products then run in tiles of 16 tokens,
+        and attention token by token, which costs up to two thirds of the tokens/s of one float32 sequence on a CPU and less of
+        many: `python -m jaxpaged.bench.batch_invariant`. Seen on CPUs alone: on a GPU attention would be called for one token at
+        a time, and nothing is promised.
       logprobs_mode: what `logprobs` gives of new tokens: raw_logprobs, what the model alone finds; processed_logprobs, after all
         that changes or cuts logits and the temperature, -inf for what is cut, greedy rows without temperature; or raw_logits and
         processed_logits, the same before they are normalised. Those of prompts, and of beams, are always raw_logprobs.

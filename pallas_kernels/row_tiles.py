@@ -21,14 +21,15 @@ from jax import lax
 class RowTiles:
     """Which tiles of `size` of X rows hold a row that counts. Only these are computed: padding costs nothing."""
 
-    tiles: jax.Array  # int32 [-(-X // size)], the numbers of those tiles, then zeros
+    tiles: jax.Array  # int32 [max(2, -(-X // size))], the numbers of those tiles, then zeros
     count: jax.Array  # int32 [], how many
     size: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, is_real: jax.Array, size: int) -> RowTiles:
         """The tiles of rows [X] that hold one that is real."""
-        padded = jnp.pad(is_real, (0, -len(is_real) % size)).reshape(-1, size)
+        num_rows = len(is_real)
+        padded = jnp.pad(is_real, (0, max(-num_rows % size, 2 * size - num_rows))).reshape(-1, size)
         wanted = jnp.any(padded, axis=1)
         (tiles,) = jnp.nonzero(wanted, size=len(wanted), fill_value=0)
         return cls(tiles.astype(jnp.int32), jnp.sum(wanted, dtype=jnp.int32), size)
@@ -37,10 +38,11 @@ class RowTiles:
         """`function` of the rows [X, ...], which treats each row by itself: its results [X, ...], 0 in tiles that do not count.
 
         The number of turns is known to the device alone. XLA would unroll a loop of one turn into what is around it, and fuse it
-        otherwise than the body of a longer one.
+        otherwise than the body of a longer one. So it would a slice of one tile out of one: there are always two.
         """
         num_rows, size = len(rows[0]), self.size
-        rows = tuple(jnp.pad(x, [(0, -num_rows % size)] + [(0, 0)] * (x.ndim - 1)) for x in rows)
+        padding = len(self.tiles) * size - num_rows
+        rows = tuple(jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in rows)
         results = jax.eval_shape(function, *(jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for x in rows))
         start = jax.tree.map(lambda one: jnp.zeros((len(rows[0]), *one.shape[1:]), one.dtype), results)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+
+import jax
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine import Engine
@@ -47,6 +50,38 @@ class Ask:
 
     prompt: list[int]
     params: SamplingParams
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The traces, lowerings and compilations of the block, as jax itself reports them."""
+    seen: list[str] = []
+    is_on = True
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if is_on and event.startswith("/jax/core/compile/"):
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        is_on = False  # jax has no public way to take one listener back
+
+
+def few_steps(page_size: int, max_model_len: int) -> dict[str, object]:
+    """Options of an engine with two compiled steps, and pages for eight sequences of any length."""
+    return {
+        "dtype": "float32",
+        "block_size": page_size,
+        "max_model_len": max_model_len,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "prefill_tile": 16,
+        "decode_row_buckets": (8,),
+        "prefill_tile_buckets": (4,),
+        "num_gpu_blocks_override": 8 * max_model_len // page_size + 1,
+    }
 
 
 def greedy(max_tokens: int = 16, **options) -> SamplingParams:

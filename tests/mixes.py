@@ -11,13 +11,12 @@ import functools
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import families
-import jax
-from driving import Ask, ShuffledPool, another_engine
+from driving import Ask, ShuffledPool, another_engine, compilations, few_steps
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine import Engine
@@ -28,17 +27,7 @@ from jaxpaged.structured.grammars import Grammars
 (FAMILY,) = [family for family in families.FAMILIES if family.name == "qwen2-window"]
 MODEL = FAMILY.config
 V, PAGE, MAX_LEN = MODEL.vocab_size, 8, 96
-ENGINE = {
-    "dtype": "float32",
-    "block_size": PAGE,
-    "max_model_len": MAX_LEN,
-    "max_num_seqs": 8,
-    "max_num_batched_tokens": 64,
-    "prefill_tile": 16,
-    "decode_row_buckets": (8,),
-    "prefill_tile_buckets": (4,),
-    "num_gpu_blocks_override": 8 * MAX_LEN // PAGE + 1,
-}
+ENGINE: dict[str, Any] = few_steps(PAGE, MAX_LEN)
 FEW_PAGES = MAX_LEN // PAGE + 8
 SPECULATION = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "adaptive": False}}
 
@@ -68,23 +57,6 @@ def engine() -> Engine:
 def speculating() -> Engine:
     """Likewise, with rows for drafts."""
     return _new_engine(**SPECULATION)
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """The traces, lowerings and compilations of the block, as jax itself reports them."""
-    seen: list[str] = []
-    is_on = True
-
-    def listen(event: str, duration: float, **_: object) -> None:
-        if is_on and event.startswith("/jax/core/compile/"):
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        is_on = False  # jax has no public way to take one listener back
 
 
 # --- R23: nothing compiles ---
@@ -150,6 +122,8 @@ def no_compilations(count: int, seed: int = 0) -> int:
         another_engine(engine(), scheduling_policy="sjf", eager_copy=True),
         another_engine(speculating(), num_pages=FEW_PAGES),
     ]
+    for one in (engine(), speculating()):
+        one.runner.warm_up_grammars()  # type: ignore[attr-defined]  # as the first request with a grammar does
     for form in FORMS:
         grammars().find(form)  # what the process is that tries them out, is no business of the steps
     per_one = -(-count // len(ones))  # one after the other: their steps are those of one runner

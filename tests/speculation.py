@@ -172,7 +172,7 @@ def crowds(seeds: Iterable[int], *, each: int = 25) -> int:
 # --- by distribution ---
 
 SMALL = dataclasses.replace(FAMILY, fields={**FAMILY.fields, "vocab_size": 16})
-PROMPT, LENGTH, HEAT = [3, 7, 1, 3, 7, 1, 3], 4, 3.0
+PROMPT, LENGTH, HEAT = [3, 7, 1, 3, 7, 1, 3], 4, 1.0
 
 
 def exact_distribution(top_k: int = 0) -> np.ndarray:
@@ -259,6 +259,7 @@ def p_value(counts: np.ndarray, probabilities: np.ndarray) -> float:
     counts = counts.ravel()
     assert not counts[expected == 0].any(), "a text that cannot be was drawn"
     is_large = expected >= 5
+    assert is_large.sum() > 50, f"only {is_large.sum()} texts are likely enough to be compared"
     groups: Sequence[np.ndarray] = (counts, expected)
     observed, wanted = (np.append(one[is_large], one[~is_large].sum()) for one in groups)
     kept = wanted > 0

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from driving import Ask, ShuffledPool, another_engine, greedy, outputs_of, run
-from test_engine import FAMILY, FEW_PAGES, MODEL, OPTIONS, V, compilations
+from driving import Ask, ShuffledPool, another_engine, compilations, greedy, outputs_of, run
+from test_engine import FAMILY, FEW_PAGES, MODEL, OPTIONS, V
 from text_model import FAST, write_text_model
 
 from jaxpaged import LLM

@@ -14,9 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from driving import ShuffledPool, another_engine, greedy
+from driving import ShuffledPool, another_engine, compilations, greedy
 from families import FAMILIES
-from test_engine import compilations
 
 from jaxpaged import LLM, BeamSearchParams, RequestError, SamplingParams
 from jaxpaged.checkpoint import load, open_checkpoint

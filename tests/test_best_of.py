@@ -19,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from driving import another_engine, greedy
+from driving import another_engine, compilations, few_steps, greedy
 from families import FAMILIES
 from safetensors.numpy import load_file
-from test_engine import compilations
 from text_model import CONFIG, write_text_model
 
 from jaxpaged import LLM, RequestError, SamplingParams
@@ -40,17 +39,7 @@ FAMILY = next(family for family in FAMILIES if family.name == "qwen3")
 V = FAMILY.config.vocab_size
 PAGE = 8
 MAX_LEN = 96
-OPTIONS = {
-    "dtype": "float32",
-    "block_size": PAGE,
-    "max_model_len": MAX_LEN,
-    "max_num_seqs": 8,
-    "max_num_batched_tokens": 64,
-    "prefill_tile": 16,
-    "decode_row_buckets": (8,),
-    "prefill_tile_buckets": (4,),
-    "num_gpu_blocks_override": 8 * MAX_LEN // PAGE + 1,
-}
+OPTIONS: dict[str, Any] = few_steps(PAGE, MAX_LEN)
 FEW_PAGES = MAX_LEN // PAGE + 2  # room for one of the longest, so that the outputs of one prompt preempt each other
 TOLERANCE = 1e-4
 

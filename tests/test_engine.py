@@ -5,7 +5,6 @@ One engine is compiled for the file; each test drives its own scheduler and pool
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import random
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bits import plant_nan
-from driving import Answer, Ask, ShuffledPool, another_engine, greedy, run
+from driving import Answer, Ask, ShuffledPool, another_engine, compilations, greedy, run
 
 from jaxpaged import batch
 from jaxpaged import runner as runner_module
@@ -83,23 +82,6 @@ def alone(engine: Engine, asks: list[Ask]) -> list[Answer]:
 
 
 # --- compilation ----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """The traces, lowerings and compilations of the block, as jax itself reports them."""
-    seen: list[str] = []
-    is_on = True
-
-    def listen(event: str, duration: float, **_: object) -> None:
-        if is_on and event.startswith("/jax/core/compile/"):
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        is_on = False  # jax has no public way to take one listener back
 
 
 def test_nothing_compiles_after_warm_up(engine: Engine) -> None:

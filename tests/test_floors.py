@@ -17,7 +17,7 @@ LIBRARY = ("jaxpaged", "pallas_kernels", "convert")
 
 # From the ground up. A room imports from floors below its own; rooms of one floor never see each other.
 FLOORS = (
-    ("jaxpaged.version", "jaxpaged.errors", "jaxpaged.stop_strings", "jaxpaged.tools"),
+    ("jaxpaged.version", "jaxpaged.errors", "jaxpaged.framed", "jaxpaged.stop_strings", "jaxpaged.tools"),
     ("jaxpaged.admission", "jaxpaged.speculative_config"),
     ("jaxpaged.config", "pallas_kernels"),
     ("jaxpaged.host", "jaxpaged.model", "jaxpaged.outputs"),
@@ -42,6 +42,7 @@ ONLY = {
     "jaxpaged.version": (),
     "jaxpaged.errors": (),
     "jaxpaged.admission": ("jaxpaged.errors",),
+    "jaxpaged.framed": (),
     "jaxpaged.speculative_config": ("jaxpaged.errors",),
     "jaxpaged.config": ("jaxpaged.errors", "jaxpaged.speculative_config"),
     "jaxpaged.stop_strings": (),
@@ -49,7 +50,7 @@ ONLY = {
     "jaxpaged.host": ("jaxpaged.config", "jaxpaged.host"),
     "jaxpaged.observe": ("jaxpaged.config", "jaxpaged.host", "jaxpaged.observe", "jaxpaged.version"),
     "jaxpaged.simulate": ("jaxpaged.config", "jaxpaged.host", "jaxpaged.simulate"),
-    "jaxpaged.templates": ("jaxpaged.host", "jaxpaged.templates", "jinja2"),
+    "jaxpaged.templates": ("jaxpaged.framed", "jaxpaged.host", "jaxpaged.templates", "jinja2"),
     "pallas_kernels": ("pallas_kernels", "jax", "jaxlib", "numpy", "ml_dtypes"),
 }
 # file -> the only reads of the environment in library code: they set no option of ours.

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
-from driving import another_engine
+from driving import another_engine, compilations
 from families import FAMILIES, Family
 from test_best_of import FAMILY, FEW_PAGES, OPTIONS
-from test_engine import compilations
 from text_model import FAST, write_text_model
 
 from jaxpaged import LLM, Logprob, RequestError, RequestOutputKind, SamplingParams

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from driving import Ask, ShuffledPool, greedy, run
+from driving import Ask, ShuffledPool, compilations, greedy, run
 from model.test_sampler import kept_by_sorting
 from test_adjust import EOS, FEW_STEPS, chain
-from test_engine import FAMILY, MODEL, OPTIONS, V, compilations
+from test_engine import FAMILY, MODEL, OPTIONS, V
 
 from jaxpaged import ConfigError, LogitsProcessor, RequestError, SamplingParams
 from jaxpaged.config import LOGPROBS_MODES, EngineConfig

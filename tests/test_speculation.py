@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import speculation
-from driving import Ask, another_engine, greedy, run
+from driving import Ask, another_engine, compilations, greedy, run
 from speculation import FEW_PAGES, MOST, Scripted, check_same, equal_to_plain, new_engine, random_asks, tokens_of
-from test_engine import compilations
 from text_model import FAST, write_text_model
 
 from jaxpaged import LLM, SamplingParams

@@ -16,8 +16,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from driving import Ask, another_engine, outputs_of
-from test_engine import compilations
+from driving import Ask, another_engine, compilations, outputs_of
 from text_model import FAST, write_text_model
 
 from jaxpaged import LLM, StructuredOutputsParams

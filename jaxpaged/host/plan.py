@@ -6,6 +6,7 @@ Knows which tokens of which sequences. Refuses to know how that is decided, and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from jaxpaged.host.request import Sequence
@@ -133,6 +134,10 @@ class StepPlan:
         """The others, in their order."""
         return [chunk for chunk in self.prefills if not chunk.samples]
 
-    def outputs(self) -> list[tuple[Chunk, int]]:
+    def outputs(self) -> tuple[tuple[Chunk, int], ...]:
         """What the step yields, in order: each chunk of `sampling()`, with how many of its drafts come before the token."""
-        return [(chunk, num_drafts) for chunk in self.sampling() for num_drafts in range(len(chunk.drafts) + 1)]
+        return self._outputs
+
+    @cached_property
+    def _outputs(self) -> tuple[tuple[Chunk, int], ...]:  # asked for by everybody who handles a step
+        return tuple((chunk, num_drafts) for chunk in self.sampling() for num_drafts in range(len(chunk.drafts) + 1))

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 from jaxpaged.config import nearest
 from jaxpaged.host.beams import BeamGroup, Candidates
-from jaxpaged.host.checks import RequestError, check_int, check_number
-from jaxpaged.host.checks import shown as _shown
+from jaxpaged.host.checks import RequestError, check_int, check_number, shown
 from jaxpaged.host.structured import StructuredOutputsParams, checked_structured_outputs
 
 MAX_RULES = 1024  # token ids whose logits a request may change by name in one step: what a row of a compiled step has room for
@@ -152,16 +151,16 @@ class SamplingParams:
             check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "use_beam_search"):
             if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name}: got {_shown(getattr(self, name))}, expected True or False")
+                raise RequestError(f"{name}: got {shown(getattr(self, name))}, expected True or False")
         if isinstance(self.stop_token_ids, (str, bytes, bytearray)) or not isinstance(self.stop_token_ids, Seq):
-            raise RequestError(f"stop_token_ids: got {_shown(self.stop_token_ids)}, expected a list of token ids")
+            raise RequestError(f"stop_token_ids: got {shown(self.stop_token_ids)}, expected a list of token ids")
         for token_id in self.stop_token_ids:
             check_int("stop_token_ids", token_id, 0, 2**31 - 1)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         self._check_texts()
         check_number("length_penalty", self.length_penalty, -10.0, 10.0)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise RequestError(f"early_stopping: got {_shown(self.early_stopping)}, expected True, False or 'never'")
+            raise RequestError(f"early_stopping: got {shown(self.early_stopping)}, expected True, False or 'never'")
         object.__setattr__(self, "extra_args", _checked_extra_args(self.extra_args))
         for name, value in _checked_logit_options(self).items():
             object.__setattr__(self, name, value)
@@ -172,26 +171,26 @@ class SamplingParams:
         for name in sampling if self.use_beam_search else search:
             if getattr(self, name) != defaults[name]:
                 where = "beam search draws no tokens" if self.use_beam_search else "without use_beam_search there are no beams"
-                raise RequestError(f"{name}: got {_shown(getattr(self, name))}, expected {defaults[name]}: {where}")
+                raise RequestError(f"{name}: got {shown(getattr(self, name))}, expected {defaults[name]}: {where}")
         if self.num_drawn > self.n and not self.temperature:
             raise RequestError(f"best_of: got {self.best_of} for n {self.n} at temperature 0, where all outputs are equal")
 
     def _check_texts(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
         if isinstance(stop, (bytes, bytearray)) or not isinstance(stop, Seq):
-            raise RequestError(f"stop: got {_shown(stop)}, expected a string or a list of strings")
+            raise RequestError(f"stop: got {shown(stop)}, expected a string or a list of strings")
         if len(stop) > MAX_STOP_STRINGS:
             raise RequestError(f"stop: got {len(stop)} strings, the limit is {MAX_STOP_STRINGS}")
         for string in stop:
             if not isinstance(string, str) or not string:
-                raise RequestError(f"stop: got {_shown(string)}, expected strings that are not empty")
+                raise RequestError(f"stop: got {shown(string)}, expected strings that are not empty")
             if len(string) > MAX_STOP_LEN:
                 raise RequestError(f"stop: got a string of {len(string):,} characters, the limit is {MAX_STOP_LEN}")
         object.__setattr__(self, "stop", tuple(stop))
         if stop and not self.detokenize:
             raise RequestError("stop: strings are found in the text, and detokenize is False: set it, or use stop_token_ids")
         if not isinstance(self.include_stop_str_in_output, bool):
-            got = _shown(self.include_stop_str_in_output)
+            got = shown(self.include_stop_str_in_output)
             raise RequestError(f"include_stop_str_in_output: got {got}, expected True or False")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
@@ -200,7 +199,7 @@ class SamplingParams:
         if isinstance(kind, int) and not isinstance(kind, bool) and kind in [one.value for one in RequestOutputKind]:
             kind = RequestOutputKind(kind)  # as a recording has it
         if not isinstance(kind, RequestOutputKind):
-            raise RequestError(f"output_kind: got {_shown(kind)}, expected a RequestOutputKind")
+            raise RequestError(f"output_kind: got {shown(kind)}, expected a RequestOutputKind")
         object.__setattr__(self, "output_kind", kind)
 
     @property
@@ -260,7 +259,7 @@ def _checked_logit_options(params: SamplingParams) -> dict[str, object]:
     pairs = tuple(bias.items() if isinstance(bias, Mapping) else _listed("logit_bias", bias, "a dict of token ids and numbers"))
     for pair in pairs:
         if not isinstance(pair, tuple) or len(pair) != 2:
-            raise RequestError(f"logit_bias: got {_shown(pair)}, expected a token id and a number")
+            raise RequestError(f"logit_bias: got {shown(pair)}, expected a token id and a number")
         check_int("logit_bias", pair[0], 0, 2**31 - 1)
         check_number("logit_bias", pair[1], -100.0, 100.0)
     if len(dict(pairs)) < len(pairs):
@@ -275,7 +274,7 @@ def _checked_logit_options(params: SamplingParams) -> dict[str, object]:
     words = _listed("bad_words", () if params.bad_words is None else params.bad_words, "a list of words")
     for word in words:
         if not isinstance(word, str) or not word.strip():
-            raise RequestError(f"bad_words: got {_shown(word)}, expected a word")
+            raise RequestError(f"bad_words: got {shown(word)}, expected a word")
     ids = tuple(_checked_ids("bad_words_token_ids", one) for one in _listed("bad_words_token_ids", params.bad_words_token_ids))
     for one in ids:
         if not 1 <= len(one) <= MAX_BAD_WORD_LEN:
@@ -290,8 +289,8 @@ def _checked_extra_args(given: object) -> tuple[tuple[str, float], ...]:
     checked = []
     for pair in pairs:
         if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise RequestError(f"extra_args: got {_shown(pair)}, expected a name and a number")
-        check_number(f"extra_args[{_shown(pair[0], 24)}]", pair[1], -MAX_EXTRA, MAX_EXTRA)
+            raise RequestError(f"extra_args: got {shown(pair)}, expected a name and a number")
+        check_number(f"extra_args[{shown(pair[0], 24)}]", pair[1], -MAX_EXTRA, MAX_EXTRA)
         checked.append(pair)
     if len(dict(checked)) < len(checked):
         raise RequestError("extra_args: a name is in it twice")
@@ -300,7 +299,7 @@ def _checked_extra_args(given: object) -> tuple[tuple[str, float], ...]:
 
 def _listed(name: str, value: object, expected: str = "a list of lists of token ids") -> tuple:
     if isinstance(value, (str, bytes, bytearray)) or not isinstance(value, Seq):
-        raise RequestError(f"{name}: got {_shown(value)}, expected {expected}")
+        raise RequestError(f"{name}: got {shown(value)}, expected {expected}")
     return tuple(value)
 
 
@@ -380,19 +379,19 @@ class Request:
           RequestError: with the field, the value and the limit; no page has been taken.
         """
         if not isinstance(request_id, str) or not request_id or not request_id.isprintable():
-            raise RequestError(f"request_id: got {_shown(request_id)}, expected a non-empty string of printable characters")
+            raise RequestError(f"request_id: got {shown(request_id)}, expected a non-empty string of printable characters")
         if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
-            raise RequestError(f"cache_salt: got {_shown(cache_salt)}, expected a non-empty string")
+            raise RequestError(f"cache_salt: got {shown(cache_salt)}, expected a non-empty string")
         check_int("priority", priority, -(2**63), 2**63 - 1)
         if not isinstance(tenant, str):
-            raise RequestError(f"tenant: got {_shown(tenant)}, expected a string")
+            raise RequestError(f"tenant: got {shown(tenant)}, expected a string")
         if isinstance(prompt_token_ids, (str, bytes, bytearray)) or not isinstance(prompt_token_ids, Seq):
             raise RequestError(f"prompt_token_ids: got {type(prompt_token_ids).__name__}, expected a list of token ids")
         if not prompt_token_ids:
             raise RequestError("prompt is empty: at least one token is needed")
         for token_id in prompt_token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise RequestError(f"prompt_token_ids: got {_shown(token_id)}, expected token ids in [0, {vocab_size - 1}]")
+                raise RequestError(f"prompt_token_ids: got {shown(token_id)}, expected token ids in [0, {vocab_size - 1}]")
         for token_id in params.stop_token_ids:
             if token_id >= vocab_size:
                 raise RequestError(f"stop_token_ids: got {token_id}, expected token ids in [0, {vocab_size - 1}]")

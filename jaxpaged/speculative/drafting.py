@@ -55,6 +55,7 @@ class Drafting:
             self.adaptive = Adaptive(row_sizes, is_free=all(proposer.is_free for proposer in unsure))
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.num_accepted_at: Counter[int] = Counter()  # by the number of drafts before it
+        self._next = _Asked()  # of the step that is about to be planned
         self._asked: deque[_Asked] = deque()  # of the steps in flight, the oldest first
         self._weighed: set[Sequence] = set()  # whose drafts in flight were weighed
         self._ended_s: float | None = None  # when the last step did, if others came right after it
@@ -101,8 +102,6 @@ class Drafting:
 
     def _chosen(self, available: dict[Sequence, int], num_decoding: int) -> dict[Sequence, int]:
         return self.adaptive.choose(available, num_decoding)  # type: ignore[union-attr, return-value, arg-type]
-
-    _next = _Asked()
 
     def planned(self, plan: StepPlan | None) -> None:
         """The step that was asked for, if it was, has been planned."""

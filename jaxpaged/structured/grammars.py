@@ -5,11 +5,10 @@ Knows forms. Refuses to know sequences: see `jaxpaged.structured.matchers`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
+import json
 import logging
-import select
 import subprocess
 import sys
 import threading
@@ -21,10 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxpaged import framed
 from jaxpaged.host.request import RequestError
 from jaxpaged.host.structured import GrammarError, StructuredOutputsParams
 from jaxpaged.structured.limits import Limits
-from jaxpaged.structured.probe import read_frame, write_frame
+from jaxpaged.structured.probe import MAX_REPLY
 from jaxpaged.structured.vocabulary import load_vocabulary
 
 if TYPE_CHECKING:
@@ -133,8 +133,7 @@ class Grammars:
         """What comes of a grammar in the process that may die of it."""
         probe = self._running_probe()
         try:
-            write_frame(probe.stdin, given)  # type: ignore[arg-type]
-            answer = self._answer(probe, self.limits.wall_s + _GRACE_S)
+            answer = self._answer(probe, given, self.limits.wall_s + _GRACE_S)
         except (OSError, EOFError) as error:
             self._end_probe()
             logger.warning("The process that tries grammars out has died (%s); the next one starts another.", error)
@@ -147,13 +146,11 @@ class Grammars:
         self._end_probe()
         _ = self.vocabulary  # refuses a tokenizer that no process can work with
         path = [str(Path(__file__).parents[2]), *(one for one in sys.path if one)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        command = [sys.executable, "-c", _MAIN.format(path=path)]
-        self._probe = probe = subprocess.Popen(command, start_new_session=True, **pipes)  # type: ignore[call-overload]
-        self._end = weakref.finalize(self, _end, probe)
+        self._probe = probe = framed.start([sys.executable, "-c", _MAIN.format(path=path)])
+        self._end = weakref.finalize(self, framed.stop, probe)
         try:
-            write_frame(probe.stdin, {"tokenizer": self._tokenizer_json(), "limits": dataclasses.asdict(self.limits)})  # type: ignore[arg-type]
-            answer = self._answer(probe, _START_S)
+            hello = {"tokenizer": self._tokenizer_json(), "limits": dataclasses.asdict(self.limits)}
+            answer = self._answer(probe, hello, _START_S)
         except (OSError, EOFError) as error:
             answer = {"error": str(error)}
         if "error" in answer:
@@ -162,15 +159,10 @@ class Grammars:
         return probe
 
     @staticmethod
-    def _answer(probe: subprocess.Popen[bytes], wait_s: float) -> dict[str, Any]:
+    def _answer(probe: subprocess.Popen[bytes], question: dict[str, Any], wait_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + wait_s
-        while not select.select([probe.stdout.fileno()], [], [], max(0.0, deadline - time.monotonic()))[0]:  # type: ignore[union-attr]
-            if time.monotonic() >= deadline:
-                raise EOFError(f"no answer in {wait_s:g} s")
-        answer = read_frame(probe.stdout)  # type: ignore[arg-type]
-        if answer is None:
-            raise EOFError("it has ended")
-        return answer
+        framed.send(probe, json.dumps(question).encode(), deadline)
+        return json.loads(framed.receive(probe, deadline, MAX_REPLY))
 
     def _end_probe(self) -> None:
         self._probe = None
@@ -180,11 +172,3 @@ class Grammars:
         """End the process. What is kept stays usable."""
         with self._probing:
             self._end_probe()
-
-
-def _end(probe: subprocess.Popen[bytes]) -> None:
-    probe.kill()
-    probe.wait()
-    for pipe in (probe.stdin, probe.stdout):
-        with contextlib.suppress(OSError):  # what was not written yet never will be
-            pipe.close()  # type: ignore[union-attr]

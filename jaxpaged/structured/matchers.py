@@ -6,6 +6,7 @@ Knows sequences and masks. Refuses to know steps and devices.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,9 +45,13 @@ class Matchers:
     ids that end the request; nothing else that has no text ever may.
     """
 
-    def __init__(self, grammars: Grammars, *, vocab_size: int):
-        """`vocab_size` is the model's: it may have more tokens than the tokenizer, and fewer."""
-        self.grammars, self.vocab_size = grammars, vocab_size
+    def __init__(self, grammars: Grammars, *, vocab_size: int, prepare: Callable[[], None] = lambda: None):
+        """`vocab_size` is the model's: it may have more tokens than the tokenizer, and fewer.
+
+        Args:
+          prepare: called when the first request with a grammar is checked.
+        """
+        self.grammars, self.vocab_size, self._prepare = grammars, vocab_size, prepare
         self.num_words = -(-vocab_size // 32)
         self._states: WeakKeyDictionary[Sequence, _State] = WeakKeyDictionary()
         self._held: dict[int, Grammar] = {}  # of each request that lives, by its id
@@ -59,6 +64,8 @@ class Matchers:
           GrammarError: it is none, or compiling it takes too much.
         """
         self._held[id(request)] = self.grammars.find(_params(request))
+        if not self.is_used:
+            self._prepare()
         weakref.finalize(request, self._held.pop, id(request))
         self.is_used = True
 

@@ -16,13 +16,13 @@ import re
 import resource
 import select
 import signal
-import struct
 import sys
 import time
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import psutil
 
+from jaxpaged.framed import HEAD
 from jaxpaged.structured.limits import Limits
 from jaxpaged.structured.source import grammar_text
 from jaxpaged.structured.vocabulary import load_vocabulary
@@ -30,8 +30,7 @@ from jaxpaged.structured.vocabulary import load_vocabulary
 if TYPE_CHECKING:
     import llguidance
 
-_HEAD = struct.Struct("<I")
-_MAX_REPLY = 4 << 20
+MAX_REPLY = 4 << 20
 _NOT_ZERO = re.compile(rb"[^\0]")
 # In what llguidance says of a grammar that is one, but a large one.
 _COMPLEX = ("too complex", "too many", "max is", "too large", "too big", "limit", "fuel", "exceed", "size")
@@ -40,16 +39,16 @@ _COMPLEX = ("too complex", "too many", "max is", "too large", "too big", "limit"
 def write_frame(file: BinaryIO, value: Any) -> None:
     """A value of JSON, and its length before it."""
     body = json.dumps(value).encode()
-    file.write(_HEAD.pack(len(body)) + body)
+    file.write(HEAD.pack(len(body)) + body)
     file.flush()
 
 
 def read_frame(file: BinaryIO) -> Any:
     """Inverse of `write_frame`; None at the end of the file."""
-    head = file.read(_HEAD.size)
-    if len(head) < _HEAD.size:
+    head = file.read(HEAD.size)
+    if len(head) < HEAD.size:
         return None
-    (num_bytes,) = _HEAD.unpack(head)
+    (num_bytes,) = HEAD.unpack(head)
     body = file.read(num_bytes)
     return json.loads(body) if len(body) == num_bytes else None
 
@@ -97,7 +96,7 @@ def in_child(vocabulary: llguidance.LLTokenizer, given: dict[str, Any], limits: 
         # Its own alarm kills it, so that it ends even when nobody is here any more; this is for a system without one.
         while select.select([file], [], [], limits.wall_s + 1)[0] and (piece := file.read(1 << 16)):
             body += piece
-            if len(body) > _MAX_REPLY:
+            if len(body) > MAX_REPLY:
                 break
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)

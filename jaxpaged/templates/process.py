@@ -11,9 +11,7 @@ import functools
 import json
 import marshal
 import os
-import select
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -24,6 +22,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from jaxpaged import framed
 
 CPU_S = 0.2  # processor time of one template: what a loaded machine does to others does not count
 WALL_S = 5.0  # and this long at most, if the process gets no processor
@@ -89,8 +89,8 @@ class TemplateProcess:
             process = self._started()
             deadline = time.monotonic() + self._wall_s
             try:
-                _send(process, packed, deadline)
-                reply = _receive(process, deadline)
+                framed.send(process, packed, deadline)
+                reply = framed.receive(process, deadline, _MAX_REPLY_BYTES)
             except BaseException as error:  # Ctrl-C too: its answer would be taken for that of the next question
                 self._end(process)
                 if not isinstance(error, (OSError, TimeoutError, EOFError)):
@@ -118,22 +118,14 @@ class TemplateProcess:
         folders = [*filter(None, sys.path), str(Path(__file__).parents[2])]
         told = json.dumps([folders, self._cpu_s, MAX_RENDERED])
         try:
-            process = subprocess.Popen(
-                # The paths are ours, so nothing of the environment and no site configuration is needed to start.
-                [sys.executable, "-I", "-S", "-c", _CODE, told],
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for us
-            )
+            # The paths are ours, so nothing of the environment and no site configuration is needed to start.
+            process = framed.start([sys.executable, "-I", "-S", "-c", _CODE, told])
         except OSError as error:
             raise TemplateError(f"its process did not start ({error.strerror})") from None
         self._process, self._owner = process, os.getpid()
         self._ending = weakref.finalize(self, _stop, process, self._owner)
-        os.set_blocking(process.stdin.fileno(), False)  # type: ignore[union-attr]
         try:
-            _receive(process, time.monotonic() + START_S)
+            framed.receive(process, time.monotonic() + START_S, _MAX_REPLY_BYTES)
         except (OSError, EOFError) as error:
             self._end(process)
             raise TemplateError(f"its process did not start ({type(error).__name__})") from None
@@ -147,45 +139,8 @@ class TemplateProcess:
 
 def _stop(process: subprocess.Popen[bytes], owner: int) -> None:
     """Kill and forget a process, if it is ours."""
-    if owner != os.getpid():
-        return
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
-
-
-def _send(process: subprocess.Popen[bytes], packed: bytes, deadline: float) -> None:
-    view = memoryview(struct.pack("<I", len(packed)) + packed)
-    file = process.stdin.fileno()  # type: ignore[union-attr]
-    while view:
-        _wait(file, select.POLLOUT, deadline)
-        with contextlib.suppress(BlockingIOError):
-            view = view[os.write(file, view) :]
-
-
-def _receive(process: subprocess.Popen[bytes], deadline: float) -> bytes:
-    file = process.stdout.fileno()  # type: ignore[union-attr]
-    reply, wanted = bytearray(), 4
-    while len(reply) < wanted:
-        _wait(file, select.POLLIN, deadline)
-        piece = os.read(file, 2**20)
-        if not piece:
-            raise EOFError
-        reply += piece
-        if wanted == 4 and len(reply) >= 4:
-            wanted += struct.unpack("<I", reply[:4])[0]
-            if wanted > 4 + _MAX_REPLY_BYTES:
-                raise EOFError  # nothing of ours says so much
-    return bytes(reply[4:])
-
-
-def _wait(file: int, event: int, deadline: float) -> None:
-    poll = select.poll()
-    poll.register(file, event)
-    if not poll.poll(max(0.0, 1000 * (deadline - time.monotonic()))):
-        raise TimeoutError
+    if owner == os.getpid():
+        framed.stop(process)
 
 
 @functools.cache

@@ -63,8 +63,8 @@ MUTANTS = [
     Mutant(
         "an abort ends one beam",
         SCHEDULER,
-        "self._end_beams(sequences, FinishReason.ABORT)",
-        "self._end_beams(sequences[:1], FinishReason.ABORT)",
+        "self._end_beams(sequences, reason)",
+        "self._end_beams(sequences[:1], reason)",
     ),
     Mutant("all results have ended by length", SEARCHES, "FinishReason.STOP if last in request.stop_ids else", ""),
     Mutant("copies count as owners", SCHEDULER, "sum(source == page for source, _ in self._copies) > 1", "0 > 1"),

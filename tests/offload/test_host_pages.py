@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from driving import compilations
 
 from jaxpaged.config import ConfigError, ModelConfig
 from jaxpaged.model import cache as kv_cache
@@ -206,21 +205,6 @@ def test_a_save_that_fails_is_an_error_once() -> None:
     with pytest.raises(RuntimeError, match="the device has failed"):
         model.host.read(1)
     model.check()
-
-
-@contextmanager
-def compilations() -> Iterator[list[str]]:
-    """What jax traces, lowers and compiles in the block."""
-    seen: list[str] = []
-    is_on = True
-
-    def listen(event: str, duration: float, **options: object) -> None:
-        if is_on and event.startswith("/jax/core/compile/"):
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    is_on = False
 
 
 def test_nothing_compiles_after_warm_up() -> None:
