@@ -193,7 +193,7 @@ class EngineThread:
         for stream in changed:
             self._failed_steps.pop(stream.request.request_id, None)
             self._forget_if_over(stream)
-        self._wake(changed)
+        self._wake(stream for stream in changed if stream.is_to_wake)
 
     def _step_failed(self, error: Exception) -> None:
         """The engine has set back what was in the step: it is computed anew once, then given up.

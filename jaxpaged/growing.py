@@ -129,6 +129,8 @@ class GrowingRequest:
         self.request, self.prompt = request, prompt
         self.tokenizer = tokenizer if params.detokenize else None
         self.outputs = [self._output(index) for index in range(params.num_drawn)]
+        self._num_open = len(self.outputs)
+        self._prompt_token_ids = list(request.prompt_token_ids)  # shared by all that is told of it
         self.prompt_logprobs: list[PositionLogprobs | None] | None = None
         self.num_events = 0
         self.first_token_s = self.last_token_s = 0.0
@@ -151,7 +153,7 @@ class GrowingRequest:
     @property
     def is_finished(self) -> bool:
         """Whether all outputs have ended."""
-        return all(output.finish_reason is not None for output in self.outputs)
+        return not self._num_open
 
     @property
     def num_generated(self) -> int:
@@ -168,7 +170,12 @@ class GrowingRequest:
                 places = zip(self.request.prompt_token_ids[1:], event.prompt_likelihoods, strict=True)
                 self.prompt_logprobs = [None, *(named(*place, self.tokenizer) for place in places)]
         # A step may bring more tokens after the one with which the text of an output has come to its end.
-        return self.outputs[event.index].finish_reason is None and self.outputs[event.index].record(event)
+        output = self.outputs[event.index]
+        if output.finish_reason is not None:
+            return False
+        is_ended = output.record(event)
+        self._num_open -= output.finish_reason is not None
+        return is_ended
 
     def end(self, now: float) -> None:
         """Someone else took it out of the engine."""
@@ -209,7 +216,7 @@ class GrowingRequest:
         return RequestOutput(
             request_id=self.request.request_id,
             prompt=self.prompt,
-            prompt_token_ids=list(self.request.prompt_token_ids),
+            prompt_token_ids=self._prompt_token_ids,
             outputs=completions,
             finished=self.is_finished,
             metrics=RequestStateStats(self.request.arrival_s, self.first_token_s, self.last_token_s, self.num_generated),

@@ -65,6 +65,9 @@ class Stream:
         self._lock = threading.Lock()  # the engine's thread writes what the loop's thread reads
         self._has_news = asyncio.Event()
         self._error: Exception | None = None
+        params = self.request.params
+        self._is_told_at_end = params.is_ranked or params.output_kind is RequestOutputKind.FINAL_ONLY
+        self._is_told_news = params.output_kind is RequestOutputKind.DELTA
         self._num_seen = 0
         self._is_told = False
 
@@ -72,6 +75,11 @@ class Stream:
     def is_over(self) -> bool:
         """Whether nothing more will come."""
         return self._error is not None or self._live.is_finished
+
+    @property
+    def is_to_wake(self) -> bool:
+        """Whether an event is something to tell: of an answer that is told as a whole only the last is."""
+        return not self._is_told_at_end or self.is_over
 
     @property
     def num_generated(self) -> int:
@@ -120,11 +128,11 @@ class Stream:
             if self._error is not None:
                 self._is_told = True
                 raise self._error
-            live, params = self._live, self.request.params
+            live = self._live
             if live.num_events == self._num_seen:
                 return None
             self._num_seen = live.num_events
             self._is_told = live.is_finished
-            if not live.is_finished and (params.is_ranked or params.output_kind is RequestOutputKind.FINAL_ONLY):
+            if self._is_told_at_end and not live.is_finished:
                 return None
-            return live.news() if params.output_kind is RequestOutputKind.DELTA else live.output()
+            return live.news() if self._is_told_news else live.output()

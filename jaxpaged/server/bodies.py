@@ -78,9 +78,12 @@ def parse_json(raw: bytes) -> Any:
         raise ApiError(400, f"the body is no JSON: {error.msg} at character {error.pos}", code="invalid_json") from None
 
 
+_dumped = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
 def dump_json(value: Any) -> bytes:
     """The JSON text of an answer. What is no character, half of a surrogate pair, is written as an escape."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+    return _dumped(value).encode("utf-8", "backslashreplace")
 
 
 def _kind(value: Any) -> str | None:

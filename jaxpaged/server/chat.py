@@ -13,7 +13,7 @@ from jaxpaged.server.answers import FINGERPRINT, Usage, chat_logprobs, check_end
 from jaxpaged.server.calls import Choice, Reader, choose, message_of
 from jaxpaged.server.sampling import chat_sampling, check_outputs, is_streamed
 from jaxpaged.server.service import Asked, Service
-from jaxpaged.server.streaming import EventStream, event, merged, whole
+from jaxpaged.server.streaming import Events, EventStream, event, merged, whole
 from jaxpaged.streams import Stream
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -118,25 +118,38 @@ async def _events(shape: _Shape, stream: Stream) -> AsyncGenerator[bytes, None]:
     has_usage, is_continuous = options.get("include_usage", False), options.get("continuous_usage_stats", False)
     head, usage = {**shape.head, "object": "chat.completion.chunk"}, Usage()
     readers: dict[int, Reader] = {}
+    contents: dict[int, Events] = {}
+    is_text_alone = not (is_continuous or shape.body.get("logprobs") or shape.body.get("return_token_ids"))
 
     def chunk(choices: list[dict[str, Any]], **more: Any) -> bytes:
         told = usage.json() if is_continuous or not choices else None
         return event({**head, "choices": choices, **more, **({"usage": told} if has_usage else {})})
 
+    def plain(one: CompletionOutput, text: str) -> dict[str, Any]:
+        return {"index": one.index, "delta": {"content": text}, "logprobs": None, "finish_reason": None}
+
+    unused = {"usage": None} if has_usage else {}
     is_first = True
     async for _, output in merged([stream]):
         usage.add(0, output)
         more, is_first = _of_prompt(shape, output) if is_first else {}, False
+        pieces = []
         for one in output.outputs:
             check_ending(one)
             if one.index not in readers:
                 readers[one.index] = shape.choice.reader()
                 delta = {"role": "assistant", "content": ""}
-                yield chunk([{"index": one.index, "delta": delta, "logprobs": None, "finish_reason": None}], **more)
+                pieces.append(chunk([{"index": one.index, "delta": delta, "logprobs": None, "finish_reason": None}], **more))
                 more = {}
             reader = readers[one.index]
             delta = reader.take(one.text, is_last=one.finish_reason is not None)
-            if delta or one.finish_reason is not None or one.logprobs or shape.body.get("return_token_ids"):
-                yield chunk([shape.choice_of(one, reader, delta=delta)])
+            if is_text_alone and one.finish_reason is None and delta.keys() == {"content"}:
+                if one.index not in contents:
+                    contents[one.index] = Events(lambda text, one=one: {**head, "choices": [plain(one, text)], **unused})
+                pieces.append(contents[one.index](delta["content"]))
+            elif delta or one.finish_reason is not None or one.logprobs or shape.body.get("return_token_ids"):
+                pieces.append(chunk([shape.choice_of(one, reader, delta=delta)]))
+        if pieces:
+            yield b"".join(pieces)
     if has_usage:
         yield chunk([])

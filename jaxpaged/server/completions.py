@@ -12,7 +12,7 @@ from jaxpaged.prompts import Prompt
 from jaxpaged.server.answers import FINGERPRINT, TextLogprobs, Usage, check_ending, prompt_places
 from jaxpaged.server.sampling import check_outputs, completion_sampling, is_streamed
 from jaxpaged.server.service import Asked, Service
-from jaxpaged.server.streaming import EventStream, event, merged, whole
+from jaxpaged.server.streaming import Events, EventStream, event, merged, whole
 from jaxpaged.streams import Stream
 
 
@@ -107,8 +107,7 @@ class _Shape:
         if self.params.logprobs is not None:
             growing = self._logprobs.setdefault(key, TextLogprobs(self.params.logprobs, self._as_id))
             logprobs = growing.take(token_ids, places, names)
-        index = place * self.params.n + one.index
-        found = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": one.finish_reason}
+        found = {"index": self.index(place, one), "text": text, "logprobs": logprobs, "finish_reason": one.finish_reason}
         if one.finish_reason is not None:
             found["stop_reason"] = one.stop_reason
         if is_first and not self.has_echo and output.prompt_logprobs is not None:
@@ -116,6 +115,15 @@ class _Shape:
         if self.body.get("return_token_ids"):
             found |= {"token_ids": one.token_ids, "prompt_token_ids": output.prompt_token_ids if is_first else None}
         return found
+
+    def index(self, place: int, one: CompletionOutput) -> int:
+        """Of a choice, over all prompts."""
+        return place * self.params.n + one.index
+
+    def is_text_alone(self, place: int, one: CompletionOutput) -> bool:
+        """Whether a choice says nothing but more text: most of a stream does."""
+        has_more = self.params.logprobs is not None or self.is_prompt_alone or self.body.get("return_token_ids")
+        return not has_more and one.finish_reason is None and (place, one.index) in self._has_begun
 
     @property
     def _as_id(self) -> bool:
@@ -141,10 +149,21 @@ async def _events(shape: _Shape, streams: list[Stream]) -> AsyncGenerator[bytes,
     options = shape.body.get("stream_options", {})
     has_usage, is_continuous = options.get("include_usage", False), options.get("continuous_usage_stats", False)
     usage = Usage()
+    plain: dict[int, Events] = {}
     async for place, output in merged(streams):
         usage.add(place, output)
+        pieces = []
         for one in output.outputs:
             told = {"usage": usage.json() if is_continuous else None} if has_usage else {}
-            yield event({**shape.head, "choices": [shape.choice(place, output, one)], **told})
+            if not is_continuous and shape.is_text_alone(place, one):
+                index = shape.index(place, one)
+                if index not in plain:
+                    choice = {"index": index, "text": None, "logprobs": None, "finish_reason": None}
+                    plain[index] = Events(lambda text, choice=choice: {**shape.head, "choices": [{**choice, "text": text}], **told})
+                pieces.append(plain[index](one.text))
+            else:
+                pieces.append(event({**shape.head, "choices": [shape.choice(place, output, one)], **told}))
+        if pieces:
+            yield b"".join(pieces)
     if has_usage:
         yield event({**shape.head, "choices": [], "usage": usage.json()})

@@ -48,17 +48,14 @@ class Guard:
         given = headers.get("x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else self._make_id()
         has_begun = False
+        patient = _Patient(send, self._options.send_timeout_s)
 
         async def sending(message: dict[str, Any]) -> None:
             nonlocal has_begun
             if message["type"] == "http.response.start":
                 has_begun = True
                 message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", request_id.encode())]}
-            try:
-                async with asyncio.timeout(self._options.send_timeout_s):
-                    await send(message)
-            except TimeoutError:
-                raise ConnectionAbortedError from None  # nobody reads: as if the client had left
+            await patient(message)
 
         try:
             scope.setdefault("state", {}).update(request_id=request_id, tenant=self._tenant(scope, headers))
@@ -73,6 +70,8 @@ class Guard:
             if told.status == 413:
                 await self._discard(receive)
             await send_error(sending, told)
+        finally:
+            patient.close()
 
     def _tenant(self, scope: dict[str, Any], headers: dict[str, bytes]) -> str:
         """Whose request it is. Raises ApiError when it is nobody's."""
@@ -132,6 +131,46 @@ class Guard:
                     num_bytes += len(message.get("body", b""))
                     if not message.get("more_body", False):
                         return
+
+
+class _Patient:
+    """`send` that waits so long for a client to read, with one timer for all that is sent: an answer may have many pieces."""
+
+    def __init__(self, send: Any, timeout_s: float):
+        self._send, self._timeout_s = send, timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[Any] | None = None  # that sends now
+        self._since = 0.0
+        self._is_late = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __call__(self, message: dict[str, Any]) -> None:
+        """Send. Raises ConnectionAbortedError when nobody reads: as if the client had left."""
+        self._task, self._since = asyncio.current_task(), self._loop.time()
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._since + self._timeout_s, self._look)
+        try:
+            await self._send(message)
+        except asyncio.CancelledError:
+            if self._is_late and self._task is not None and not self._task.uncancel():
+                raise ConnectionAbortedError from None
+            raise
+        finally:
+            self._task = None
+
+    def _look(self) -> None:
+        """Whether it has sent for too long; look again when it may have."""
+        since = self._since if self._task is not None else self._loop.time()
+        if self._task is not None and since + self._timeout_s <= self._loop.time():
+            self._is_late = True
+            self._task.cancel()
+        else:
+            self._timer = self._loop.call_at(since + self._timeout_s, self._look)
+
+    def close(self) -> None:
+        """Nothing is sent any more."""
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 async def send_error(send: Any, error: ApiError) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -19,11 +20,22 @@ from jaxpaged.streams import Stream
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+_GAP = uuid.uuid4().hex  # where a text is to stand; no client can know it
 
 
 def event(value: dict[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: " + dump_json(value) + b"\n\n"
+
+
+class Events:
+    """Server-sent events that differ in one text alone: all else is made once."""
+
+    def __init__(self, value_of: Callable[[str], dict[str, Any]]):
+        self._before, self._after = event(value_of(_GAP)).split(dump_json(_GAP))
+
+    def __call__(self, text: str) -> bytes:
+        return b"%b%b%b" % (self._before, dump_json(text), self._after)
 
 
 async def merged(streams: list[Stream]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
