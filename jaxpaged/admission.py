@@ -23,6 +23,8 @@ class QueueOptions:
       max_queued_requests: requests that have been taken and have no token yet, each counted as its outputs; more are refused.
       max_queued_tokens: likewise tokens of their prompts, guessed until a prompt is tokenised.
       num_text_threads: threads that tokenise and fill in chat templates, and as many that compile grammars.
+      max_stream_events_per_s: of all answers that are told while they grow. Where steps would bring more, an answer's tokens come
+        several at a time, at most 50 ms apart; its first comes at once. 0 is no limit: each token by itself.
       stall_s: an engine that has begun no step for so long is not healthy. Longer than the longest step, and with enforce_eager
         than the longest compilation.
 
@@ -33,6 +35,7 @@ class QueueOptions:
     max_queued_requests: int = 256
     max_queued_tokens: int = 262_144
     num_text_threads: int = 4
+    max_stream_events_per_s: int = 2_500
     stall_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -40,6 +43,9 @@ class QueueOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise ConfigError(f"{name}: got {value!r}, expected a whole number in [1, {most}]")
+        rate = self.max_stream_events_per_s
+        if isinstance(rate, bool) or not isinstance(rate, int) or not 0 <= rate <= 2**30:
+            raise ConfigError(f"max_stream_events_per_s: got {rate!r}, expected a whole number in [0, {2**30}]")
         if isinstance(self.stall_s, bool) or not isinstance(self.stall_s, (int, float)) or not 0 < self.stall_s <= 86_400:
             raise ConfigError(f"stall_s: got {self.stall_s!r}, expected a number of seconds in (0, 86400]")
 

@@ -20,6 +20,7 @@ from jaxpaged.growing import GrowingRequest
 from jaxpaged.host.request import SamplingParams
 from jaxpaged.loading import load
 from jaxpaged.outputs import RequestOutput
+from jaxpaged.pacing import Pacer
 from jaxpaged.prompts import Checked, Prompt, check
 from jaxpaged.streams import ClosedError, Stream
 from jaxpaged.tokenizer import Tokenizer
@@ -58,6 +59,7 @@ class AsyncLLM:
         self._grammars = ThreadPoolExecutor(threads, "jaxpaged-grammar")  # a grammar may take seconds, and no text waits for it
         self._ids = itertools.count()
         self._is_draining = False
+        self._pacer: Pacer | None = None
         self._engine = engine  # for what does not change; all else is the thread's
         self._thread = EngineThread(engine, stall_s=self.queue.stall_s)
 
@@ -115,7 +117,7 @@ class AsyncLLM:
             checked = await self._checked(prompt, params, request_id or f"req-{next(self._ids)}", priority, tenant)
             ticket.resize(len(checked.request.prompt_token_ids))
             live = GrowingRequest(checked.request, checked.prompt, self.tokenizer)
-            stream = Stream(live, ticket=ticket, loop=asyncio.get_running_loop(), end=self._thread.end)
+            stream = Stream(live, ticket=ticket, pacer=self._pacer_here(), end=self._thread.end)
             self._thread.add(stream)
         except BaseException:
             ticket.release()
@@ -155,6 +157,12 @@ class AsyncLLM:
         """See `Engine.stats`; with what has no token yet. Raises ClosedError."""
         found = await self._thread.call(lambda engine: engine.stats())
         return {**found, "num_queued_requests": self.admission.num_outputs, "num_queued_tokens": self.admission.num_tokens}
+
+    def _pacer_here(self) -> Pacer:
+        loop = asyncio.get_running_loop()
+        if self._pacer is None or self._pacer.loop is not loop:
+            self._pacer = Pacer(loop, self.queue.max_stream_events_per_s)
+        return self._pacer
 
     async def _checked(self, prompt: LatePrompt, params: SamplingParams, request_id: str, priority: int, tenant: str) -> Checked:
         def checked() -> Checked:

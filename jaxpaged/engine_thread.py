@@ -16,6 +16,7 @@ from typing import TypeVar
 from jaxpaged.engine import Engine
 from jaxpaged.host.request import RequestError
 from jaxpaged.live import record_step
+from jaxpaged.pacing import Pacer
 from jaxpaged.streams import ClosedError, RequestFaultError, StalledError, StepFailedError, Stream
 
 logger = logging.getLogger("jaxpaged")
@@ -248,17 +249,12 @@ class EngineThread:
 
     def _wake(self, streams: Iterable[Stream]) -> None:
         """One message to each loop, whatever number of streams it has."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[Stream]] = {}
+        by_pacer: dict[Pacer, list[Stream]] = {}
         for stream in streams:
-            by_loop.setdefault(stream.loop, []).append(stream)
-        for loop, some in by_loop.items():
+            by_pacer.setdefault(stream.pacer, []).append(stream)
+        for pacer, some in by_pacer.items():
             try:
-                loop.call_soon_threadsafe(_wake_all, some)
+                pacer.loop.call_soon_threadsafe(pacer.take, some)
             except RuntimeError:  # the loop has been closed: nobody waits for these
                 for stream in some:
                     self.end(stream)
-
-
-def _wake_all(streams: list[Stream]) -> None:
-    for stream in streams:
-        stream.wake()

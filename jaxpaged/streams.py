@@ -13,6 +13,7 @@ from jaxpaged.admission import Ticket
 from jaxpaged.growing import GrowingRequest
 from jaxpaged.host.request import RequestOutputKind, TokenEvent
 from jaxpaged.outputs import RequestOutput
+from jaxpaged.pacing import Pacer
 
 
 class EngineError(Exception):
@@ -56,11 +57,12 @@ class Stream:
         live: GrowingRequest,
         *,
         ticket: Ticket,
-        loop: asyncio.AbstractEventLoop,
+        pacer: Pacer,
         end: Callable[[Stream], None],
     ):
-        """`end` takes a request out of its engine; `loop` is the one on which there is someone to wake."""
-        self.request, self.loop = live.request, loop
+        """`end` takes a request out of its engine; `pacer` has the loop on which there is someone to wake."""
+        self.request, self.pacer = live.request, pacer
+        self.due_s = 0.0  # the pacer's
         self._live, self._ticket, self._end = live, ticket, end
         self._lock = threading.Lock()  # the engine's thread writes what the loop's thread reads
         self._has_news = asyncio.Event()

@@ -6,6 +6,7 @@ Knows uvicorn and signals. Refuses to know requests.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 from collections.abc import Callable
@@ -83,6 +84,9 @@ def serve(
     with bound if bound is not None else bind(options.host, options.port) as bound:
         try:
             server = Server(llm, options)
+            # What was loaded stays: a collection that looks at all of it, which it would soon, holds everybody up for half a second.
+            gc.collect()
+            gc.freeze()
             if when_ready is not None:
                 when_ready(address_of(bound))
             asyncio.run(server.serve([bound]))

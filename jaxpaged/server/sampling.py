@@ -84,9 +84,9 @@ def _sampling(body: Mapping[str, Any], llm: AsyncLLM, changes: dict[str, Any], *
     base = llm.default_params
     if body.get("use_beam_search"):  # the model recommends how to draw tokens, and a search draws none
         base = SamplingParams(max_tokens=base.max_tokens)
-    if "max_new_tokens" not in llm.generation_defaults:
-        base = dataclasses.replace(base, max_tokens=max_tokens)
-    given = {name: body[name] for name in SAMPLING if name in body}
+    # One replacing for all: each checks every field anew.
+    given: dict[str, Any] = {} if "max_new_tokens" in llm.generation_defaults else {"max_tokens": max_tokens}
+    given |= {name: body[name] for name in SAMPLING if name in body}
     if "logit_bias" in given:
         given["logit_bias"] = _biases(given["logit_bias"])
     kind = RequestOutputKind.DELTA if is_streamed(body) else RequestOutputKind.FINAL_ONLY
