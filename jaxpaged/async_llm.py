@@ -22,7 +22,7 @@ from jaxpaged.loading import load
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.pacing import Pacer
 from jaxpaged.prompts import Checked, Prompt, check
-from jaxpaged.streams import ClosedError, Stream
+from jaxpaged.streams import ClosedError, DeadlineError, Stream
 from jaxpaged.tokenizer import Tokenizer
 
 _CHARACTERS_PER_TOKEN = 4  # a guess, for the time before a prompt is tokenised
@@ -99,6 +99,7 @@ class AsyncLLM:
         priority: int = 0,
         tenant: str = "",
         ticket: Ticket | None = None,
+        timeout_s: float | None = None,
     ) -> Stream:
         """Check a request and queue it: what cannot be served is refused here, before anything is streamed.
 
@@ -106,19 +107,26 @@ class AsyncLLM:
           prompt, sampling_params, priority, tenant: as for `LLM.generate`, for one prompt.
           request_id: no unfinished request may have it.
           ticket: from `admit`; it is released by whatever comes of this call.
+          timeout_s: the longest it may take, from the ticket on: then it ends with a DeadlineError, to who iterates too.
 
         Raises:
-          RequestError, QueueFullError, ClosedError.
+          RequestError, QueueFullError, ClosedError, DeadlineError.
         """
         params = self.default_params if sampling_params is None else sampling_params
         if ticket is None:
             ticket = self.admit(getattr(params, "num_drawn", 1), guessed_len(prompt))
         try:
-            checked = await self._checked(prompt, params, request_id or f"req-{next(self._ids)}", priority, tenant)
+            async with asyncio.timeout(self._time_left(ticket, timeout_s)):
+                checked = await self._checked(prompt, params, request_id or f"req-{next(self._ids)}", priority, tenant)
             ticket.resize(len(checked.request.prompt_token_ids))
             live = GrowingRequest(checked.request, checked.prompt, self.tokenizer)
             stream = Stream(live, ticket=ticket, pacer=self._pacer_here(), end=self._thread.end)
             self._thread.add(stream)
+            if timeout_s is not None:
+                stream.expire_after(self._time_left(ticket, timeout_s) or 0.0, self._thread.expire)
+        except TimeoutError:
+            ticket.release()
+            raise DeadlineError("timeout: the request has taken longer than it may") from None
         except BaseException:
             ticket.release()
             raise
@@ -157,6 +165,9 @@ class AsyncLLM:
         """See `Engine.stats`; with what has no token yet. Raises ClosedError."""
         found = await self._thread.call(lambda engine: engine.stats())
         return {**found, "num_queued_requests": self.admission.num_outputs, "num_queued_tokens": self.admission.num_tokens}
+
+    def _time_left(self, ticket: Ticket, timeout_s: float | None) -> float | None:
+        return None if timeout_s is None else max(0.0, ticket.at_s + timeout_s - self.clock())
 
     def _pacer_here(self) -> Pacer:
         loop = asyncio.get_running_loop()

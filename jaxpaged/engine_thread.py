@@ -17,7 +17,7 @@ from jaxpaged.engine import Engine
 from jaxpaged.host.request import RequestError
 from jaxpaged.live import record_step
 from jaxpaged.pacing import Pacer
-from jaxpaged.streams import ClosedError, RequestFaultError, StalledError, StepFailedError, Stream
+from jaxpaged.streams import ClosedError, DeadlineError, RequestFaultError, StalledError, StepFailedError, Stream
 
 logger = logging.getLogger("jaxpaged")
 
@@ -85,6 +85,16 @@ class EngineThread:
         """Take a request out of the engine before its next step, if it is not over."""
         if not stream.is_over:
             self._send(functools.partial(self._abort, stream))
+
+    def expire(self, stream: Stream) -> None:
+        """End a request that takes too long, if it is not over; on its loop's thread.
+
+        Who waits is told now, even where the step that runs never ends; its pages are free before the next.
+        """
+        if not stream.is_over:
+            stream.fail(DeadlineError("timeout: the request has taken longer than it may"))
+            self._send(functools.partial(self._drop, stream))
+            stream.wake()
 
     async def call(self, function: Callable[[Engine], T]) -> T:
         """What a function of the engine gives between two steps.
@@ -241,6 +251,11 @@ class EngineThread:
             self._fault(stream, error)
         self._forget_if_over(stream)
         self._wake([stream])
+
+    def _drop(self, stream: Stream) -> None:
+        # Who comes with the same id has been told so after this was sent, so it is not theirs.
+        self.engine.abort(stream.request.request_id)
+        self._forget_if_over(stream)
 
     def _forget_if_over(self, stream: Stream) -> None:
         if stream.is_over:

@@ -46,6 +46,12 @@ class StalledError(EngineError):
     code = "engine_stalled"
 
 
+class DeadlineError(EngineError):
+    """The request took longer than it may, waiting included."""
+
+    code = "deadline_exceeded"
+
+
 class Stream:
     """The outputs of one request, as its output_kind has them. One task may iterate; `close` ends it early.
 
@@ -72,6 +78,7 @@ class Stream:
         self._is_told_news = params.output_kind is RequestOutputKind.DELTA
         self._num_seen = 0
         self._is_told = False
+        self._deadline: asyncio.TimerHandle | None = None
 
     @property
     def is_over(self) -> bool:
@@ -102,7 +109,16 @@ class Stream:
 
     def close(self) -> None:
         """End the request if it has not ended: its pages are free before the step after next."""
+        self._forget_deadline()
         self._end(self)
+
+    def expire_after(self, seconds: float, expire: Callable[[Stream], None]) -> None:
+        """Have this called then, on the loop's thread, if nobody has been told the end before."""
+        self._deadline = self.pacer.loop.call_later(seconds, expire, self)
+
+    def _forget_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
 
     # --- for whoever has the engine ---
 
@@ -129,12 +145,15 @@ class Stream:
         with self._lock:
             if self._error is not None:
                 self._is_told = True
+                self._forget_deadline()
                 raise self._error
             live = self._live
             if live.num_events == self._num_seen:
                 return None
             self._num_seen = live.num_events
             self._is_told = live.is_finished
+            if self._is_told:
+                self._forget_deadline()
             if self._is_told_at_end and not live.is_finished:
                 return None
             return live.news() if self._is_told_news else live.output()

@@ -20,7 +20,7 @@ from jaxpaged.config import ConfigError
 from jaxpaged.engine import Engine
 from jaxpaged.growing import GrowingRequest
 from jaxpaged.host.request import RequestError, RequestOutputKind, SamplingParams
-from jaxpaged.streams import ClosedError, RequestFaultError, StalledError, StepFailedError
+from jaxpaged.streams import ClosedError, DeadlineError, RequestFaultError, StalledError, StepFailedError
 
 sys.path.insert(0, str(Path(__file__).parent / "observe"))
 sys.path.insert(0, str(Path(__file__).parent / "host"))
@@ -190,6 +190,38 @@ def test_pages_of_one_that_left_are_free_before_the_next_step() -> None:
         await until(lambda: llm._engine.pool.num_used == 0)
         assert runner.num_steps - before <= 2
         assert [output.outputs[0].finish_reason async for output in stream][-1] == "abort"
+
+    served(task)
+
+
+@pytest.mark.parametrize("where", ["queued", "running", "hanging", "tokenising"])
+def test_a_deadline_ends_a_request_wherever_it_is_and_no_other(where: str) -> None:
+    """In a step that hangs too: who waits is told then, the pages come back with the next step."""
+
+    async def task(llm: AsyncLLM, runner: Gated) -> None:
+        runner.pause_s = 0.002
+        other = asyncio.create_task(tokens_of(llm, PROMPTS[2], params(100, output_kind=DELTA)))
+        prompt, options = [7] * 40, params(450)
+        if where == "queued":  # behind as many as there are rows
+            for _ in range(16):
+                await llm.start([7] * 4, params(30))
+        elif where == "tokenising":
+            prompt = lambda: time.sleep(0.3) or [1]  # type: ignore[assignment,return-value]  # noqa: E731
+        if where == "hanging":
+            await until(lambda: runner.num_steps > 0)
+        started = time.monotonic()
+        with pytest.raises(DeadlineError, match="timeout"):
+            stream = await llm.start(prompt, options, request_id="late", timeout_s=0.1)
+            if where == "hanging":
+                runner.gate.clear()
+            async for output in stream:
+                assert not output.finished
+        assert time.monotonic() - started < 5
+        runner.gate.set()
+        runner.pause_s = 0.0
+        again = await llm.start([7] * 40, params(3), request_id="late", timeout_s=60)  # its id is free, its timer is not ours
+        assert [len(one.outputs[0].token_ids) async for one in again][-1] == 3
+        assert await other == await tokens_of(llm, PROMPTS[2], params(100))
 
     served(task)
 

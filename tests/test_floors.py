@@ -31,7 +31,8 @@ FLOORS = (
     ("jaxpaged.engine_thread",),
     ("jaxpaged.llm", "jaxpaged.async_llm"),
     ("jaxpaged",),  # the public names; nothing below asks it for them
-    ("jaxpaged.server", "jaxpaged.bench", "jaxpaged.simulate"),
+    ("jaxpaged.server", "jaxpaged.simulate"),
+    ("jaxpaged.bench",),
     ("jaxpaged.cli",),
     ("jaxpaged.__main__",),
 )

@@ -29,7 +29,7 @@ async def answer(service: Service, asked: Asked) -> Any:
     choice = choose(body, params, tokenizer, service.options.tool_call_parser)
     params = choice.params
     check_outputs(1, params, service.options.max_outputs)
-    salt = service.salt(asked)
+    salt, timeout_s = service.salt(asked), service.timeout_s(body)
     # The body's text is about the prompt's; what is not text in it makes the guess a little high.
     ticket = llm.admit(params.num_drawn, max(1, asked.num_bytes // 4))
 
@@ -40,8 +40,8 @@ async def answer(service: Service, asked: Asked) -> Any:
         found = chat_prompt(tokenizer, body["messages"], add_generation_prompt=is_open, tools=tools, **options)
         return found if salt is None else {**found, "cache_salt": salt}
 
-    starting = llm.start(prompt, params, priority=body.get("priority", 0), tenant=asked.tenant, ticket=ticket)
-    stream = await starting
+    options = {"priority": body.get("priority", 0), "tenant": asked.tenant, "ticket": ticket, "timeout_s": timeout_s}
+    stream = await llm.start(prompt, params, **options)
     shape = _Shape(f"chatcmpl-{service.make_id()}", service.now(), model, body, choice)
     if is_streamed(body):
         return EventStream(_events(shape, stream), [stream], asked.as_error)

@@ -23,7 +23,7 @@ async def answer(service: Service, asked: Asked) -> Any:
     prompts = _prompts(body["prompt"], service.options.max_prompts)
     params = completion_sampling(body, llm)
     check_outputs(len(prompts), params, service.options.max_outputs)
-    salt = service.salt(asked)
+    salt, timeout_s = service.salt(asked), service.timeout_s(body)
     lengths = [max(1, len(prompt) // 4) if isinstance(prompt, str) else len(prompt) for prompt in prompts]
     # One ticket lets all of them in or none; each of them then has its own, so that its first token lets others in.
     tickets = llm.admission.split(llm.admit(params.num_drawn * len(prompts), sum(lengths)), lengths)
@@ -32,8 +32,8 @@ async def answer(service: Service, asked: Asked) -> Any:
         for place, prompt in enumerate(prompts):
             late = _late(service, prompt, body.get("add_special_tokens", True), salt)
             try:
-                options = {"priority": body.get("priority", 0), "tenant": asked.tenant, "ticket": tickets[place]}
-                streams.append(await llm.start(late, params, **options))
+                options = {"priority": body.get("priority", 0), "tenant": asked.tenant, "timeout_s": timeout_s}
+                streams.append(await llm.start(late, params, ticket=tickets[place], **options))
             except RequestError as error:
                 if len(prompts) > 1 and str(error).startswith("prompt"):
                     raise RequestError(f"prompt[{place}]: {error}") from None

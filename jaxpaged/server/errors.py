@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxpaged.admission import QueueFullError
 from jaxpaged.host.request import RequestError
-from jaxpaged.streams import ClosedError, EngineError, StalledError
+from jaxpaged.streams import ClosedError, DeadlineError, EngineError, StalledError
 
 logger = logging.getLogger("jaxpaged")
 
@@ -67,6 +67,8 @@ def as_api_error(error: BaseException, *, given: Collection[str] = (), prompt: s
         return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after_s)})
     if isinstance(error, RequestError):
         return _refusal(error, given, prompt)
+    if isinstance(error, DeadlineError):
+        return ApiError(408, str(error), param="timeout" if "timeout" in given else None, code=error.code)
     if isinstance(error, (ClosedError, StalledError)):
         return ApiError(503, str(error), code=error.code)
     if isinstance(error, EngineError):

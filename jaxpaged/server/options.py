@@ -32,6 +32,8 @@ class ServerOptions:
       max_prompts: prompts of one HTTP request.
       body_timeout_s: for a client to send its request.
       send_timeout_s: for a client to take what was sent, before its request is ended.
+      request_timeout_s: the longest that a request may take from when it is taken, waiting included; then it ends with status 408
+        and frees its pages. A request's own field `timeout` may ask for less. 0 is no limit.
       drain_s: for what runs to end after SIGTERM, before it is ended with an error.
 
     Raises:
@@ -50,6 +52,7 @@ class ServerOptions:
     max_prompts: int = 64
     body_timeout_s: float = 30.0
     send_timeout_s: float = 60.0
+    request_timeout_s: float = 0.0
     drain_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -60,8 +63,8 @@ class ServerOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ConfigError(f"{name}: got {value!r}, expected a whole number in [{low}, {high}]")
-        for name in ("body_timeout_s", "send_timeout_s", "drain_s"):
-            value, low = getattr(self, name), 0.0 if name == "drain_s" else 0.01
+        for name in ("body_timeout_s", "send_timeout_s", "request_timeout_s", "drain_s"):
+            value, low = getattr(self, name), 0.0 if name in ("request_timeout_s", "drain_s") else 0.01
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= 86_400:
                 raise ConfigError(f"{name}: got {value!r}, expected a number of seconds in [{low:g}, 86400]")
         for name in ("host", "tool_call_parser"):

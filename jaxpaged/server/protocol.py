@@ -44,6 +44,7 @@ _COMMON: dict[str, dict[str, Any]] = {
     "response_format": _OBJECT,
     "priority": _INTEGER,
     "cache_salt": _STRING,
+    "timeout": _NUMBER,
     "request_id": _STRING,
     "return_token_ids": _BOOLEAN,
     "return_tokens_as_token_ids": _BOOLEAN,

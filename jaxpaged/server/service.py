@@ -19,6 +19,7 @@ from jaxpaged.server.options import ServerOptions
 from jaxpaged.tokenizer import Tokenizer
 
 MAX_SALT_LEN = 1024
+MAX_TIMEOUT_S = 86_400
 DEMO_NAME = "demo"
 
 
@@ -75,6 +76,16 @@ class Service:
         if own is None and not asked.tenant:
             return None
         return hashlib.sha256(f"{asked.tenant}:{own or ''}".encode("utf-8", "backslashreplace")).hexdigest()
+
+    def timeout_s(self, body: dict[str, Any]) -> float | None:
+        """The longest that a request may take. Raises RequestError."""
+        limit = self.options.request_timeout_s or None
+        own = body.get("timeout")
+        if own is None:
+            return limit
+        if isinstance(own, bool) or not isinstance(own, (int, float)) or not 0 < own <= MAX_TIMEOUT_S:
+            raise RequestError(f"timeout: got {shown(own)}, expected seconds in (0, {MAX_TIMEOUT_S}]")
+        return own if limit is None else min(own, limit)
 
     def models(self) -> list[dict[str, Any]]:
         """OpenAI's model objects."""

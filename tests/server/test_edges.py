@@ -108,6 +108,34 @@ def test_a_client_that_never_reads_is_given_up_and_its_pages_come_back() -> None
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
+@pytest.mark.parametrize("given", [{"timeout": 0.1}, {}, {"timeout": 60}])
+def test_a_request_that_takes_too_long_is_a_408_and_its_pages_come_back(is_streamed: bool, given: dict[str, float]) -> None:
+    """The server's limit holds where the request asks for none, or for more."""
+    llm, runner = new_fake_llm()
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def task() -> None:
+        runner.pause_s = 0.005
+        app = build_app(llm, ServerOptions(request_timeout_s=10.0 if given.get("timeout") == 0.1 else 0.1))
+        asked = {"prompt": [1, 2, 3], "max_tokens": 450, "ignore_eos": True, "stream": is_streamed, **given}
+        await asyncio.wait_for(app(scope(), receiving(json.dumps(asked).encode()), send), 5)
+        while not is_empty(llm):
+            await asyncio.sleep(0.005)
+
+    try:
+        asyncio.run(asyncio.wait_for(task(), 10))
+    finally:
+        llm.shutdown()
+    body = b"".join(message.get("body", b"") for message in sent)
+    assert b'"code":"deadline_exceeded"' in body
+    assert sent[0]["status"] == (200 if is_streamed else 408)
+    assert body.endswith(b"data: [DONE]\n\n") == is_streamed
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
 def test_a_client_that_has_left_already_gets_no_step_more(is_streamed: bool) -> None:
     llm, runner = new_fake_llm()
 
@@ -173,7 +201,7 @@ def test_token_ids_need_no_tokenizer() -> None:
         *(("port", -1), ("port", 65_536), ("port", "80"), ("host", ""), ("host", 5), ("host", "0.0.0.0"), ("host", "::")),
         *(("host", "example.org"), ("api_key", ("short",)), ("api_key", (f"{KEY} x",)), ("api_key", (5,)), ("api_key", "")),
         *(("tool_call_parser", "hermess"), ("max_outputs", 0), ("max_body_bytes", True), ("drain_s", float("nan"))),
-        *(("send_timeout_s", 0), ("insecure_no_auth", "yes"), ("api_key_file", "/nowhere/keys")),
+        *(("send_timeout_s", 0), ("request_timeout_s", -1), ("insecure_no_auth", "yes"), ("api_key_file", "/nowhere/keys")),
     ],
 )
 def test_options_are_checked(name: str, value: object) -> None:
