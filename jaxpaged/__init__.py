@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from jaxpaged.async_llm import AsyncLLM
     from jaxpaged.config import ConfigError, EngineConfig, ModelConfig
     from jaxpaged.config import EngineConfig as EngineArgs
+    from jaxpaged.embedder import PoolingParams
     from jaxpaged.engine import Engine
     from jaxpaged.host.beam_params import BeamSearchParams
     from jaxpaged.host.request import RequestError, RequestOutputKind, SamplingParams
@@ -39,7 +40,15 @@ if TYPE_CHECKING:
     from jaxpaged.model.cache import init_cache
     from jaxpaged.model.processors import LogitsProcessor, LogitsRows
     from jaxpaged.model.step import decode, prefill
-    from jaxpaged.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Logprob, RequestOutput, ScoreOutput
+    from jaxpaged.outputs import (
+        BeamSearchOutput,
+        BeamSearchSequence,
+        CompletionOutput,
+        EmbeddingRequestOutput,
+        Logprob,
+        RequestOutput,
+        ScoreOutput,
+    )
     from jaxpaged.tokenizer import Tokenizer
 
 __all__ = [
@@ -53,10 +62,12 @@ __all__ = [
     "Engine",
     "EngineArgs",
     "EngineConfig",
+    "EmbeddingRequestOutput",
     "LogitsProcessor",
     "LogitsRows",
     "Logprob",
     "ModelConfig",
+    "PoolingParams",
     "RequestError",
     "RequestOutput",
     "RequestOutputKind",
@@ -80,6 +91,7 @@ _LAZY = {
     "BeamSearchSequence": ("jaxpaged.outputs", "BeamSearchSequence"),
     "CompletionOutput": ("jaxpaged.outputs", "CompletionOutput"),
     "ConfigError": ("jaxpaged.config", "ConfigError"),
+    "EmbeddingRequestOutput": ("jaxpaged.outputs", "EmbeddingRequestOutput"),
     "Engine": ("jaxpaged.engine", "Engine"),
     "EngineArgs": ("jaxpaged.config", "EngineConfig"),  # vLLM's name for it
     "EngineConfig": ("jaxpaged.config", "EngineConfig"),
@@ -87,6 +99,7 @@ _LAZY = {
     "LogitsRows": ("jaxpaged.model.processors", "LogitsRows"),
     "Logprob": ("jaxpaged.outputs", "Logprob"),
     "ModelConfig": ("jaxpaged.config", "ModelConfig"),
+    "PoolingParams": ("jaxpaged.embedder", "PoolingParams"),
     "RequestError": ("jaxpaged.host.request", "RequestError"),
     "RequestOutput": ("jaxpaged.outputs", "RequestOutput"),
     "RequestOutputKind": ("jaxpaged.host.request", "RequestOutputKind"),

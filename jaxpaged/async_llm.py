@@ -9,19 +9,22 @@ import asyncio
 import functools
 import itertools
 import os
+import threading
 from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from jaxpaged.admission import Admission, QueueOptions, Ticket
+from jaxpaged.embedder import Embedder, PoolingParams
 from jaxpaged.engine import Engine
 from jaxpaged.engine_thread import EngineThread
 from jaxpaged.growing import GrowingRequest
 from jaxpaged.host.request import SamplingParams
 from jaxpaged.loading import load
-from jaxpaged.outputs import RequestOutput
+from jaxpaged.outputs import EmbeddingRequestOutput, RequestOutput
 from jaxpaged.pacing import Pacer
-from jaxpaged.prompts import Checked, Prompt, check
+from jaxpaged.prompts import Checked, Prompt, check, embedded
 from jaxpaged.streams import ClosedError, DeadlineError, Stream
 from jaxpaged.tokenizer import Tokenizer
 
@@ -57,6 +60,8 @@ class AsyncLLM:
         threads = self.queue.num_text_threads
         self._texts = ThreadPoolExecutor(threads, "jaxpaged-text")
         self._grammars = ThreadPoolExecutor(threads, "jaxpaged-grammar")  # a grammar may take seconds, and no text waits for it
+        self._embedding = ThreadPoolExecutor(1, "jaxpaged-embed")
+        self._embedder = Embedder(engine)
         self._ids = itertools.count()
         self._is_draining = False
         self._pacer: Pacer | None = None
@@ -147,6 +152,39 @@ class AsyncLLM:
         finally:
             stream.close()
 
+    async def embed(
+        self,
+        prompts: Seq[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        ticket: Ticket | None = None,
+        timeout_s: float | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """See `LLM.embed`. What is served goes on meanwhile: prompts that are embedded take turns with each other alone.
+
+        Args:
+          ticket, timeout_s: as for `start`.
+
+        Raises:
+          RequestError, QueueFullError, ClosedError, DeadlineError.
+        """
+        ticket = ticket or self.admit(len(prompts), sum(map(guessed_len, prompts)))
+        is_left = threading.Event()
+        try:
+            async with asyncio.timeout(self._time_left(ticket, timeout_s)):
+                params = SamplingParams(max_tokens=1)
+                checked = [await self._checked(prompt, params, f"embd-{next(self._ids)}", 0, "") for prompt in prompts]
+                ids = [one.request.prompt_token_ids for one in checked]
+                ticket.resize(sum(map(len, ids)))
+                embed = functools.partial(self._embedder.embed, ids, pooling_params, is_wanted=lambda: not is_left.is_set())
+                vectors = await asyncio.get_running_loop().run_in_executor(self._embedding, embed)
+        except TimeoutError:
+            raise DeadlineError("timeout: the request has taken longer than it may") from None
+        finally:
+            is_left.set()
+            ticket.release()
+        return [embedded(one.request, vector) for one, vector in zip(checked, vectors, strict=True)]
+
     async def abort(self, request_id: str) -> None:
         """End a request; who iterates over it gets its end. Nothing where there is none."""
         stream = self._thread.find(request_id)
@@ -223,6 +261,7 @@ class AsyncLLM:
         self._thread.close()
         self._texts.shutdown(wait=False, cancel_futures=True)
         self._grammars.shutdown(wait=False, cancel_futures=True)
+        self._embedding.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> AsyncLLM:
         return self

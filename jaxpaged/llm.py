@@ -17,14 +17,23 @@ from tqdm import tqdm
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.duel import Duel
+from jaxpaged.embedder import Embedder, PoolingParams
 from jaxpaged.engine import Engine
 from jaxpaged.growing import GrowingRequest
 from jaxpaged.host.beam_params import BeamSearchParams
 from jaxpaged.host.request import RequestError, RequestOutputKind, SamplingParams
 from jaxpaged.live import record_step
 from jaxpaged.loading import load, load_weights, open_model
-from jaxpaged.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Metric, RequestOutput, ScoreOutput
-from jaxpaged.prompts import Checked, Message, Prompt, chat_prompt, check, parser_meant, with_special_tokens
+from jaxpaged.outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
+    CompletionOutput,
+    EmbeddingRequestOutput,
+    Metric,
+    RequestOutput,
+    ScoreOutput,
+)
+from jaxpaged.prompts import Checked, Message, Prompt, chat_prompt, check, embedded, parser_meant, with_special_tokens
 from jaxpaged.tokenizer import Tokenizer
 from jaxpaged.tools import parse
 
@@ -56,6 +65,7 @@ class LLM:
         self._live: dict[str, GrowingRequest] = {}
         self._ids = itertools.count()
         self._is_closed = False
+        self._embedder: Embedder | None = None
 
     # --- generating ---
 
@@ -177,6 +187,26 @@ class LLM:
             found = [place[token_id].logprob for token_id, place in places]  # type: ignore[index]
             scores.append(ScoreOutput(output.prompt_token_ids, found))
         return scores
+
+    def embed(
+        self, prompts: Prompt | Seq[Prompt], pooling_params: PoolingParams | None = None, *, use_tqdm: bool = False
+    ) -> list[EmbeddingRequestOutput]:
+        """A vector of each prompt, from the model's final hidden states; results in the prompts' order.
+
+        One place must be left after a prompt, as for `generate`. The shapes that it needs are compiled when they are first needed.
+
+        Raises:
+          RequestError: a prompt cannot be computed; nothing has been computed for any of them.
+        """
+        checked = self._checked(prompts, SamplingParams(max_tokens=1), None, None)
+        if self._embedder is None:
+            self._embedder = Embedder(self._open_engine())
+        ids = [one.request.prompt_token_ids for one in checked]
+        with tqdm(total=len(ids), desc="Embedded prompts", dynamic_ncols=True, disable=not use_tqdm) as progress:
+            found = self._embedder.embed(ids, pooling_params)
+            progress.update(len(found))
+        pairs = zip(checked, found, strict=True)
+        return [embedded(one.request, vector) for one, vector in pairs]
 
     def stream(
         self,

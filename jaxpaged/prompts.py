@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxpaged.engine import Engine
 from jaxpaged.host.request import Request, RequestError, SamplingParams
+from jaxpaged.outputs import EmbeddingOutput, EmbeddingRequestOutput
 from jaxpaged.tokenizer import Tokenizer
 from jaxpaged.tools import TOOL_CALL_PARSERS, UnknownParserError, check_parser, fitting_parser
 
@@ -60,6 +61,11 @@ def check(
     if params.stop and tokenizer is None:
         raise RequestError("stop: strings need the tokenizer, and skip_tokenizer_init is set: use stop_token_ids")
     return Checked(text, request)
+
+
+def embedded(request: Request, vector: list[float]) -> EmbeddingRequestOutput:
+    """What a caller gets of a prompt that was checked and embedded."""
+    return EmbeddingRequestOutput(request.request_id, EmbeddingOutput(vector), list(request.prompt_token_ids))
 
 
 def tokens_of(tokenizer: Tokenizer | None, prompt: Prompt) -> tuple[str | None, Seq[int]]:

@@ -26,7 +26,7 @@ FLOORS = (
     ("jaxpaged.runner", "jaxpaged.tokenizer", "jaxpaged.demo", "convert"),
     ("jaxpaged.speculative",),
     ("jaxpaged.engine",),
-    ("jaxpaged.growing", "jaxpaged.loading", "jaxpaged.prompts"),
+    ("jaxpaged.embedder", "jaxpaged.growing", "jaxpaged.loading", "jaxpaged.prompts"),
     ("jaxpaged.live", "jaxpaged.streams"),
     ("jaxpaged.engine_thread",),
     ("jaxpaged.llm", "jaxpaged.async_llm"),

@@ -13,12 +13,12 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from jaxpaged.async_llm import AsyncLLM
-from jaxpaged.server import chat, completions, texts
+from jaxpaged.server import chat, completions, embeddings, texts
 from jaxpaged.server.bodies import Body, dump_json
 from jaxpaged.server.errors import ApiError, as_api_error
 from jaxpaged.server.guard import Guard
 from jaxpaged.server.options import ServerOptions
-from jaxpaged.server.protocol import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
+from jaxpaged.server.protocol import CHAT, COMPLETION, DETOKENIZE, EMBEDDING, TOKENIZE
 from jaxpaged.server.service import Asked, Service
 from jaxpaged.streams import EngineError
 from jaxpaged.version import __version__
@@ -80,6 +80,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
     add("/v1/chat/completions", CHAT, chat.answer, prompt="messages")
     add("/v1/completions", COMPLETION, completions.answer, prompt="prompt")
+    add("/v1/embeddings", EMBEDDING, embeddings.answer, prompt="input")
     add("/tokenize", TOKENIZE, texts.tokenize, prompt="prompt")
     add("/detokenize", DETOKENIZE, texts.detokenize, prompt="tokens")
 

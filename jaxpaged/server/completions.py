@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from jaxpaged.host.checks import shown
 from jaxpaged.host.request import RequestError, SamplingParams
 from jaxpaged.outputs import CompletionOutput, RequestOutput
 from jaxpaged.prompts import Prompt
 from jaxpaged.server.answers import FINGERPRINT, TextLogprobs, Usage, check_ending, prompt_places
+from jaxpaged.server.prompt_lists import listed
 from jaxpaged.server.sampling import check_outputs, completion_sampling, is_streamed
 from jaxpaged.server.service import Asked, Service
 from jaxpaged.server.streaming import Events, EventStream, event, merged, whole
@@ -20,7 +20,7 @@ async def answer(service: Service, asked: Asked) -> Any:
     """The answer to one request: an object, or an `EventStream`. Raises what `as_api_error` knows."""
     body, llm = asked.body, service.llm
     model = service.model_meant(body)
-    prompts = _prompts(body["prompt"], service.options.max_prompts)
+    prompts = listed("prompt", body["prompt"], service.options.max_prompts)
     params = completion_sampling(body, llm)
     check_outputs(len(prompts), params, service.options.max_outputs)
     salt, timeout_s = service.salt(asked), service.timeout_s(body)
@@ -46,25 +46,6 @@ async def answer(service: Service, asked: Asked) -> Any:
     if is_streamed(body):
         return EventStream(_events(shape, streams), streams, asked.as_error)
     return await whole(asked.receive, streams, _whole(shape, streams))
-
-
-def _prompts(given: Any, limit: int) -> list[Prompt]:
-    """One prompt, as text or token ids, or a list of them."""
-    if isinstance(given, str):
-        return [given]
-    if not isinstance(given, list):
-        raise RequestError(f"prompt: got {shown(given)}, expected a text, token ids, or a list of them")
-    if not given:
-        raise RequestError("prompt: got an empty list, expected at least one")
-    if isinstance(given[0], int) and not isinstance(given[0], bool):
-        return [given]
-    if len(given) > limit:
-        raise RequestError(f"prompt: got {len(given):,} prompts, the limit is {limit} (max_prompts)")
-    kind = str if isinstance(given[0], str) else list
-    for place, one in enumerate(given):
-        if not isinstance(one, kind) or (kind is list and not one):
-            raise RequestError(f"prompt[{place}]: got {shown(one)}, expected texts, or lists of token ids")
-    return given
 
 
 def _late(service: Service, prompt: Prompt, add_special_tokens: bool, salt: str | None) -> Any:

@@ -84,6 +84,19 @@ COMPLETION = Body(
     },
     required=("prompt",),
 )
+EMBEDDING = Body(
+    {
+        "input": {"anyOf": [*_PROMPT["anyOf"], {"type": "array", "items": _PROMPT}]},
+        "model": _STRING,
+        "encoding_format": _STRING,
+        "dimensions": _INTEGER,
+        "user": _STRING,
+        "pooling_type": _STRING,
+        "normalize": _BOOLEAN,
+        "timeout": _NUMBER,
+    },
+    required=("input",),
+)
 TOKENIZE = Body(
     {"model": _STRING, "prompt": _STRING, **_CONVERSATION, "add_special_tokens": _BOOLEAN, "return_token_strs": _BOOLEAN}
 )
