@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jaxpaged import profiling
 from jaxpaged.config import EngineConfig
 from jaxpaged.duel import Duel
 from jaxpaged.embedder import Embedder, PoolingParams
@@ -385,6 +386,14 @@ class LLM:
             Metric(f"jaxpaged:{name}", "gauge" if name.startswith(is_gauge) else "counter", value)
             for name, value in self.stats().items()
         ]
+
+    def start_profile(self, directory: str | os.PathLike[str]) -> None:
+        """Begin a trace of jax's profiler in a folder. Raises ConfigError where one runs already or the folder cannot be written."""
+        profiling.start(os.fspath(directory))
+
+    def stop_profile(self) -> None:
+        """End the trace and write it. Raises ConfigError where none runs."""
+        profiling.stop()
 
     def close(self) -> None:
         """End what runs and give the memory of weights and pages back. Closing twice is nothing."""

@@ -218,8 +218,9 @@ def test_a_deadline_ends_a_request_wherever_it_is_and_no_other(where: str) -> No
                 assert not output.finished
         assert time.monotonic() - started < 5
         runner.gate.set()
+        await until(lambda: llm._thread.find("late") is None)
         runner.pause_s = 0.0
-        again = await llm.start([7] * 40, params(3), request_id="late", timeout_s=60)  # its id is free, its timer is not ours
+        again = await llm.start([7] * 40, params(3), request_id="late", timeout_s=60)
         assert [len(one.outputs[0].token_ids) async for one in again][-1] == 3
         assert await other == await tokens_of(llm, PROMPTS[2], params(100))
 

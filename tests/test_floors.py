@@ -18,7 +18,7 @@ LIBRARY = ("jaxpaged", "pallas_kernels", "convert")
 # From the ground up. A room imports from floors below its own; rooms of one floor never see each other.
 FLOORS = (
     ("jaxpaged.version", "jaxpaged.errors", "jaxpaged.framed", "jaxpaged.stop_strings", "jaxpaged.tools"),
-    ("jaxpaged.admission", "jaxpaged.pacing", "jaxpaged.speculative_config"),
+    ("jaxpaged.admission", "jaxpaged.pacing", "jaxpaged.profiling", "jaxpaged.speculative_config"),
     ("jaxpaged.config", "pallas_kernels"),
     ("jaxpaged.host", "jaxpaged.model", "jaxpaged.outputs"),
     ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel", "jaxpaged.observe", "jaxpaged.offload", "jaxpaged.templates"),

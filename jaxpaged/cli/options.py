@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -173,6 +173,11 @@ _IN_PYTHON_ONLY = "tuple[Callable[..., Any], ...]"  # functions have no spelling
 _KINDS["Mapping[str, float] | tuple[tuple[str, float], ...]"] = (numbers_by_name, "NAME:X,NAME:X,...")
 _KINDS["str | Callable[..., Any]"] = _KINDS["str"]  # a function can only be given in Python
 _KINDS["SpeculativeConfig | Mapping[str, Any] | str"] = (str, "JSON")
+
+
+def converter(annotation: str) -> Callable[[str], Any]:
+    """What makes a value of a text, for a field of this type; ValueError or argparse's error where the text is none."""
+    return _KINDS[annotation][0] if annotation in _KINDS else {"bool": switch_or_word}.get(annotation, str)
 
 
 def add_fields(

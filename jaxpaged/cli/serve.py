@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
+from typing import Any
 
 from jaxpaged.admission import QueueOptions
+from jaxpaged.cli import config_file
 from jaxpaged.cli.options import Parser, UsageError, add_fields, add_verbose, given_fields, set_up_logging
 from jaxpaged.config import EngineConfig
 from jaxpaged.server.options import ServerOptions
@@ -16,12 +19,14 @@ EPILOG = """\
 examples:
   jaxpaged serve                                       the bundled model on http://127.0.0.1:8000
   jaxpaged serve ./llama --port 8001 --max-num-seqs 64
+  jaxpaged serve ./llama --config online-chat --port 80
   jaxpaged serve ./llama --host 0.0.0.0 --api-key-file keys.txt
 
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "One day", "max_tokens": 32}'
 
 SIGTERM and Ctrl-C end it when what runs has ended, a second one at once."""
 
+KINDS = (ServerOptions, QueueOptions, EngineConfig)
 _NEEDS = ("fastapi", "uvicorn", "httptools")
 
 
@@ -29,6 +34,9 @@ def add_arguments(parser: Parser) -> None:
     """The flags of this command."""
     parser.usage = "jaxpaged serve [FLAGS] [MODEL]"
     parser.add_argument("model_name", nargs="?", metavar="MODEL", help="the same as --model")
+    names = ", ".join(config_file.shipped())
+    text = f"options from a file, by their names, or from one that comes along: {names}; flags win"
+    parser.add_argument("--config", metavar="FILE.yaml", help=text)
     add_verbose(parser)
     add_fields(parser, ServerOptions, "server")
     add_fields(parser, QueueOptions, "queue")
@@ -37,15 +45,21 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve; the exit code. What can be refused is refused before anything is loaded."""
-    given = given_fields(arguments, EngineConfig)
+    from_file = config_file.read(arguments.config, KINDS) if arguments.config is not None else {}
+
+    def options_of(kind: type) -> dict[str, Any]:
+        names = {field.name for field in dataclasses.fields(kind)}
+        return {name: value for name, value in from_file.items() if name in names} | given_fields(arguments, kind)
+
+    given = options_of(EngineConfig)
     if arguments.model_name is not None:
-        if "model" in given:
+        if hasattr(arguments, "model"):
             raise UsageError("MODEL: given twice, also as --model")
         given["model"] = arguments.model_name
     EngineConfig.from_options(**given)
-    options = ServerOptions(**given_fields(arguments, ServerOptions))
+    options = ServerOptions(**options_of(ServerOptions))
     options.all_keys()
-    queue = QueueOptions(**given_fields(arguments, QueueOptions))
+    queue = QueueOptions(**options_of(QueueOptions))
     if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
         raise UsageError(f"{missing[0]} is not installed: pip install 'jaxpaged[serve]'")
     set_up_logging(arguments)

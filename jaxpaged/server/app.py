@@ -13,12 +13,13 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from jaxpaged.async_llm import AsyncLLM
-from jaxpaged.server import chat, completions, embeddings, texts
+from jaxpaged.host.request import RequestError
+from jaxpaged.server import chat, completions, embeddings, operating, responses, texts
 from jaxpaged.server.bodies import Body, dump_json
 from jaxpaged.server.errors import ApiError, as_api_error
 from jaxpaged.server.guard import Guard
 from jaxpaged.server.options import ServerOptions
-from jaxpaged.server.protocol import CHAT, COMPLETION, DETOKENIZE, EMBEDDING, TOKENIZE
+from jaxpaged.server.protocol import CHAT, COMPLETION, DETOKENIZE, EMBEDDING, RESPONSE, TOKENIZE
 from jaxpaged.server.service import Asked, Service
 from jaxpaged.streams import EngineError
 from jaxpaged.version import __version__
@@ -80,6 +81,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
     add("/v1/chat/completions", CHAT, chat.answer, prompt="messages")
     add("/v1/completions", COMPLETION, completions.answer, prompt="prompt")
+    add("/v1/responses", RESPONSE, responses.answer, prompt="input")
     add("/v1/embeddings", EMBEDDING, embeddings.answer, prompt="input")
     add("/tokenize", TOKENIZE, texts.tokenize, prompt="prompt")
     add("/detokenize", DETOKENIZE, texts.detokenize, prompt="tokens")
@@ -107,6 +109,8 @@ def _add_states(app: FastAPI, service: Service) -> None:
         """The process answers; it says nothing of the engine."""
         return _plain({"status": "live"})
 
+    @app.get("/ping", response_model=None)
+    @app.post("/ping", response_model=None, include_in_schema=False)
     @app.get("/health", response_model=None)
     async def health() -> Response:
         """Whether the engine begins its steps, by its own word."""
@@ -123,6 +127,29 @@ def _add_states(app: FastAPI, service: Service) -> None:
             raise ApiError(503, "no further requests are taken", code="shutting_down")
         return _plain({"status": "ready"})
 
+    @app.get("/load", response_model=None)
+    async def load() -> Response:
+        """How many requests have not ended."""
+        return _plain(operating.load(service))
+
+    @app.get("/tokenizer_info", response_model=None)
+    async def tokenizer_info() -> Response:
+        """What a client that tokenises itself needs to know."""
+        with _told():
+            return _plain(operating.tokenizer_info(service))
+
+    if service.options.profiler_dir is not None:
+
+        @app.post("/start_profile", response_model=None)
+        async def start_profile() -> Response:
+            """Begin a trace of jax's profiler."""
+            return _plain(await operating.start_profile(service))
+
+        @app.post("/stop_profile", response_model=None)
+        async def stop_profile() -> Response:
+            """End it and write it."""
+            return _plain(await operating.stop_profile(service))
+
     @app.post("/reset_prefix_cache", response_model=None)
     async def reset_prefix_cache() -> Response:
         """See `Engine.reset_prefix_cache`."""
@@ -135,7 +162,7 @@ def _add_states(app: FastAPI, service: Service) -> None:
 def _told():
     try:
         yield
-    except EngineError as error:
+    except (EngineError, RequestError) as error:
         raise as_api_error(error) from None
 
 

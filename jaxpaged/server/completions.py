@@ -140,7 +140,9 @@ async def _events(shape: _Shape, streams: list[Stream]) -> AsyncGenerator[bytes,
                 index = shape.index(place, one)
                 if index not in plain:
                     choice = {"index": index, "text": None, "logprobs": None, "finish_reason": None}
-                    plain[index] = Events(lambda text, choice=choice: {**shape.head, "choices": [{**choice, "text": text}], **told})
+                    plain[index] = Events(
+                        lambda text, choice=choice: {**shape.head, "choices": [{**choice, "text": text}], **told}
+                    )
                 pieces.append(plain[index](one.text))
             else:
                 pieces.append(event({**shape.head, "choices": [shape.choice(place, output, one)], **told}))

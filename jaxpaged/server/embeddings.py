@@ -32,9 +32,9 @@ async def answer(service: Service, asked: Asked) -> Response:
     pooling = body.get("pooling_type", POOLING_TYPES[0])
     params = PoolingParams(pooling_type=pooling.upper(), normalize=body.get("normalize", True))
     lengths = [max(1, len(prompt) // 4) if isinstance(prompt, str) else len(prompt) for prompt in prompts]
+    timeout_s = service.timeout_s(body)
     ticket = llm.admit(len(prompts), sum(lengths))
-    work = llm.embed(prompts, params, ticket=ticket, timeout_s=service.timeout_s(body))
-    outputs = await unless_left(asked.receive, work)
+    outputs = await unless_left(asked.receive, llm.embed(prompts, params, ticket=ticket, timeout_s=timeout_s))
 
     def told() -> bytes:
         vectors = [output.outputs.embedding for output in outputs]

@@ -23,7 +23,8 @@ _CODES |= {415: "unsupported_media_type", 431: "headers_too_large", 500: "intern
 # A field of SamplingParams -> fields of requests that it may come from.
 _SOURCES = {
     "structured_outputs": ("response_format", "tool_choice"),
-    "max_tokens": ("max_completion_tokens",),
+    "max_tokens": ("max_completion_tokens", "max_output_tokens"),
+    "response_format": ("text",),
     "logprobs": ("top_logprobs",),
     "prompt_logprobs": ("logprobs",),
 }

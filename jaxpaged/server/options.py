@@ -34,6 +34,8 @@ class ServerOptions:
       send_timeout_s: for a client to take what was sent, before its request is ended.
       request_timeout_s: the longest that a request may take from when it is taken, waiting included; then it ends with status 408
         and frees its pages. A request's own field `timeout` may ask for less. 0 is no limit.
+      profiler_dir: folder for traces of jax's profiler, which /start_profile and /stop_profile then begin and end; None is no such
+        routes.
       drain_s: for what runs to end after SIGTERM, before it is ended with an error.
 
     Raises:
@@ -53,6 +55,7 @@ class ServerOptions:
     body_timeout_s: float = 30.0
     send_timeout_s: float = 60.0
     request_timeout_s: float = 0.0
+    profiler_dir: str | None = None
     drain_s: float = 30.0
 
     def __post_init__(self) -> None:

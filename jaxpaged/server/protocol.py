@@ -84,6 +84,36 @@ COMPLETION = Body(
     },
     required=("prompt",),
 )
+RESPONSE = Body(
+    {
+        **{
+            name: SAMPLING[name]
+            for name in ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "stop", "min_tokens")
+        },
+        **{name: SAMPLING[name] for name in ("presence_penalty", "frequency_penalty", "repetition_penalty")},
+        **IGNORED,
+        "input": {"anyOf": [_STRING, {"type": "array", "items": _OBJECT}]},
+        "instructions": _STRING,
+        "model": _STRING,
+        "max_output_tokens": _INTEGER,
+        "stream": _BOOLEAN,
+        "stream_options": _OBJECT,
+        "text": _OBJECT,
+        "parallel_tool_calls": _BOOLEAN,
+        "priority": _INTEGER,
+        "cache_salt": _STRING,
+        "timeout": _NUMBER,
+        # Known, so that they can be refused by name where they ask for something.
+        **dict.fromkeys(("conversation", "tool_choice"), {"anyOf": [_STRING, _OBJECT]}),
+        **dict.fromkeys(("prompt", "reasoning"), _OBJECT),
+        **dict.fromkeys(("tools", "include"), _ARRAY),
+        **dict.fromkeys(("max_tool_calls", "top_logprobs"), _INTEGER),
+        "previous_response_id": _STRING,
+        "background": _BOOLEAN,
+        "truncation": _STRING,
+    },
+    required=("input",),
+)
 EMBEDDING = Body(
     {
         "input": {"anyOf": [*_PROMPT["anyOf"], {"type": "array", "items": _PROMPT}]},

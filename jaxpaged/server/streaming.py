@@ -104,10 +104,20 @@ class EventStream(Response):
     However it ends, the streams that the events are made of are over then.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], streams: list[Stream], as_error: Callable[[BaseException], ApiError]):
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        streams: list[Stream],
+        as_error: Callable[[BaseException], ApiError],
+        *,
+        last: bytes = DONE,
+        told: Callable[[ApiError], bytes] = lambda error: event(error.body),
+    ):
+        """`last` comes after all events, `told` is the event that an error is."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type="text/event-stream")
         del self.headers["content-length"]
         self._events, self._streams, self._as_error = events, streams, as_error
+        self._last, self._told = last, told
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -122,9 +132,9 @@ class EventStream(Response):
         try:
             async for piece in self._events:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
-            last = DONE
+            last = self._last
         except ConnectionError:
             raise
         except Exception as error:
-            last = event(self._as_error(error).body) + DONE
+            last = self._told(self._as_error(error)) + self._last
         await send({"type": "http.response.body", "body": last, "more_body": False})

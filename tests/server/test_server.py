@@ -259,6 +259,105 @@ def test_states_and_texts(server: Running) -> None:
     assert again["prompt_tokens_details"]["cached_tokens"] == 0
 
 
+def test_responses_say_what_the_chat_says_streamed_or_not(server: Running) -> None:
+    """Every event and object is of the openai package's types, extra fields aside."""
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        options: dict[str, Any] = {"model": "demo", "temperature": 0, "max_output_tokens": 12, "instructions": "Be kind."}
+        messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello, who are you?"}]
+        chat = client.chat.completions.create(messages=messages, model="demo", temperature=0, max_tokens=12)  # type: ignore[arg-type]
+        text = chat.choices[0].message.content
+        as_list = [
+            {"role": "user", "content": [{"type": "input_text", "text": "Hello, who "}, {"type": "text", "text": "are you?"}]}
+        ]
+        for given in ("Hello, who are you?", as_list):
+            whole = client.responses.create(input=given, **options)  # type: ignore[call-overload]
+            assert whole.output_text == text and whole.object == "response"
+            assert whole.usage.input_tokens == chat.usage.prompt_tokens and whole.usage.output_tokens == 12
+            assert whole.status == "incomplete" and whole.incomplete_details.reason == "max_output_tokens"
+            assert whole.model_extra["store"] is False
+        events = list(client.responses.create(input="Hello, who are you?", stream=True, **options))
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        kinds = [event.type for event in events]
+        head = ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"]
+        tail = ["response.output_text.done", "response.content_part.done", "response.output_item.done", "response.incomplete"]
+        assert (kinds[:4], kinds[-4:]) == (head, tail) and set(kinds[4:-4]) == {"response.output_text.delta"}
+        assert "".join(event.delta for event in events[4:-4]) == text == events[-4].text == events[-1].response.output_text
+        assert events[-1].response.usage == whole.usage
+        for event in events:
+            type(event).model_validate(event.to_dict(), strict=False)
+        # The client's own way of putting a stream together, and an answer that ends by itself.
+        with client.responses.stream(input="x", model="demo", text={"format": CHOICE_FORMAT}) as stream:
+            done = stream.get_final_response()
+        assert done.status == "completed" and json.loads(done.output_text)["a"] in ("b", "c")
+
+
+CHOICE_FORMAT: Any = {
+    **{"type": "json_schema", "name": "x", "strict": True},
+    "schema": {
+        **{"type": "object", "properties": {"a": {"enum": ["b", "c"]}}, "required": ["a"], "additionalProperties": False},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("tools", [{"type": "web_search"}]), ("previous_response_id", "resp_1"), ("store", True), ("background", True)),
+        *(("reasoning", {"effort": "low"}), ("truncation", "auto"), ("input", []), ("input", 5), ("input", [{"role": "boss"}])),
+        *(("input", [{"type": "function_call_output"}]), ("max_output_tokens", 0), ("text", {"format": {"type": "xml"}})),
+        *(("input", [{"role": "user", "content": [{"type": "input_image"}]}]), ("timeout", 0), ("n", 2), ("temperature", -1)),
+    ],
+)
+def test_what_responses_do_not_serve_is_refused_by_name(server: Running, field: str, value: Any) -> None:
+    with server.client() as client:
+        answer = client.post("/v1/responses", json={"input": "x", field: value})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == field, answer.text
+
+
+def test_embeddings_are_of_length_1_and_the_same_however_they_are_asked(server: Running) -> None:
+    openai = pytest.importorskip("openai")
+    texts = ["One day", "a small dog went to the garden"]
+    ids = [post(server, "/tokenize", {"prompt": text})["tokens"] for text in texts]
+    size = server.llm.model_config.hidden_size
+    for kind in ("last", "mean"):
+        whole = post(server, "/v1/embeddings", {"input": texts, "pooling_type": kind})
+        vectors = [one["embedding"] for one in whole["data"]]
+        assert [one["index"] for one in whole["data"]] == [0, 1] and [len(one) for one in vectors] == [size, size]
+        assert [round(sum(x * x for x in one), 5) for one in vectors] == [1.0, 1.0]
+        assert whole["usage"] == {"prompt_tokens": sum(map(len, ids)), "total_tokens": sum(map(len, ids))}
+        for given, expected in ((ids, vectors), (ids[0], vectors[:1]), (texts[0], vectors[:1])):
+            found = post(server, "/v1/embeddings", {"input": given, "pooling_type": kind, "dimensions": size})["data"]
+            assert [one["embedding"] for one in found] == [pytest.approx(one, abs=1e-5) for one in expected]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:  # it asks for base64
+        found = client.embeddings.create(input=texts, model="demo", extra_body={"pooling_type": "mean"})
+        assert [one.embedding for one in found.data] == [pytest.approx(one, abs=1e-6) for one in vectors]
+        for field, value in {
+            **{"dimensions": 5, "encoding_format": "hex", "input": [], "pooling_type": "cls", "normalize": 1, "timeout": -1},
+        }.items():
+            with pytest.raises(openai.BadRequestError) as refused:
+                client.post("/embeddings", body={"input": "x", field: value}, cast_to=object)
+            assert refused.value.param == field
+    wait_until(lambda: is_empty(server.llm))
+
+
+def test_what_operators_ask(server: Running, model: AsyncLLM, tmp_path: Path) -> None:
+    with server.client() as client:
+        assert client.get("/ping").status_code == client.post("/ping").status_code == 200
+        assert client.get("/load").json() == {"server_load": 0}
+        known = client.get("/tokenizer_info").json()
+        assert known["chat_template"] and known["eos_token"] and known["model_max_length"] == 1024
+        assert client.post("/start_profile").status_code == 404, "where no folder is configured there is no such route"
+    with running(model, profiler_dir=str(tmp_path / "traces")) as other, other.client() as client:
+        assert client.post("/stop_profile").status_code == 409
+        assert client.post("/start_profile").json() == {"success": True}
+        twice = client.post("/start_profile")
+        assert twice.status_code == 409 and str(tmp_path) not in twice.text
+        post(other, "/v1/completions", {"prompt": "One day", "max_tokens": 4})
+        assert client.post("/stop_profile").json() == {"success": True}
+    assert list((tmp_path / "traces").rglob("*.xplane.pb"))
+
+
 # --- the official client ---------------------------------------------------------------------------------------------
 
 
