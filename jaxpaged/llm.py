@@ -194,7 +194,7 @@ class LLM:
     ) -> list[EmbeddingRequestOutput]:
         """A vector of each prompt, from the model's final hidden states; results in the prompts' order.
 
-        One place must be left after a prompt, as for `generate`. The shapes that it needs are compiled when they are first needed.
+        One place must be left after a prompt, as for `generate`. Shapes are compiled when they are first needed.
 
         Raises:
           RequestError: a prompt cannot be computed; nothing has been computed for any of them.
@@ -388,7 +388,7 @@ class LLM:
         ]
 
     def start_profile(self, directory: str | os.PathLike[str]) -> None:
-        """Begin a trace of jax's profiler in a folder. Raises ConfigError where one runs already or the folder cannot be written."""
+        """Begin a trace of jax's profiler in a folder. Raises ConfigError where one runs already or it cannot be written."""
         profiling.start(os.fspath(directory))
 
     def stop_profile(self) -> None:

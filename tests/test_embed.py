@@ -1,4 +1,4 @@
-"""Laws of embeddings: the hidden states are the model's own, whatever else is asked with them, and what is served does not notice."""
+"""Laws of embeddings: the hidden states are the model's own, whatever is asked with them, and what is served does not notice."""
 
 from __future__ import annotations
 

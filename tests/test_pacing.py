@@ -1,4 +1,4 @@
-"""Laws of pacing: nobody waits longer than the longest pause, the first and the last time nobody waits, and many are told less often."""
+"""Laws of pacing: nobody waits longer than the longest pause, nor the first and the last time; many are told less often."""
 
 from __future__ import annotations
 

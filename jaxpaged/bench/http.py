@@ -1,10 +1,11 @@
 """What HTTP leaves of the engine's tokens per second: `python -m jaxpaged.bench.http`.
 
-The same prompts with the same seeds go through `LLM.generate`, through `AsyncLLM` without HTTP, and through the server with so many
-connections, each of them with whole answers and with answers in pieces. Before each turn the prefix cache is emptied. The client is
-a process of its own (`jaxpaged.bench.http_client`), which takes CPU from the server where cores are few: how much is reported. Turns
-alternate, because a shared machine's speed changes by the minute, and of the ratios of tokens per second, each against the offline
-turns right before and after, the median is reported.
+The same prompts with the same seeds go through `LLM.generate`, through `AsyncLLM` without HTTP, and through the server with so
+many connections, each of them with whole answers and with answers in pieces. Before each turn the prefix cache is emptied. The
+client is a process of its own (`jaxpaged.bench.http_client`), which takes CPU from the server where cores are few: how much is
+reported. Turns alternate, because a shared machine's speed changes by the minute, and of the ratios of tokens per second, each
+against the offline turns right before and after, the median is reported; so is that of tokens per second of this process's CPU,
+which others on the machine change less.
 """
 
 from __future__ import annotations
@@ -33,13 +34,41 @@ from jaxpaged.server.options import ServerOptions
 from jaxpaged.server.run import Server, bind
 
 Turn = Callable[[], dict[str, float]]
-_WORDS = "the cat and a dog went to see if it was a good day for one of them to be out in the sun".split()
+_WORDS = [
+    "the",
+    "cat",
+    "and",
+    "a",
+    "dog",
+    "went",
+    "to",
+    "see",
+    "if",
+    "it",
+    "was",
+    "a",
+    "good",
+    "day",
+    "for",
+    "one",
+    "of",
+    "them",
+    "to",
+    "be",
+    "out",
+    "in",
+    "the",
+    "sun",
+]
 
 
 def prompts_of(count: int, num_words: int) -> list[str]:
     """Texts that differ from their first word on."""
-    return [" ".join(_WORDS[(number * 7 + place * (number % 5 + 1)) % len(_WORDS)] for place in range(num_words)) + f" {number}"
-            for number in range(count)]  # fmt: skip
+    found = []
+    for number in range(count):
+        places = ((number * 7 + place * (number % 5 + 1)) % len(_WORDS) for place in range(num_words))
+        found.append(f"{number} {' '.join(_WORDS[place] for place in places)}")
+    return found
 
 
 def params_of(count: int, num_tokens: int) -> list[SamplingParams]:
@@ -141,20 +170,23 @@ def _timed(work: Callable[[], int]) -> dict[str, float]:
 
 def compare(turns: dict[str, Turn], rounds: int) -> list[dict[str, Any]]:
     """A row for each way but "offline", which runs between them; one round before does not count."""
-    found: dict[str, list[tuple[float, dict[str, float]]]] = {name: [] for name in turns if name != "offline"}
+    found: dict[str, list[tuple[dict[str, float], dict[str, float]]]] = {name: [] for name in turns if name != "offline"}
     for number in range(rounds + 1):
-        before = turns["offline"]()["tokens_per_s"]
+        before = turns["offline"]()
         for name, several in found.items():
             one = turns[name]()
-            after = turns["offline"]()["tokens_per_s"]
+            after = turns["offline"]()
             if number:
-                several.append(((before + after) / 2, one))
+                beside = {key: (before[key] + after[key]) / 2 for key in ("tokens_per_s", "server_cpu_s")}
+                several.append((beside, one))
             before = after
     rows = []
     for name, several in found.items():
         row = {key: statistics.median(one[key] for _, one in several) for key in several[0][1]}
-        row["offline_tokens_per_s"] = statistics.median(beside for beside, _ in several)
-        rows.append({"way": name, **row, **spread([one["tokens_per_s"] / beside for beside, one in several])})
+        for key in ("tokens_per_s", "server_cpu_s"):
+            row[f"offline_{key}"] = statistics.median(beside[key] for beside, _ in several)
+        row["cpu_ratio"] = statistics.median(beside["server_cpu_s"] / one["server_cpu_s"] for beside, one in several)
+        rows.append({"way": name, **row, **spread([one["tokens_per_s"] / beside["tokens_per_s"] for beside, one in several])})
     return rows
 
 
@@ -196,12 +228,12 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({"options": vars(args), "num_cores": os.cpu_count(), "rows": rows}, indent=1))
         return 0
     print(f"{args.requests} requests, {args.connections} at once, {os.cpu_count()} cores")
-    print(f"{'way':22} {'tokens/s':>9} {'of offline':>10} {'quartiles':>13} {'CPU s, here':>12} {'CPU s, client':>14} {'s':>6}")
+    print(f"{'way':22} {'tokens/s':>9} {'of offline':>10} {'quartiles':>14} {'by CPU s':>9} {'client CPU s':>12} {'s':>6}")
     for row in rows:
         low, high = row["quartiles"]
-        client = f"{row['client_cpu_s']:14.2f}" if "client_cpu_s" in row else f"{'-':>14}"
-        head = f"{row['way']:22} {row['tokens_per_s']:9,.0f} {row['ratio']:10.1%} {f'{low:.0%} to {high:.0%}':>13}"
-        print(f"{head} {row['server_cpu_s']:12.2f} {client} {row['seconds']:6.2f}")
+        client = f"{row['client_cpu_s']:12.2f}" if "client_cpu_s" in row else f"{'-':>12}"
+        head = f"{row['way']:22} {row['tokens_per_s']:9,.0f} {row['ratio']:10.1%} {f'{low:.0%} to {high:.0%}':>14}"
+        print(f"{head} {row['cpu_ratio']:9.1%} {client} {row['seconds']:6.2f}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -129,22 +130,24 @@ async def _whole(shape: _Shape, streams: list[Stream]) -> dict[str, Any]:
 async def _events(shape: _Shape, streams: list[Stream]) -> AsyncGenerator[bytes, None]:
     options = shape.body.get("stream_options", {})
     has_usage, is_continuous = options.get("include_usage", False), options.get("continuous_usage_stats", False)
-    usage = Usage()
+    usage, unused = Usage(), {"usage": None} if has_usage else {}
     plain: dict[int, Events] = {}
+
+    def of_text(index: int, text: str) -> dict[str, Any]:
+        choice = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+        return {**shape.head, "choices": [choice], **unused}
+
     async for place, output in merged(streams):
         usage.add(place, output)
         pieces = []
         for one in output.outputs:
-            told = {"usage": usage.json() if is_continuous else None} if has_usage else {}
             if not is_continuous and shape.is_text_alone(place, one):
                 index = shape.index(place, one)
                 if index not in plain:
-                    choice = {"index": index, "text": None, "logprobs": None, "finish_reason": None}
-                    plain[index] = Events(
-                        lambda text, choice=choice: {**shape.head, "choices": [{**choice, "text": text}], **told}
-                    )
+                    plain[index] = Events(functools.partial(of_text, index))
                 pieces.append(plain[index](one.text))
             else:
+                told = {"usage": usage.json()} if is_continuous and has_usage else unused
                 pieces.append(event({**shape.head, "choices": [shape.choice(place, output, one)], **told}))
         if pieces:
             yield b"".join(pieces)

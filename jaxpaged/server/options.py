@@ -34,8 +34,7 @@ class ServerOptions:
       send_timeout_s: for a client to take what was sent, before its request is ended.
       request_timeout_s: the longest that a request may take from when it is taken, waiting included; then it ends with status 408
         and frees its pages. A request's own field `timeout` may ask for less. 0 is no limit.
-      profiler_dir: folder for traces of jax's profiler, which /start_profile and /stop_profile then begin and end; None is no such
-        routes.
+      profiler_dir: folder for traces of jax's profiler, which /start_profile and /stop_profile then begin and end; None is none.
       drain_s: for what runs to end after SIGTERM, before it is ended with an error.
 
     Raises:

@@ -58,6 +58,7 @@ _CONVERSATION: dict[str, dict[str, Any]] = {
     "chat_template_kwargs": _OBJECT,
 }
 
+_TEXT_OR_OBJECT = {"anyOf": [_STRING, _OBJECT]}
 _PROMPT = {"anyOf": [_STRING, _TOKEN_IDS]}
 
 CHAT = Body(
@@ -104,7 +105,8 @@ RESPONSE = Body(
         "cache_salt": _STRING,
         "timeout": _NUMBER,
         # Known, so that they can be refused by name where they ask for something.
-        **dict.fromkeys(("conversation", "tool_choice"), {"anyOf": [_STRING, _OBJECT]}),
+        "conversation": _TEXT_OR_OBJECT,
+        "tool_choice": _TEXT_OR_OBJECT,
         **dict.fromkeys(("prompt", "reasoning"), _OBJECT),
         **dict.fromkeys(("tools", "include"), _ARRAY),
         **dict.fromkeys(("max_tool_calls", "top_logprobs"), _INTEGER),

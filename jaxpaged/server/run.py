@@ -84,7 +84,7 @@ def serve(
     with bound if bound is not None else bind(options.host, options.port) as bound:
         try:
             server = Server(llm, options)
-            # What was loaded stays: a collection that looks at all of it, which it would soon, holds everybody up for half a second.
+            # What was loaded stays: a collection that looks at all of it holds everybody up for half a second.
             gc.collect()
             gc.freeze()
             if when_ready is not None:
