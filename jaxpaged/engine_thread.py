@@ -122,7 +122,7 @@ class EngineThread:
           StalledError, ClosedError: why not.
         """
         if self._death is not None:
-            raise StalledError(f"the engine's thread has ended ({type(self._death).__name__})")
+            raise StalledError("the engine's thread has ended")
         silent_s = self.clock() - self._beat_s
         if self._is_closing:
             raise ClosedError("the engine is closed")

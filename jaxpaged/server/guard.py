@@ -14,6 +14,8 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from starlette.requests import ClientDisconnect
+
 from jaxpaged.server.bodies import dump_json
 from jaxpaged.server.errors import ApiError, as_api_error
 from jaxpaged.server.options import ServerOptions
@@ -64,7 +66,7 @@ class Guard:
             scope.setdefault("state", {}).update(request_id=request_id, tenant=self._tenant(scope, headers))
             self._check_headers(scope, headers)
             await self._app(scope, self._limited(receive), sending)
-        except ConnectionError:
+        except (ConnectionError, ClientDisconnect):
             return  # there is nobody to tell
         except Exception as error:
             told = as_api_error(error)
@@ -89,7 +91,8 @@ class Guard:
         return hashlib.sha256(b"jaxpaged tenant " + digest).hexdigest()[:32]
 
     def _check_headers(self, scope: dict[str, Any], headers: dict[str, bytes]) -> None:
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+        num_bytes = len(scope["raw_path"] or b"") + len(scope["query_string"])
+        if num_bytes + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             raise ApiError(431, f"more than {MAX_HEADER_BYTES:,} bytes of headers")
         if headers.get("content-encoding", b"identity").lower() != b"identity":
             raise ApiError(415, "Content-Encoding: expected none")

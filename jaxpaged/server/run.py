@@ -6,16 +6,19 @@ Knows uvicorn and signals. Refuses to know requests.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from jaxpaged.async_llm import AsyncLLM
 from jaxpaged.config import ConfigError
 from jaxpaged.server.app import build_app
+from jaxpaged.server.connection import Connection
 from jaxpaged.server.options import ServerOptions
 
 logger = logging.getLogger("jaxpaged")
@@ -30,9 +33,10 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, llm: AsyncLLM, options: ServerOptions):
+        http: Any = functools.partial(Connection, request_s=options.body_timeout_s)
         config = uvicorn.Config(
             build_app(llm, options),
-            **{"host": options.host, "port": options.port, "http": "httptools", "ws": "none", "lifespan": "off"},
+            **{"host": options.host, "port": options.port, "http": http, "ws": "none", "lifespan": "off"},
             **{"log_config": None, "access_log": False, "server_header": False, "timeout_keep_alive": 30},
             timeout_graceful_shutdown=int(_LAST_WORDS_S),
         )

@@ -1,0 +1,123 @@
+"""R32 and R47: malformed requests beside good ones, from many clients at once, against a real server."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from hostile import CHAT, COMPLETION, LEAKS, VALID, exchange, judge, malformed, parsed, request
+from running import Running, is_empty, new_llm, running, wait_until
+
+GREEDY = {"prompt": "One day Omar and Anna went", "max_tokens": 8, "temperature": 0, "return_token_ids": True}
+
+
+def at_once(jobs: Iterable[Callable[[], None]], num_threads: int) -> None:
+    """Do all of them, so many at a time. Raises what the first raised that failed."""
+    left, lock, failed = iter(jobs), threading.Lock(), []
+
+    def work() -> None:
+        while not failed:
+            with lock:
+                job = next(left, None)
+            if job is None:
+                return
+            try:
+                job()
+            except BaseException as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+def address(server: Running) -> tuple[str, int]:
+    """Where it listens."""
+    return "127.0.0.1", int(server.url.rpartition(":")[2])
+
+
+def asked(server: Running, path: str, body: dict[str, Any], *headers: tuple[str, str]) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of what a good client gets."""
+    return parsed(exchange(address(server), request(path, json.dumps(body).encode(), headers=headers)))
+
+
+def canary(server: Running) -> list[int]:
+    """Tokens that never change."""
+    status, _, body = asked(server, COMPLETION, GREEDY)
+    assert status == 200, body
+    return json.loads(body)["choices"][0]["token_ids"]
+
+
+def settled(server: Running) -> None:
+    """Nothing is left of any request, and the pool's own check finds nothing."""
+    wait_until(lambda: is_empty(server.llm))
+    server.engine.scheduler.check()
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def storm(server: Running, num_malformed: int, num_good: int, *, seed: int = 0, num_threads: int = 8) -> collections.Counter[int]:
+    """How often each status came. Every answer is judged, every good request served, and the canary sings after each hundred."""
+    golden, found, numbers = canary(server), collections.Counter(), itertools.count()
+    good = {round((place + 0.5) * (num_malformed + num_good) / num_good) for place in range(num_good)}
+
+    def bad_one(number: int) -> None:
+        case = malformed(random.Random(f"{seed} {number}"))
+        try:
+            found[judge(case, exchange(address(server), case.raw))] += 1
+        except Exception as error:
+            raise AssertionError(f"case {seed} {number}: {error}") from error
+
+    def good_one(number: int) -> None:
+        path, body = VALID[number % len(VALID)]
+        raw = exchange(address(server), request(path, json.dumps(body).encode()))
+        status, headers, content = parsed(raw)
+        assert status == 200 and not LEAKS.search(raw), (path, body, raw[-400:])
+        is_stream = headers["content-type"].startswith("text/event-stream")
+        assert not is_stream or (content.endswith(b"data: [DONE]\n\n") and b'"error"' not in content), content
+        assert is_stream or path not in (CHAT, COMPLETION) or all(one["finish_reason"] for one in json.loads(content)["choices"])
+
+    def job() -> None:
+        number = next(numbers)
+        (good_one if number in good else bad_one)(number)
+        if number % 100 == 99:
+            assert canary(server) == golden
+
+    at_once(itertools.repeat(job, num_malformed + num_good), num_threads)
+    assert canary(server) == golden
+    settled(server)
+    return found
+
+
+def full(num_malformed: int, num_good: int) -> int:
+    """With a server of its own."""
+    llm = new_llm()
+    try:
+        with running(llm, body_timeout_s=3.0) as server:
+            storm(server, num_malformed // 10, num_good // 10, seed=1)
+            before = anonymous_bytes()
+            found = storm(server, num_malformed, num_good)
+            grown = (anonymous_bytes() - before) / 2**20
+        print(f"    statuses: {dict(sorted(found.items()))}, memory: {grown:+.1f} MiB", flush=True)
+        assert grown < 16, "memory has grown"
+    finally:
+        llm.shutdown()
+    return num_malformed + num_good
