@@ -214,7 +214,7 @@ def malformed(rng: random.Random) -> Case:
 # A field of a request -> fields that an error about it may name beside it, because they stand or fall together.
 ALSO = {
     "logprobs": {"top_logprobs", "prompt_logprobs"}, "top_logprobs": {"logprobs"}, "prompt": {"messages"}, "messages": {"prompt"},
-    "n": {"best_of", "use_beam_search", "temperature"}, "best_of": {"n", "use_beam_search"}, "tools": {"tool_choice"},
+    "n": {"best_of", "use_beam_search", "temperature"}, "best_of": {"n", "use_beam_search"}, "tools": {"tool_choice", "messages"},
     "tool_choice": {"tools"}, "stream": {"stream_options"}, "max_completion_tokens": {"max_tokens"}, "min_tokens": {"max_tokens"},
     "max_tokens": {"max_completion_tokens", "min_tokens"}, "use_beam_search": {"n", "temperature", "best_of"}, "echo": {"max_tokens"},
 }  # fmt: skip
