@@ -9,7 +9,9 @@ import asyncio
 import contextlib
 import functools
 import logging
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -44,6 +46,7 @@ class EngineThread:
         self._commands: list[Callable[[], None]] = []
         self._is_closing = False
         self._beat_s = self.clock()
+        self._told_beat_s: float | None = None  # of the hang whose stack is in the log
         self._death: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="jaxpaged-engine", daemon=True)
         self._thread.start()
@@ -128,9 +131,17 @@ class EngineThread:
         if self._is_closing:
             raise ClosedError("the engine is closed")
         if silent_s > self._stall_s:
+            self._tell_stack()
             raise StalledError(f"the engine has begun no step for {silent_s:.1f} s, the limit is {self._stall_s:g} s")
         if self._num_failed >= _MAX_FAILED_STEPS:
             raise StalledError(f"the last {self._num_failed} steps have failed")
+
+    def _tell_stack(self) -> None:
+        """What the thread is at, once for each time that it hangs."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        if self._told_beat_s != self._beat_s and frame is not None:
+            self._told_beat_s = self._beat_s
+            logger.error("The engine hangs; its thread's stack:\n%s", "".join(traceback.format_stack(frame)))
 
     def close(self) -> None:
         """End what runs with a ClosedError to who waits for it, and the engine. Twice is nothing."""

@@ -18,6 +18,9 @@ from jaxpaged.server.guard import MAX_HEADER_BYTES
 # What clients send wrongly is told to them, not to the log, which would be theirs to fill.
 _logger = logging.getLogger("jaxpaged.connection")
 _logger.setLevel(logging.ERROR)
+# Nor are answers that were cut on purpose, or because the server ends.
+_cuts = (asyncio.CancelledError, ConnectionError)
+_logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], _cuts)))
 
 
 class Connection(HttpToolsProtocol):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import hmac
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -23,6 +24,7 @@ from jaxpaged.server.options import ServerOptions
 OPEN_PATHS = ("/live",)
 MAX_HEADER_BYTES = 64 << 10
 _DISCARD_S = 1.0
+_MAX_BODIES = 16  # of the largest size, at one time: a thousand clients that send one each must not fill the memory
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -38,6 +40,7 @@ class Guard:
     def __init__(self, app: Any, options: ServerOptions, *, make_id: Callable[[], str] = lambda: uuid.uuid4().hex):
         self._app, self._options, self._make_id = app, options, make_id
         self._digests = [_digest(key.encode()) for key in options.all_keys()]
+        self._num_held_bytes = 0  # of all bodies whose requests are not answered
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -49,7 +52,7 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value for name, value in scope["headers"]}
         given = headers.get("x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else self._make_id()
-        has_begun = False
+        has_begun, held = False, [0]
 
         async def sending(message: dict[str, Any]) -> None:
             nonlocal has_begun
@@ -65,16 +68,16 @@ class Guard:
         try:
             scope.setdefault("state", {}).update(request_id=request_id, tenant=self._tenant(scope, headers))
             self._check_headers(scope, headers)
-            await self._app(scope, self._limited(receive), sending)
+            await self._app(scope, self._limited(receive, held), sending)
         except (ConnectionError, ClientDisconnect):
             return  # there is nobody to tell
         except Exception as error:
             told = as_api_error(error)
             if has_begun:
                 raise ConnectionAbortedError from error  # an answer cut short must look like one
-            if told.status == 413:
-                await self._discard(receive)
-            await send_error(sending, told)
+            await send_error(sending, told, functools.partial(self._discard, receive) if told.status == 413 else None)
+        finally:
+            self._num_held_bytes -= held[0]
 
     def _tenant(self, scope: dict[str, Any], headers: dict[str, bytes]) -> str:
         """Whose request it is. Raises ApiError when it is nobody's."""
@@ -102,8 +105,8 @@ class Guard:
         if int(length) > self._options.max_body_bytes:
             raise ApiError(413, f"the body has {int(length):,} bytes, the limit is {self._options.max_body_bytes:,}")
 
-    def _limited(self, receive: Any) -> Any:
-        """`receive`, which refuses what is too large or too slow."""
+    def _limited(self, receive: Any, held: list[int]) -> Any:
+        """`receive`, which refuses what is too large or too slow, or too much beside all others; `held` is how much it gave."""
         num_bytes, is_whole = 0, False
         deadline = asyncio.get_running_loop().time() + self._options.body_timeout_s
 
@@ -118,9 +121,14 @@ class Guard:
                 raise ApiError(408, f"no whole request within {self._options.body_timeout_s:g} s") from None
             if message["type"] == "http.request":
                 num_bytes += len(message.get("body", b""))
+                self._num_held_bytes += num_bytes - held[0]
+                held[0] = num_bytes
                 is_whole = not message.get("more_body", False)
                 if num_bytes > self._options.max_body_bytes:
                     raise ApiError(413, f"the body has more than {self._options.max_body_bytes:,} bytes")
+                if self._num_held_bytes > _MAX_BODIES * self._options.max_body_bytes:
+                    wait = {"Retry-After": "1", "Connection": "close"}
+                    raise ApiError(429, "the bodies of other requests are too large", code="queue_full", headers=wait)
             return message
 
         return receiving
@@ -137,15 +145,18 @@ class Guard:
                         return
 
 
-async def send_error(send: Any, error: ApiError) -> None:
-    """The whole answer that an error is."""
+async def send_error(send: Any, error: ApiError, before_end: Callable[[], Awaitable[None]] | None = None) -> None:
+    """The whole answer that an error is; `before_end` is done when all of it has been said and the connection is still open."""
     content = dump_json(error.body)
     headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), **error.headers}
     if error.status in (408, 413):
         headers["Connection"] = "close"  # what is left of the body is not read
     pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": content})
+    await send({"type": "http.response.body", "body": content, "more_body": before_end is not None})
+    if before_end is not None:
+        await before_end()
+        await send({"type": "http.response.body", "body": b""})
 
 
 def _digest(key: bytes) -> bytes:

@@ -87,6 +87,7 @@ def serve(
     with bound if bound is not None else bind(options.host, options.port) as bound:
         try:
             server = Server(llm, options)
+            bound.listen(server.config.backlog)  # who connects as soon as the address is told has to wait, not to come again
             if when_ready is not None:
                 when_ready(address_of(bound))
             asyncio.run(server.serve([bound]))
