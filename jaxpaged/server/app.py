@@ -45,7 +45,7 @@ def build_app(llm: AsyncLLM, options: ServerOptions | None = None, **injected: A
     app = FastAPI(title="jaxpaged", version=__version__, redirect_slashes=False, **options_of_app)
     app.state.service = service
     app.add_exception_handler(HTTPException, _no_route)
-    app.add_middleware(Guard, options=options)
+    app.add_middleware(Guard, options=options, check_room=service.check_room)
     _add_answers(app, service)
     _add_states(app, service)
     return app
@@ -79,6 +79,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
         route.__doc__ = answer.__doc__
         schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": body.schema}}}}
+        service.queued_paths.add(path)
         app.add_api_route(path, route, methods=["POST"], response_model=None, name=path.strip("/"), openapi_extra=schema)
 
     add("/v1/chat/completions", CHAT, chat.answer, prompt="messages")

@@ -37,8 +37,16 @@ class Guard:
     What is inside finds in `scope["state"]`: request_id and tenant, the latter the same for one key and empty without.
     """
 
-    def __init__(self, app: Any, options: ServerOptions, *, make_id: Callable[[], str] = lambda: uuid.uuid4().hex):
-        self._app, self._options, self._make_id = app, options, make_id
+    def __init__(
+        self,
+        app: Any,
+        options: ServerOptions,
+        *,
+        check_room: Callable[[str, str], None] = lambda method, path: None,
+        make_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+    ):
+        """`check_room` raises where a request of a method and a path is not to be read."""
+        self._app, self._options, self._check_room, self._make_id = app, options, check_room, make_id
         self._digests = [_digest(key.encode()) for key in options.all_keys()]
         self._num_held_bytes = 0  # of all bodies whose requests are not answered
 
@@ -68,6 +76,7 @@ class Guard:
         try:
             scope.setdefault("state", {}).update(request_id=request_id, tenant=self._tenant(scope, headers))
             self._check_headers(scope, headers)
+            self._check_room(scope["method"], scope["path"])
             await self._app(scope, self._limited(receive, held), sending)
         except (ConnectionError, ClientDisconnect):
             return  # there is nobody to tell

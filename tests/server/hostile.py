@@ -225,7 +225,7 @@ LEAKS = re.compile(
 )
 
 
-def exchange(address: tuple[str, int], raw: bytes, timeout_s: float = 20.0) -> bytes:
+def exchange(address: tuple[str, int], raw: bytes, timeout_s: float = 60.0) -> bytes:
     """All that the server says until it closes the connection."""
     with socket.create_connection(address, timeout_s) as client:
         try:

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import json
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hostile import CHAT, COMPLETION, LEAKS, VALID, exchange, judge, malformed, parsed, request
-from running import Running, is_empty, new_llm, running, wait_until
+from running import ENGINE, Running, is_empty, running, wait_until
+
+from jaxpaged.admission import QueueOptions
+from jaxpaged.async_llm import AsyncLLM
 
 GREEDY = {"prompt": "One day Omar and Anna went", "max_tokens": 8, "temperature": 0, "return_token_ids": True}
+
+
+@contextlib.contextmanager
+def served(*, queue: dict[str, Any] | None = None, engine: dict[str, Any] | None = None, **options: Any) -> Iterator[Running]:
+    """A server of its own, of the bundled model."""
+    how = {"use_tqdm_on_load": False, **ENGINE, **(engine or {})}
+    llm = AsyncLLM.from_options(None, queue=QueueOptions(**(queue or {})), **how)
+    try:
+        with running(llm, **options) as one:
+            yield one
+    finally:
+        llm.shutdown()
 
 
 def at_once(jobs: Iterable[Callable[[], None]], num_threads: int) -> None:
@@ -109,15 +125,11 @@ def storm(server: Running, num_malformed: int, num_good: int, *, seed: int = 0, 
 
 def full(num_malformed: int, num_good: int) -> int:
     """With a server of its own."""
-    llm = new_llm()
-    try:
-        with running(llm, body_timeout_s=3.0) as server:
-            storm(server, num_malformed // 3, num_good // 3, seed=1)  # what is cached has a limit, and is there now
-            before = anonymous_bytes()
-            found = storm(server, num_malformed, num_good)
-            grown = (anonymous_bytes() - before) / 2**20
-        print(f"    statuses: {dict(sorted(found.items()))}, memory: {grown:+.1f} MiB", flush=True)
-        assert grown < 16, "memory has grown"
-    finally:
-        llm.shutdown()
+    with served(body_timeout_s=3.0) as server:
+        storm(server, num_malformed // 3, num_good // 3, seed=1)  # what is cached has a limit, and is there now
+        before = anonymous_bytes()
+        found = storm(server, num_malformed, num_good)
+        grown = (anonymous_bytes() - before) / 2**20
+    print(f"    statuses: {dict(sorted(found.items()))}, memory: {grown:+.1f} MiB", flush=True)
+    assert grown < 16, "memory has grown"
     return num_malformed + num_good
