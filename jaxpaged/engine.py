@@ -274,7 +274,7 @@ class Engine:
         return events
 
     def _set_back(self) -> None:
-        """Forget the steps in flight. What runs begins again with what was committed, on new pages where the old ones are lost."""
+        """Forget the steps in flight. What runs begins again with what was committed, without pages if they are lost."""
         self._in_flight.clear()
         if self._drafting is not None:
             self._drafting.failed()

@@ -9,7 +9,6 @@ import asyncio
 import functools
 import logging
 import socket
-import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -88,7 +87,6 @@ def serve(
     with bound if bound is not None else bind(options.host, options.port) as bound:
         try:
             server = Server(llm, options)
-            sys.setswitchinterval(0.0005)
             bound.listen(server.config.backlog)  # who connects as soon as the address is told has to wait, not to come again
             if when_ready is not None:
                 when_ready(address_of(bound))

@@ -73,9 +73,7 @@ def _text(part: Any, where: str) -> str:
         return part
     if not isinstance(part, dict) or part.get("type", "text") != "text":
         kind = part.get("type") if isinstance(part, dict) else part
-        raise RequestError(
-            f"{where}: got {shown(kind)}, expected {{'type': 'text', 'text': ...}}: this model reads text only"
-        )
+        raise RequestError(f"{where}: got {shown(kind)}, expected {{'type': 'text', 'text': ...}}: this model reads text only")
     if not isinstance(part.get("text"), str):
         raise RequestError(f"{where}.text: got {shown(part.get('text'))}, expected a text")
     return part["text"]

@@ -5,8 +5,10 @@ A case is bytes for a socket. What is expected of every answer is in `judge`; se
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import http.client
+import io
 import json
 import random
 import re
@@ -16,7 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 MESSAGES = [{"role": "user", "content": "Sort these words: pear, apple, fig"}]
-TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}},
+}
 CHAT, COMPLETION, TOKENIZE, DETOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"
 
 
@@ -67,17 +72,44 @@ VALID = valid()
 HOSTILE_VALUES = (
     *("null", "true", "false", "0", "-1", "1.5", "-0.0", "1e-320", "1e400", "-1e400", "NaN", "Infinity", "-Infinity"),
     *("9007199254740993", "18446744073709551616", "9" * 401, "9" * 5000, "[]", "{}", "[[]]", "[null]", "[true]", '[{"a":[]}]'),
-    *('""', '"\\u0000"', '"\\ud800"', '"x\\udfff\\ud800y"', '"5"', '"true"', '" "', '"' + "a" * 20_000 + '"', '"\\r\\nSet-Cookie: a"'),
-    *('["", ""]', "[-1]", "[1.5]", "[99999999]", "[1,[2,[3]]]", '{"type":null}', '{"type":[]}', '{"type":"json_schema"}', "[" * 1500 + "]" * 1500),
+    *(
+        '""',
+        '"\\u0000"',
+        '"\\ud800"',
+        '"x\\udfff\\ud800y"',
+        '"5"',
+        '"true"',
+        '" "',
+        '"' + "a" * 20_000 + '"',
+        '"\\r\\nSet-Cookie: a"',
+    ),
+    *(
+        '["", ""]',
+        "[-1]",
+        "[1.5]",
+        "[99999999]",
+        "[1,[2,[3]]]",
+        '{"type":null}',
+        '{"type":[]}',
+        '{"type":"json_schema"}',
+        "[" * 1500 + "]" * 1500,
+    ),
     *('{"a":' * 1200 + "1" + "}" * 1200, '{"regex":"(a+)+$"}', '{"json":{"$ref":"#"}}', '{"type":"object","properties":[]}'),
-    *('{"choice":[]}', '{"grammar":"root ::= root"}', '[{"role":"user","content":[{"type":"text"}]}]', '[{"role":"user","content":{}}]'),
+    *(
+        '{"choice":[]}',
+        '{"grammar":"root ::= root"}',
+        '[{"role":"user","content":[{"type":"text"}]}]',
+        '[{"role":"user","content":{}}]',
+    ),
     *('[{"type":"function","function":{"name":"a","parameters":{"$ref":"file:///x"}}}]', '[{"role":"tool","content":"x"}]'),
     *("[" + ",".join(["5"] * 3000) + "]", "[" + ",".join(['"a"'] * 200) + "]", '{"include_usage":1}', '"\\u2028\\ufeff\\u202e"'),
-)  # fmt: skip
+)
 _MARK = "\u0001mark\u0001"
 
 
-def request(path: str, body: bytes, *, method: str = "POST", headers: tuple[tuple[str, str], ...] = (), length: str | None = None) -> bytes:
+def request(
+    path: str, body: bytes, *, method: str = "POST", headers: tuple[tuple[str, str], ...] = (), length: str | None = None
+) -> bytes:
     """The bytes of one request."""
     lines = [f"{method} {path} HTTP/1.1", "Host: x", "Connection: close"]
     given = {name.lower() for name, _ in headers}
@@ -128,7 +160,9 @@ def _missing(rng: random.Random) -> Case:
 
 def _unknown(rng: random.Random) -> Case:
     path, body = _pick(rng)
-    name = rng.choice(["temprature", "x" * 5000, "__class__", "", "\x00", "max-tokens", "Prompt", "\ud800", "a\r\nb", "chat_template"])
+    name = rng.choice(
+        ["temprature", "x" * 5000, "__class__", "", "\x00", "max-tokens", "Prompt", "\ud800", "a\r\nb", "chat_template"]
+    )
     body[name] = rng.choice([1, "x", None, [], {}])
     return Case("unknown", request(path, _text(body)), name[:64], must_fail=True)
 
@@ -169,27 +203,97 @@ def _headed(rng: random.Random) -> Case:
     text = _text(body)
     chunked = (("Transfer-Encoding", "chunked"),)
     kinds: dict[str, Callable[[], bytes]] = {
-        "type": lambda: request(path, text, headers=(("Content-Type", rng.choice(["text/plain", "multipart/form-data", "", "\x01", "application/xml"])),)),
-        "charset": lambda: request(path, text, headers=(("Content-Type", "application/json; charset=" + rng.choice(["latin-1", "utf-16", "x" * 300])),)),
-        "encoding": lambda: request(path, text, headers=(("Content-Encoding", rng.choice(["gzip", "br", "deflate", "zstd", "x"])),)),
+        "type": lambda: request(
+            path,
+            text,
+            headers=(("Content-Type", rng.choice(["text/plain", "multipart/form-data", "", "\x01", "application/xml"])),),
+        ),
+        "charset": lambda: request(
+            path, text, headers=(("Content-Type", "application/json; charset=" + rng.choice(["latin-1", "utf-16", "x" * 300])),)
+        ),
+        "encoding": lambda: request(
+            path, text, headers=(("Content-Encoding", rng.choice(["gzip", "br", "deflate", "zstd", "x"])),)
+        ),
         "length": lambda: request(path, text, length=rng.choice(["-1", "x", "1e3", "+5", "0x10", "9" * 30, "", "1, 2"])),
         "short": lambda: request(path, text, length=str(rng.randrange(0, len(text)))),
         "long": lambda: request(path, text, length=str(len(text) + rng.randrange(1, 99))),
         "huge": lambda: request(path, text, length=str(2**40)),
         "two lengths": lambda: request(path, text, headers=(("Content-Length", str(len(text) + 1)),)),
         "both": lambda: request(path, text, headers=chunked).replace(b"Transfer-", b"Content-Length: 3\r\nTransfer-"),
-        "chunks": lambda: request(path, rng.choice([b"zz\r\n", b"-1\r\n", b"5\r\nab", b"1" * 40 + b"\r\n", b"3\r\nabcdef\r\n0\r\n\r\n", text]), headers=chunked),
-        "coding": lambda: request(path, text, headers=(("Transfer-Encoding", rng.choice(["gzip", "chunked, gzip", "x", "gzip, chunked"])),)),
-        "method": lambda: request(path, text, method=rng.choice(["PUT", "DELETE", "PATCH", "TRACE", "PROPFIND", "FOO", "post", "GET", "HEAD", "OPTIONS"])),
-        "path": lambda: request(rng.choice(["/", "//", "/v1/../live", "/%00", "/%ff%fe", "/v1/models/%0d%0a", "*", "http://a b/", "/" + "a" * 9000, "/v1/chat/completions/", "/v1%2fcompletions", "/\x7f", "/\xff"]), text),
+        "chunks": lambda: request(
+            path,
+            rng.choice([b"zz\r\n", b"-1\r\n", b"5\r\nab", b"1" * 40 + b"\r\n", b"3\r\nabcdef\r\n0\r\n\r\n", text]),
+            headers=chunked,
+        ),
+        "coding": lambda: request(
+            path, text, headers=(("Transfer-Encoding", rng.choice(["gzip", "chunked, gzip", "x", "gzip, chunked"])),)
+        ),
+        "method": lambda: request(
+            path,
+            text,
+            method=rng.choice(["PUT", "DELETE", "PATCH", "TRACE", "PROPFIND", "FOO", "post", "GET", "HEAD", "OPTIONS"]),
+        ),
+        "path": lambda: request(
+            rng.choice(
+                [
+                    "/",
+                    "//",
+                    "/v1/../live",
+                    "/%00",
+                    "/%ff%fe",
+                    "/v1/models/%0d%0a",
+                    "*",
+                    "http://a b/",
+                    "/" + "a" * 9000,
+                    "/v1/chat/completions/",
+                    "/v1%2fcompletions",
+                    "/\x7f",
+                    "/\xff",
+                ]
+            ),
+            text,
+        ),
         "many headers": lambda: request(path, text, headers=tuple((f"X-{n}", "y" * 900) for n in range(90))),
         "long header": lambda: request(path, text, headers=(("X-Filler", "y" * 200_000),)),
-        "odd header": lambda: request(path, text, headers=(rng.choice([("X-Request-Id", "a\x01b"), ("X Y", "1"), ("", "1"), ("X\x00", "1"), ("X", "a\x00b"), ("Authorization", "\xff" * 50), ("Host", "a/../b"), (":path", "/")]),)),
+        "odd header": lambda: request(
+            path,
+            text,
+            headers=(
+                rng.choice(
+                    [
+                        ("X-Request-Id", "a\x01b"),
+                        ("X Y", "1"),
+                        ("", "1"),
+                        ("X\x00", "1"),
+                        ("X", "a\x00b"),
+                        ("Authorization", "\xff" * 50),
+                        ("Host", "a/../b"),
+                        (":path", "/"),
+                    ]
+                ),
+            ),
+        ),
         "expect": lambda: request(path, text, headers=(("Expect", rng.choice(["200-ok", "x"])),)),
-        "upgrade": lambda: request(path, text, headers=(("Upgrade", rng.choice(["websocket", "h2c"])),)).replace(b"Connection: close", b"Connection: Upgrade, close"),
-        "no HTTP": lambda: rng.choice([b"\x16\x03\x01\x02\x00\x01\x00", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"hello\r\n\r\n", b"GET\r\n\r\n", b"\0" * 99, b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/completions HTTP/1.1\nHost: x\n folded\n\n", rng.randbytes(300)]),
-        "two": lambda: request(path, text).replace(b"Connection: close", b"X: y") + rng.choice([b"garbage\r\n\r\n", b"\0\0\0\0", b"GET / HTTP/1.1\r\nHost"]),
-    }  # fmt: skip
+        "upgrade": lambda: request(path, text, headers=(("Upgrade", rng.choice(["websocket", "h2c"])),)).replace(
+            b"Connection: close", b"Connection: Upgrade, close"
+        ),
+        "no HTTP": lambda: rng.choice(
+            [
+                b"\x16\x03\x01\x02\x00\x01\x00",
+                b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+                b"hello\r\n\r\n",
+                b"GET\r\n\r\n",
+                b"\0" * 99,
+                b"GET / HTTP/9.9\r\n\r\n",
+                b"POST /v1/completions HTTP/1.1\nHost: x\n folded\n\n",
+                rng.randbytes(300),
+            ]
+        ),
+        "two": lambda: (
+            request(path, text).replace(b"Connection: close", b"X: y")
+            + rng.choice([b"garbage\r\n\r\n", b"\0\0\0\0", b"GET / HTTP/1.1\r\nHost"])
+        ),
+    }
     kind = rng.choice(list(kinds))
     tolerated = ("short", "method", "path", "odd header", "expect", "upgrade", "two", "coding", "both", "charset", "type")
     return Case(kind, kinds[kind](), must_fail=kind not in tolerated)
@@ -213,11 +317,21 @@ def malformed(rng: random.Random) -> Case:
 
 # A field of a request -> fields that an error about it may name beside it, because they stand or fall together.
 ALSO = {
-    "logprobs": {"top_logprobs", "prompt_logprobs"}, "top_logprobs": {"logprobs"}, "prompt": {"messages"}, "messages": {"prompt"},
-    "n": {"best_of", "use_beam_search", "temperature"}, "best_of": {"n", "use_beam_search"}, "tools": {"tool_choice", "messages"},
-    "tool_choice": {"tools"}, "stream": {"stream_options"}, "max_completion_tokens": {"max_tokens"}, "min_tokens": {"max_tokens"},
-    "max_tokens": {"max_completion_tokens", "min_tokens"}, "use_beam_search": {"n", "temperature", "best_of"}, "echo": {"max_tokens"},
-}  # fmt: skip
+    "logprobs": {"top_logprobs", "prompt_logprobs"},
+    "top_logprobs": {"logprobs"},
+    "prompt": {"messages"},
+    "messages": {"prompt"},
+    "n": {"best_of", "use_beam_search", "temperature"},
+    "best_of": {"n", "use_beam_search"},
+    "tools": {"tool_choice", "messages"},
+    "tool_choice": {"tools"},
+    "stream": {"stream_options"},
+    "max_completion_tokens": {"max_tokens"},
+    "min_tokens": {"max_tokens"},
+    "max_tokens": {"max_completion_tokens", "min_tokens"},
+    "use_beam_search": {"n", "temperature", "best_of"},
+    "echo": {"max_tokens"},
+}
 LEAKS = re.compile(
     rb"0x[0-9a-f]{6,}|/home|/tmp/|/usr/|/work|site-packages|\.py\b|Traceback|line \d+, in |\b[A-Za-z]+(Error|Exception|Warning)\b"
     rb"|\b(jaxpaged|uvicorn|starlette|fastapi|pydantic|httptools|asyncio|tokenizers|jinja2|llguidance|numpy|jax)\.[a-z_]+"
@@ -228,17 +342,12 @@ LEAKS = re.compile(
 def exchange(address: tuple[str, int], raw: bytes, timeout_s: float = 60.0) -> bytes:
     """All that the server says until it closes the connection."""
     with socket.create_connection(address, timeout_s) as client:
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has heard enough; what it says may still be read
             client.sendall(raw)
-            client.shutdown(socket.SHUT_RDWR) if not raw else None
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it has heard enough; what it says may still be read
         found = bytearray()
-        try:
+        with contextlib.suppress(ConnectionResetError):
             while piece := client.recv(1 << 16):
                 found += piece
-        except ConnectionResetError:
-            pass
     return bytes(found)
 
 
@@ -246,8 +355,6 @@ class _Said:
     """For http.client: a socket of what was said."""
 
     def __init__(self, raw: bytes):
-        import io
-
         self._file = io.BytesIO(raw)
 
     def makefile(self, *_: Any) -> Any:

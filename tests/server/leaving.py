@@ -24,7 +24,13 @@ from storm import address, at_once, settled
 WAYS = ("reset", "end", "half", "timeout")
 TIMES = ("queued", "prefilling", "streaming", "at the last token", "whole")
 MAX_TOKENS = 12
-STAYING = {"prompt": "One day Omar and Anna went", "max_tokens": 300, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
+STAYING = {
+    "prompt": "One day Omar and Anna went",
+    "max_tokens": 300,
+    "ignore_eos": True,
+    "temperature": 0,
+    "return_token_ids": True,
+}
 MOST_STEPS, MOST_S = 2, 1.0
 
 
@@ -92,7 +98,11 @@ def disconnects(server: Running, count: int, *, at_a_time: int = 10, seed: int =
         for trial in range(-(-count // at_a_time)):
             rng = random.Random(f"{seed} {trial}")
             found: list[list[int]] = []
-            stays = [threading.Thread(target=lambda: found.append(_tokens(exchange(address(server), request(COMPLETION, staying))))) for _ in range(2)]  # fmt: skip
+
+            def stay(found: list[list[int]] = found) -> None:
+                found.append(_tokens(exchange(address(server), request(COMPLETION, staying))))
+
+            stays = [threading.Thread(target=stay) for _ in range(2)]
             for thread in stays:
                 thread.start()
             wait_until(lambda: server.llm.num_unfinished >= 2)

@@ -60,7 +60,10 @@ def sizes(server: Running, *, num_chunks: int = 1_000_000, num_parallel: int = 6
     status, _, _ = parsed(exchange(place, request(COMPLETION, flood, headers=chunked)))
     assert status == 200 and time.monotonic() - started < 30
     for head in (b"X: " + b"y" * (70 << 10), b"\r\n".join(b"X-%d: yyyyyyyy" % n for n in range(9000))):
-        assert _code(exchange(place, b"GET /live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + head + b"\r\n\r\n")) == (431, "headers_too_large")  # fmt: skip
+        assert _code(exchange(place, b"GET /live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + head + b"\r\n\r\n")) == (
+            431,
+            "headers_too_large",
+        )
     with socket.create_connection(place, 20) as client:  # a header without an end
         client.sendall(b"GET /live HTTP/1.1\r\nX: ")
         num_sent = 0
@@ -86,7 +89,9 @@ def sizes(server: Running, *, num_chunks: int = 1_000_000, num_parallel: int = 6
     watching.join()
     assert set(statuses) <= {200, 429} and 200 in statuses, statuses
     grown = (peak - before) / MIB
-    print(f"    {num_parallel} bodies of {limit / MIB:.0f} MiB at once: {statuses.count(200)} served, {grown:+.0f} MiB", flush=True)
+    print(
+        f"    {num_parallel} bodies of {limit / MIB:.0f} MiB at once: {statuses.count(200)} served, {grown:+.0f} MiB", flush=True
+    )
     assert peak - before < 5 * 16 * limit, "memory without a limit"  # of 16 bodies: bytes, text, what was read of them
     settled(server)
     return 7 + num_parallel
@@ -98,7 +103,13 @@ def sizes(server: Running, *, num_chunks: int = 1_000_000, num_parallel: int = 6
 @contextlib.contextmanager
 def _trickling(server: Running, count: int) -> Iterator[list[socket.socket]]:
     """Clients that never finish: without a byte, in the head, between requests, in the body, in pieces of a body."""
-    beginnings = (b"", b"GET /li", b"\r\n", request(COMPLETION, b'{"pro', length="9"), request(COMPLETION, b"", headers=(("Transfer-Encoding", "chunked"),)))  # fmt: skip
+    beginnings = (
+        b"",
+        b"GET /li",
+        b"\r\n",
+        request(COMPLETION, b'{"pro', length="9"),
+        request(COMPLETION, b"", headers=(("Transfer-Encoding", "chunked"),)),
+    )
     clients = [socket.create_connection(address(server), 20) for _ in range(count)]
     is_over = threading.Event()
 
@@ -140,8 +151,10 @@ def slow_senders(server: Running, count: int) -> int:
         beside = p99(limit * 0.5)
         wait_until(lambda: len(server.server.server_state.connections) == 0, limit + 5)
         gone_s = time.monotonic() - started
-    ratio = beside / alone
-    print(f"    {count} slow clients are gone after {gone_s:.1f} s, the limit is {limit:g} s; p99 beside them x{ratio:.2f}", flush=True)
+    print(
+        f"    {count} slow clients gone after {gone_s:.1f} s, the limit is {limit:g} s; p99 beside them x{beside / alone:.2f}",
+        flush=True,
+    )
     assert gone_s < limit + 2
     settled(server)
     return count
@@ -230,11 +243,20 @@ def keys(server: Running) -> int:
     routes = sorted({route.path for route in server.server.config.app.routes if hasattr(route, "path")})
     assert len(routes) > 10
     bad = (
-        *((), (("Authorization", "Bearer wrong"),), (("Authorization", f"Bearer {KEYS[0][:-1]}"),), (("Authorization", KEYS[0]),)),
-        *((("Authorization", f"Bearer {KEYS[1].upper()}"),), (("Authorization", f"Basic {KEYS[0]}"),), (("Authorization", "Bearer"),)),
+        *(
+            (),
+            (("Authorization", "Bearer wrong"),),
+            (("Authorization", f"Bearer {KEYS[0][:-1]}"),),
+            (("Authorization", KEYS[0]),),
+        ),
+        *(
+            (("Authorization", f"Bearer {KEYS[1].upper()}"),),
+            (("Authorization", f"Basic {KEYS[0]}"),),
+            (("Authorization", "Bearer"),),
+        ),
         (("Authorization", f"Bearer {KEYS[0]}x"), ("X-Api-Key", KEYS[0])),
         (("Cookie", f"Authorization=Bearer {KEYS[0]}"),),
-    )  # fmt: skip
+    )
     count = 0
     jobs = []
 
@@ -248,7 +270,16 @@ def keys(server: Running) -> int:
         count += 1
 
     for path in (*routes, "/nowhere"):
-        spelled = {path, "/" + path, path + "/", path + "?live", path.upper(), "/live/.." + path, path + "%00", "http://live" + path}
+        spelled = {
+            path,
+            "/" + path,
+            path + "/",
+            path + "?live",
+            path.upper(),
+            "/live/.." + path,
+            path + "%00",
+            "http://live" + path,
+        }
         for number, name in enumerate(sorted(spelled - {"/live?live", "/LIVE"})):
             for place, headers in enumerate(bad):
                 method = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PROPFIND")[(number + place) % 7]

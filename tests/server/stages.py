@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -16,8 +17,6 @@ from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent))
-import logging
-
 from hostile import CHAT, LEAKS
 from running import Running
 from storm import asked, at_once, settled
@@ -64,7 +63,7 @@ def _in_text(part: str) -> Callable[..., Any]:
                 owner = getattr(output.text, part)
                 count = iter(range(10**6))
                 broken = mock.Mock(wraps=owner)
-                broken.add = _raising(owner.add, lambda *_, **__: next(count) == 2)
+                broken.add = _raising(owner.add, lambda *_, count=count, **__: next(count) == 2)
                 broken.text = ""
                 setattr(output.text, part, broken)
 
@@ -74,16 +73,46 @@ def _in_text(part: str) -> Callable[..., Any]:
 # Where it raises -> what the marked request has more than the one whose place it takes, and what is put in place of what.
 STAGES: dict[str, tuple[dict[str, Any], Any, str, Callable[..., Any]]] = {
     "sampling": ({"user": MARK}, chat, "chat_sampling", _raising(chat.chat_sampling, lambda body, _: body.get("user") == MARK)),
-    "template": ({"user": MARK, "chat_template_kwargs": {"mark": MARK}}, chat, "chat_prompt", _raising(chat_prompt, lambda *_, **more: MARK in str(more.get("chat_template_kwargs")))),
-    "tokenise": ({"messages": [{"role": "user", "content": MARK}]}, Tokenizer, "encode", _raising(Tokenizer.encode, lambda _, text, *__, **___: MARK in text)),
-    "grammar": ({"structured_outputs": {"choice": [MARK]}}, Grammars, "find", _raising(Grammars.find, lambda _, params, *__: MARK in str(params.choice))),
-    "logits": ({"seed": SEED, "min_tokens": 2}, adjuster, "rules", _raising(adjuster.rules, lambda chunk, *_: chunk.sequence.request.params.seed == SEED)),
+    "template": (
+        {"user": MARK, "chat_template_kwargs": {"mark": MARK}},
+        chat,
+        "chat_prompt",
+        _raising(chat_prompt, lambda *_, **more: MARK in str(more.get("chat_template_kwargs"))),
+    ),
+    "tokenise": (
+        {"messages": [{"role": "user", "content": MARK}]},
+        Tokenizer,
+        "encode",
+        _raising(Tokenizer.encode, lambda _, text, *__, **___: MARK in text),
+    ),
+    "grammar": (
+        {"structured_outputs": {"choice": [MARK]}},
+        Grammars,
+        "find",
+        _raising(Grammars.find, lambda _, params, *__: MARK in str(params.choice)),
+    ),
+    "logits": (
+        {"seed": SEED, "min_tokens": 2},
+        adjuster,
+        "rules",
+        _raising(adjuster.rules, lambda chunk, *_: chunk.sequence.request.params.seed == SEED),
+    ),
     "detokenise": ({"seed": SEED}, GrowingRequest, "__init__", _in_text("_detokenizer")),
     "stop": ({"seed": SEED, "stop": ["zzz"]}, GrowingRequest, "__init__", _in_text("_finder")),
     "tools": ({"tools": [TOOL]}, _Parsed, "take", _raising(_Parsed.take, lambda *_, **__: True)),
-    "logprobs": ({"top_logprobs": NUM_TOP}, chat, "chat_logprobs", _raising(chat.chat_logprobs, lambda *given: given[2] == NUM_TOP)),
-    "usage": ({"messages": [{"role": "user", "content": MARK}]}, Usage, "add", _raising(Usage.add, lambda _, __, output: MARK in (output.prompt or ""))),
-}  # fmt: skip
+    "logprobs": (
+        {"top_logprobs": NUM_TOP},
+        chat,
+        "chat_logprobs",
+        _raising(chat.chat_logprobs, lambda *given: given[2] == NUM_TOP),
+    ),
+    "usage": (
+        {"messages": [{"role": "user", "content": MARK}]},
+        Usage,
+        "add",
+        _raising(Usage.add, lambda _, __, output: MARK in (output.prompt or "")),
+    ),
+}
 
 
 def told(server: Running, body: dict[str, Any]) -> tuple[int, Any, bytes]:
@@ -150,7 +179,8 @@ def trials(server: Running, seeds: Iterable[int]) -> int:
                 assert status == 500 or (status == 200 and some[place]["stream"]), where
                 assert error is not None and raw.count(b'"error"') == 1, where
                 assert error["code"] == ("engine_step_failed" if name == "logits" else "internal_error"), where
-                assert set(error) == {"message", "type", "param", "code"} and not LEAKS.search(raw) and b"secret" not in raw, where
+                assert set(error) == {"message", "type", "param", "code"}, where
+                assert not LEAKS.search(raw) and b"secret" not in raw, where
             settled(server)
             count += 1
     assert server.llm._thread._thread.ident == thread and server.llm.is_ready

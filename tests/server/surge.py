@@ -113,8 +113,8 @@ def surge(double_s: float, tenfold_s: float, *, is_timed: bool = True) -> int:
             count += num
             refused, served = len(seen.taken_s[429]), len(seen.taken_s[200])
             print(
-                f"    x{times} of {capacity:.0f}/s for {seconds:g} s: {num:,} sent, {served:,} served, {refused:,} refused with p50"
-                f" {1000 * statistics.median(seen.taken_s[429] or [0]):.1f} ms, p99 {1000 * seen.p99(429):.1f} ms; served p99"
+                f"    x{times} of {capacity:.0f}/s for {seconds:g} s: {num:,} sent, {served:,} served, {refused:,} refused with"
+                f" p50 {1000 * statistics.median(seen.taken_s[429] or [0]):.1f} ms, p99 {1000 * seen.p99(429):.1f} ms; served p99"
                 f" {seen.p99(200):.2f} s; {_grown(pid) - before:+.1f} MiB",
                 flush=True,
             )
