@@ -38,7 +38,7 @@ class Left:
     """When each stream's end was asked for and when it was out, in steps of the engine."""
 
     def __init__(self, server: Running):
-        self.thread, self.num_steps, self._asked = server.llm._thread, 0, {}
+        self.thread, self.num_steps, self.num_ended, self._asked = server.llm._thread, 0, 0, {}
         self._end, self._abort = self.thread.end, self.thread._abort
         self.thread.end, self.thread._abort = self.end, self.abort  # type: ignore[method-assign]
 
@@ -48,6 +48,7 @@ class Left:
         self._end(stream)
 
     def abort(self, stream: Any) -> None:
+        self.num_ended += not stream.is_over
         self._abort(stream)
         since = self._asked.pop(stream.request.request_id, self.thread.engine.num_steps)  # closed twice is ended twice
         self.num_steps = max(self.num_steps, self.thread.engine.num_steps - since)
@@ -59,7 +60,7 @@ class Left:
 def _ask(when: str, rng: random.Random) -> bytes:
     long = [rng.randrange(5, 300) for _ in range(rng.choice((600, 900)))]
     prompt: Any = long if when == "prefilling" else f"One day {rng.randrange(1000)}"
-    max_tokens = MAX_TOKENS if when == "at the last token" else 100
+    max_tokens = MAX_TOKENS if when == "at the last token" else 100 if when == "prefilling" else 900
     body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": when != "whole", "seed": rng.randrange(99)}
     return request(COMPLETION, json.dumps(body).encode())
 
@@ -118,8 +119,9 @@ def disconnects(server: Running, count: int, *, at_a_time: int = 10, seed: int =
             num_gone += at_a_time
     finally:
         left.undo()
-    print(f"    {num_gone} clients have left: out after at most {left.num_steps} steps and {worst_s:.3f} s", flush=True)
+    print(f"    {num_gone} clients have left, {left.num_ended} of them before the end: out after at most {left.num_steps} steps and {worst_s:.3f} s", flush=True)
     assert left.num_steps <= MOST_STEPS and worst_s <= MOST_S
+    assert left.num_ended > num_gone / 3, "who left was served to the end"
     return num_gone
 
 
