@@ -163,6 +163,13 @@ class Adjuster:
         refused[list(allowed or ())] = False
         self.marks = self._begin(self.marks, np.int32(place), tokens, lens, refused)
 
+    def recover(self) -> None:
+        """A step has failed, and nobody knows what it has left of the marks: they are made anew."""
+        self._marked.clear()
+        if not self.marks.is_deleted():
+            self.marks.delete()
+        self.marks = jnp.zeros((self.num_sequences, self.vocab_size), jnp.int32)
+
     def close(self) -> None:
         """Give the memory back."""
         self._marked.clear()

@@ -104,6 +104,11 @@ class Admission:
             self.num_outputs, self.num_tokens = outputs, tokens
         return Ticket(self, num_outputs, num_tokens, self._clock())
 
+    def check(self) -> None:
+        """Raises QueueFullError where not even the smallest request would be let in."""
+        if self.num_outputs >= self.max_queued_requests or (self.num_outputs and self.num_tokens >= self.max_queued_tokens):
+            raise QueueFullError("the queue is full", self.retry_after_s)
+
     def split(self, ticket: Ticket, num_tokens: list[int]) -> list[Ticket]:
         """One ticket for each of several parts that a request has, of as many outputs each, in place of the whole one."""
         with self._lock:

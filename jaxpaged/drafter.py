@@ -232,6 +232,12 @@ class Drafter:
             count = max(0, min(num_drafts, one.num_places - position))
             self._proposed[one.sequence] = _Proposed(position, tuple(token_ids[:count]), one.pages)
 
+    def recover(self, num_pages: int, dtype: str) -> None:
+        """The pages are lost: those that come hold nothing."""
+        self.cache = kv_cache.init_cache(self.model, num_pages, self.page_size, dtype)
+        self._stale.clear()
+        self._proposed, self._asked = {}, []
+
     def close(self) -> None:
         """Give the memory back."""
         self._proposed = {}

@@ -266,15 +266,30 @@ class Engine:
             in_flight = [chunk.sequence for plan, _ in self._in_flight for chunk in plan.chunks()]
             self.failed_ids = frozenset(one.request.request_id for one in (*in_flight, *self.scheduler.running))
             self._untold = events  # of steps that did not fail
-            self._in_flight.clear()
-            if self._drafting is not None:
-                self._drafting.failed()
             self._eyes.failed(error)
             with contextlib.suppress(Exception):  # of a scheduler that is broken itself; what raised first is what to tell
-                self.scheduler.rewind()
+                self._set_back()
             raise
         self.num_generation_tokens += sum(len(event.token_ids) or event.token_id is not None for event in events)
         return events
+
+    def _set_back(self) -> None:
+        """Forget the steps in flight. What runs begins again with what was committed, without pages if they are lost."""
+        self._in_flight.clear()
+        if self._drafting is not None:
+            self._drafting.failed()
+        self.scheduler.rewind()
+        if not self.runner.recover():
+            self.reset_prefix_cache()
+
+    def single_out(self, request_ids: frozenset[str] | None) -> None:
+        """Let these alone run from now on, where one of them may be what makes steps fail; None lets all. Others wait where they
+        are. What runs is set back when it is to be others than before.
+        """
+        if request_ids != self.scheduler.only:
+            self.scheduler.only = request_ids
+            if request_ids is not None:
+                self._set_back()
 
     def _finish_step(self, *, is_awaited: bool = True) -> list[TokenEvent]:
         plan, wait = self._in_flight.popleft()

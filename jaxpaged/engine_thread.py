@@ -9,7 +9,9 @@ import asyncio
 import contextlib
 import functools
 import logging
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -18,6 +20,7 @@ from jaxpaged.host.request import RequestError
 from jaxpaged.live import record_step
 from jaxpaged.pacing import Pacer
 from jaxpaged.streams import ClosedError, DeadlineError, RequestFaultError, StalledError, StepFailedError, Stream
+from jaxpaged.suspects import Suspects
 
 logger = logging.getLogger("jaxpaged")
 
@@ -38,12 +41,13 @@ class EngineThread:
         """`stall_s`: see `QueueOptions`."""
         self.engine, self.clock, self._stall_s = engine, engine.clock, stall_s
         self._streams: dict[str, Stream] = {}  # not over, by request id
-        self._failed_steps: dict[str, int] = {}  # request id -> steps that failed with it since its last token
-        self._num_failed = 0  # steps, in a row
+        self._suspects = Suspects()
+        self._num_failed = 0  # steps, in a row, but those of a trial
         self._lock = threading.Condition()  # of what follows
         self._commands: list[Callable[[], None]] = []
         self._is_closing = False
         self._beat_s = self.clock()
+        self._told_beat_s: float | None = None  # of the hang whose stack is in the log
         self._death: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="jaxpaged-engine", daemon=True)
         self._thread.start()
@@ -133,14 +137,22 @@ class EngineThread:
           StalledError, ClosedError: why not.
         """
         if self._death is not None:
-            raise StalledError(f"the engine's thread has ended ({type(self._death).__name__})")
+            raise StalledError("the engine's thread has ended")
         silent_s = self.clock() - self._beat_s
         if self._is_closing:
             raise ClosedError("the engine is closed")
         if silent_s > self._stall_s:
+            self._tell_stack()
             raise StalledError(f"the engine has begun no step for {silent_s:.1f} s, the limit is {self._stall_s:g} s")
         if self._num_failed >= _MAX_FAILED_STEPS:
             raise StalledError(f"the last {self._num_failed} steps have failed")
+
+    def _tell_stack(self) -> None:
+        """What the thread is at, once for each time that it hangs."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        if self._told_beat_s != self._beat_s and frame is not None:
+            self._told_beat_s = self._beat_s
+            logger.error("The engine hangs; its thread's stack:\n%s", "".join(traceback.format_stack(frame)))
 
     def close(self) -> None:
         """End what runs with a ClosedError to who waits for it, and the engine. Twice is nothing."""
@@ -196,32 +208,28 @@ class EngineThread:
 
     def _step(self) -> None:
         try:
+            self.engine.single_out(self._suspects.on_trial)
             changed = record_step(self.engine, self._streams, self._fault)
         except Exception as error:
             self._step_failed(error)
             return
         self._num_failed = 0
         for stream in changed:
-            self._failed_steps.pop(stream.request.request_id, None)
+            self._suspects.over(stream.request.request_id)
             self._forget_if_over(stream)
         self._wake(stream for stream in changed if stream.is_to_wake)
 
     def _step_failed(self, error: Exception) -> None:
-        """The engine has set back what was in the step: it is computed anew once, then given up.
-
-        Who has had a token since is not suspected any more.
-        """
-        self._num_failed += 1
+        """The engine has set back what was in the step: it is computed anew once, then whoever it was is found and given up."""
+        self._num_failed += self._suspects.on_trial is None
         ids = [one for one in self.engine.failed_ids if one in self._streams]
         logger.error("A step with %d requests has failed: %s", len(ids), error, exc_info=error)
-        for one in ids:
-            self._failed_steps[one] = self._failed_steps.get(one, 0) + 1
-        given_up = [one for one in ids if self._failed_steps[one] > 1]
-        if self._num_failed >= _MAX_FAILED_STEPS and not given_up:
+        given_up = self._suspects.failed(sorted(ids))
+        if self._num_failed >= _MAX_FAILED_STEPS and not given_up and self._suspects.on_trial is None:
             given_up = list(self._streams)  # it is none of those that can be named
         for one in given_up:
             self.engine.abort(one)
-            self._fail(self._streams[one], StepFailedError("the step that computes this request has failed twice"))
+            self._fail(self._streams[one], StepFailedError("the steps that compute this request fail"))
 
     def _fault(self, stream: Stream, error: Exception) -> None:
         logger.error("Request %s has failed: %s", stream.request.request_id, error, exc_info=error)
@@ -259,7 +267,7 @@ class EngineThread:
 
     def _forget_if_over(self, stream: Stream) -> None:
         if stream.is_over:
-            self._failed_steps.pop(stream.request.request_id, None)
+            self._suspects.over(stream.request.request_id)
             self._streams.pop(stream.request.request_id, None)
 
     def _wake(self, streams: Iterable[Stream]) -> None:

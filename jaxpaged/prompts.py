@@ -98,7 +98,10 @@ def with_bad_words(tokenizer: Tokenizer | None, params: SamplingParams) -> Sampl
         return params
     found: list[tuple[int, ...]] = []
     for word in params.bad_words:
-        plain, spaced = (tuple(tokenizer.encode(space + word.lstrip(), add_special_tokens=False)) for space in ("", " "))
+        try:
+            plain, spaced = (tuple(tokenizer.encode(space + word.lstrip(), add_special_tokens=False)) for space in ("", " "))
+        except RequestError:
+            raise RequestError(f"bad_words: {word[:32]!a} is not valid Unicode text") from None
         if not plain:
             raise RequestError(f"bad_words: {word[:32]!a} has no tokens")
         found.append(plain)

@@ -92,6 +92,12 @@ class Runner(Protocol):
         """Zero pages, behind all that is submitted."""
         ...
 
+    def recover(self) -> bool:
+        """After a step that failed, or whose result will not be asked for: make anew what it has taken along of the arrays on the
+        device. Whether the pages hold what they held; else they are zeros.
+        """
+        ...
+
     def fetched(self, *, wait: bool = False) -> list[tuple[bytes, bool]]:
         """The keys of `plan.transfers.fetches` that have ended since the last call, each with whether its page is in its slot.
 
@@ -257,6 +263,22 @@ class JaxRunner:
     @functools.cached_property
     def _zeroer(self) -> jax.stages.Compiled:
         return self._jitted_zero.lower(self.cache, np.zeros(ZEROED_AT_ONCE, np.int32)).compile()
+
+    def recover(self) -> bool:
+        """See `Runner.recover`."""
+        self._late = None
+        self._feed = batch.Feed(np.zeros(len(self._feed.token_ids), np.int32), {})
+        self.adjuster.recover()
+        if _are_sound(self._caches()):
+            return True
+        for array in jax.tree.leaves(self._caches()):
+            if not array.is_deleted():
+                array.delete()
+        size, dtype = self.config.block_size, self.config.kv_cache_dtype
+        self.cache = kv_cache.init_cache(self.model, self.num_pages, size, dtype)  # type: ignore[arg-type]
+        if self.drafter is not None:
+            self.drafter.recover(self.num_pages, dtype)
+        return False
 
     def fetched(self, *, wait: bool = False) -> list[tuple[bytes, bool]]:
         """See `Runner.fetched`."""
@@ -427,6 +449,15 @@ class JaxRunner:
         self._feed = self._feed._replace(token_ids=np.zeros(0, np.int32), rows={})
         self.compiled.clear()
         self._copiers.clear()
+
+
+def _are_sound(arrays: Any) -> bool:
+    """Whether they are there and hold something: a step that fails on the device leaves arrays that raise."""
+    try:
+        jax.block_until_ready(arrays)
+    except Exception:
+        return False
+    return not any(array.is_deleted() for array in jax.tree.leaves(arrays))
 
 
 def _copy_pages(

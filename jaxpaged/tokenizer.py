@@ -146,8 +146,8 @@ class Tokenizer:
         """
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except (UnicodeError, TypeError) as error:
-            raise RequestError(f"prompt: not valid Unicode text ({_one_line(error)})") from None
+        except (UnicodeError, TypeError):
+            raise RequestError("prompt: not valid Unicode text (a lone surrogate)") from None
 
     def decode(self, token_ids: Seq[int], skip_special_tokens: bool = True) -> str:
         """Text of ids. Ids that the tokenizer does not have give nothing."""

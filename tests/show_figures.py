@@ -141,9 +141,9 @@ FIGURES: list[Figure] = [
 ]
 
 
-def rows(names: list[str] | None, share: float) -> Iterator[tuple[str, bool]]:
+def rows(figures: list[Figure], names: list[str] | None, share: float) -> Iterator[tuple[str, bool]]:
     """A line for each figure, and whether it is right."""
-    for name, title, count_cases in FIGURES:
+    for name, title, count_cases in figures:
         if names and name not in names:
             continue
         started, computed = time.perf_counter(), time.process_time()
@@ -156,16 +156,16 @@ def rows(names: list[str] | None, share: float) -> Iterator[tuple[str, bool]]:
         yield f"{name} {count:>11} {seconds}  {'WRONG' if count == '-' else 'ok':5}  {title}", count != "-"
 
 
-def main() -> int:
+def main(figures: list[Figure] = FIGURES, about: str | None = __doc__) -> int:
     """Show them; 1 when one is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=sorted({name for name, _, _ in FIGURES}))
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=sorted({name for name, _, _ in figures}))
     parser.add_argument("--share", type=float, default=1.0)
     arguments = parser.parse_args()
     logging.getLogger("jaxpaged").setLevel(logging.ERROR)  # preemptions are what most of these are about
     is_well = True
     print(f"{'':3} {'cases':>11} {'seconds':>8} {'of cpu':>8}")
-    for line, is_right in rows(arguments.only, arguments.share):
+    for line, is_right in rows(figures, arguments.only, arguments.share):
         print(line, flush=True)
         is_well &= is_right
     return 0 if is_well else 1

@@ -285,7 +285,7 @@ def test_one_whose_steps_fail_is_given_up_and_the_engine_goes_on() -> None:
         assert len(tried) == 2
         assert [await tokens_of(llm, prompt, params(30)) for prompt in PROMPTS] == alone
         llm.check_health()
-        assert max(llm._thread._failed_steps.values(), default=0) == 0
+        assert llm._engine.scheduler.only is None
 
     served(task)
 

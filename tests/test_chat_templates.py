@@ -179,14 +179,14 @@ def test_parts_are_text(ours: Tokenizer) -> None:
     ("message", "problem"),
     [
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, r"messages\[1\].content\[0\]: got 'image_url'"),
-        ({"role": "user", "content": [{"type": "text", "text": 3}]}, r"messages\[1\].content\[0\].text: got int"),
-        ({"role": "user", "content": [3]}, r"messages\[1\].content\[0\]: got 'int'"),
-        ({"role": "assistant", "tool_calls": 3}, r"messages\[1\].tool_calls: got int"),
+        ({"role": "user", "content": [{"type": "text", "text": 3}]}, r"messages\[1\].content\[0\].text: got 3"),
+        ({"role": "user", "content": [3]}, r"messages\[1\].content\[0\]: got 3"),
+        ({"role": "assistant", "tool_calls": 3}, r"messages\[1\].tool_calls: got 3"),
         ({"role": "assistant", "tool_calls": [{"id": "x"}]}, r"messages\[1\].tool_calls\[0\].function: expected"),
         ({"role": "assistant", "tool_calls": [{"function": {"arguments": "[1]"}}]}, r"arguments: got '\[1\]', expected"),
         ({"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}, r"arguments: got '{', expected"),
         ({"role": "assistant", "tool_calls": [{"function": {"arguments": "[" * 99_999}}]}, "arguments: got '"),
-        ("hello", r"messages\[1\]: got str"),
+        ("hello", r"messages\[1\]: got 'hello'"),
     ],
 )
 def test_a_message_that_cannot_be_read_is_named(ours: Tokenizer, message: Any, problem: str) -> None:

@@ -17,7 +17,10 @@ LIBRARY = ("jaxpaged", "pallas_kernels", "convert")
 
 # From the ground up. A room imports from floors below its own; rooms of one floor never see each other.
 FLOORS = (
-    ("jaxpaged.version", "jaxpaged.errors", "jaxpaged.framed", "jaxpaged.stop_strings", "jaxpaged.tools"),
+    (
+        *("jaxpaged.version", "jaxpaged.errors", "jaxpaged.framed", "jaxpaged.stop_strings", "jaxpaged.suspects"),
+        "jaxpaged.tools",
+    ),
     ("jaxpaged.admission", "jaxpaged.pacing", "jaxpaged.profiling", "jaxpaged.speculative_config"),
     ("jaxpaged.config", "pallas_kernels"),
     ("jaxpaged.host", "jaxpaged.model", "jaxpaged.outputs"),
@@ -47,6 +50,7 @@ ONLY = {
     "jaxpaged.speculative_config": ("jaxpaged.errors",),
     "jaxpaged.config": ("jaxpaged.errors", "jaxpaged.speculative_config"),
     "jaxpaged.stop_strings": (),
+    "jaxpaged.suspects": (),
     "jaxpaged.tools": ("jaxpaged.tools",),
     "jaxpaged.host": ("jaxpaged.config", "jaxpaged.host"),
     "jaxpaged.observe": ("jaxpaged.config", "jaxpaged.host", "jaxpaged.observe", "jaxpaged.version"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from bisect import insort
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
 
 from jaxpaged.config import EngineConfig, ModelConfig
@@ -118,6 +118,7 @@ class Scheduler(Searches):
         self._copies: list[tuple[int, int]] = []  # of the plan being made
         self._in_flight: deque[StepPlan] = deque()  # planned and not committed, the oldest first
         self._is_advanced = False  # whether the sequences of the last of them are where it leaves them
+        self.only: Collection[str] | None = None  # requests that alone are admitted; None is all
         self.spoiled: list[int] = []  # pages that the last commit took from rows that were not finite; nobody owns them
 
     # --- events ---
@@ -222,8 +223,8 @@ class Scheduler(Searches):
         held_back: set[Sequence] = set()
         while len(self.waiting) > len(held_back) and is_open and self._has_room(1) and len(held_back) < MAX_HELD_BACK:
             self.waiting.refresh()
-            sequence = next(sequence for sequence in self.waiting if sequence not in held_back)
-            if sequence.num_pending:
+            sequence = next((one for one in self.waiting if one not in held_back and self._may_run(one)), None)
+            if sequence is None or sequence.num_pending:
                 break  # a token that only the device knows can be a decode's, not the end of a chunk
             known = self.recall.look(sequence)
             if known is None:
@@ -345,6 +346,9 @@ class Scheduler(Searches):
         if self.running[index].num_uncomputed == 1 or not tokens_left:
             return 0
         return min(tokens_left - 1, sum(other.num_uncomputed == 1 for other in self.running[index + 1 :]))
+
+    def _may_run(self, sequence: Sequence) -> bool:
+        return self.only is None or sequence.request.request_id in self.only
 
     def _is_held(self, tokens_left: int) -> bool:
         """Whether admission waits for more sequences to come, so that their prompts share a step."""

@@ -130,7 +130,8 @@ def _too_complex(name: str, what: str) -> GrammarError:
 
 def _named(value: object) -> str:
     """A value for a message; of anything but a number only the type, since it may be endless."""
-    return shown(value) if isinstance(value, (int, float)) and abs(value) < 1e9 else type(value).__name__
+    is_short = value is None or (isinstance(value, (int, float)) and abs(value) < 1e9)
+    return shown(value) if is_short else type(value).__name__
 
 
 def _check_text(name: str, value: object) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from jaxpaged.async_llm import AsyncLLM
 from jaxpaged.host.request import RequestError
@@ -40,10 +41,12 @@ def build_app(llm: AsyncLLM, options: ServerOptions | None = None, **injected: A
     """
     options = options or ServerOptions()
     service = Service(llm, options, **injected)
-    app = FastAPI(title="jaxpaged", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan)
+    options_of_app: dict[str, Any] = {"docs_url": None, "redoc_url": None, "lifespan": _lifespan}
+    # A redirect would lead to whatever Host the request has named.
+    app = FastAPI(title="jaxpaged", version=__version__, redirect_slashes=False, **options_of_app)
     app.state.service = service
     app.add_exception_handler(HTTPException, _no_route)
-    app.add_middleware(Guard, options=options)
+    app.add_middleware(Guard, options=options, check_room=service.check_room)
     _add_answers(app, service)
     _add_states(app, service)
     return app
@@ -70,13 +73,14 @@ def _add_answers(app: FastAPI, service: Service) -> None:
                 asked = Asked(parsed, len(raw), request.state.tenant, request.receive, as_error)
                 found = await answer(service, asked)
                 return found if isinstance(found, Response) else await _json(service, found)
-            except ConnectionError:
+            except (ConnectionError, ClientDisconnect):
                 raise
             except Exception as error:
                 raise as_error(error) from None
 
         route.__doc__ = answer.__doc__
         schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": body.schema}}}}
+        service.queued_paths.add(path)
         app.add_api_route(path, route, methods=["POST"], response_model=None, name=path.strip("/"), openapi_extra=schema)
 
     add("/v1/chat/completions", CHAT, chat.answer, prompt="messages")

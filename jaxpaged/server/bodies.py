@@ -55,9 +55,15 @@ class Body:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """For the OpenAPI document."""
-        properties = {name: dict(schema) for name, schema in self.fields.items()}
+        """For the OpenAPI document. A field that is not required may be null: it is as if it were not there."""
+        properties = {name: dict(one) if name in self.required else _or_null(one) for name, one in self.fields.items()}
         return {"type": "object", "properties": properties, "required": list(self.required), "additionalProperties": False}
+
+
+def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
+    if "type" in schema:
+        return {**schema, "type": [schema["type"], "null"]}
+    return {**schema, "anyOf": [*schema["anyOf"], {"type": "null"}]}
 
 
 def parse_json(raw: bytes) -> Any:

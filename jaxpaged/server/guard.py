@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import hmac
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
+
+from starlette.requests import ClientDisconnect
 
 from jaxpaged.server.bodies import dump_json
 from jaxpaged.server.errors import ApiError, as_api_error
@@ -21,6 +24,7 @@ from jaxpaged.server.options import ServerOptions
 OPEN_PATHS = ("/live",)
 MAX_HEADER_BYTES = 64 << 10
 _DISCARD_S = 1.0
+_MAX_BODIES = 16  # of the largest size, at one time: a thousand clients that send one each must not fill the memory
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -33,9 +37,18 @@ class Guard:
     What is inside finds in `scope["state"]`: request_id and tenant, the latter the same for one key and empty without.
     """
 
-    def __init__(self, app: Any, options: ServerOptions, *, make_id: Callable[[], str] = lambda: uuid.uuid4().hex):
-        self._app, self._options, self._make_id = app, options, make_id
+    def __init__(
+        self,
+        app: Any,
+        options: ServerOptions,
+        *,
+        check_room: Callable[[str, str], None] = lambda method, path: None,
+        make_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+    ):
+        """`check_room` raises where a request of a method and a path is not to be read."""
+        self._app, self._options, self._check_room, self._make_id = app, options, check_room, make_id
         self._digests = [_digest(key.encode()) for key in options.all_keys()]
+        self._num_held_bytes = 0  # of all bodies whose requests are not answered
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -47,7 +60,7 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value for name, value in scope["headers"]}
         given = headers.get("x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else self._make_id()
-        has_begun = False
+        has_begun, held = False, [0]
         patient = _Patient(send, self._options.send_timeout_s)
 
         async def sending(message: dict[str, Any]) -> None:
@@ -60,18 +73,18 @@ class Guard:
         try:
             scope.setdefault("state", {}).update(request_id=request_id, tenant=self._tenant(scope, headers))
             self._check_headers(scope, headers)
-            await self._app(scope, self._limited(receive), sending)
-        except ConnectionError:
+            self._check_room(scope["method"], scope["path"])
+            await self._app(scope, self._limited(receive, held), sending)
+        except (ConnectionError, ClientDisconnect):
             return  # there is nobody to tell
         except Exception as error:
             told = as_api_error(error)
             if has_begun:
                 raise ConnectionAbortedError from error  # an answer cut short must look like one
-            if told.status == 413:
-                await self._discard(receive)
-            await send_error(sending, told)
+            await send_error(sending, told, functools.partial(self._discard, receive) if told.status == 413 else None)
         finally:
             patient.close()
+            self._num_held_bytes -= held[0]
 
     def _tenant(self, scope: dict[str, Any], headers: dict[str, bytes]) -> str:
         """Whose request it is. Raises ApiError when it is nobody's."""
@@ -88,7 +101,8 @@ class Guard:
         return hashlib.sha256(b"jaxpaged tenant " + digest).hexdigest()[:32]
 
     def _check_headers(self, scope: dict[str, Any], headers: dict[str, bytes]) -> None:
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+        num_bytes = len(scope["raw_path"] or b"") + len(scope["query_string"])
+        if num_bytes + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             raise ApiError(431, f"more than {MAX_HEADER_BYTES:,} bytes of headers")
         if headers.get("content-encoding", b"identity").lower() != b"identity":
             raise ApiError(415, "Content-Encoding: expected none")
@@ -98,8 +112,8 @@ class Guard:
         if int(length) > self._options.max_body_bytes:
             raise ApiError(413, f"the body has {int(length):,} bytes, the limit is {self._options.max_body_bytes:,}")
 
-    def _limited(self, receive: Any) -> Any:
-        """`receive`, which refuses what is too large or too slow."""
+    def _limited(self, receive: Any, held: list[int]) -> Any:
+        """`receive`, which refuses what is too large or too slow, or too much beside all others; `held` is how much it gave."""
         num_bytes, is_whole = 0, False
         deadline = asyncio.get_running_loop().time() + self._options.body_timeout_s
 
@@ -114,9 +128,14 @@ class Guard:
                 raise ApiError(408, f"no whole request within {self._options.body_timeout_s:g} s") from None
             if message["type"] == "http.request":
                 num_bytes += len(message.get("body", b""))
+                self._num_held_bytes += num_bytes - held[0]
+                held[0] = num_bytes
                 is_whole = not message.get("more_body", False)
                 if num_bytes > self._options.max_body_bytes:
                     raise ApiError(413, f"the body has more than {self._options.max_body_bytes:,} bytes")
+                if self._num_held_bytes > _MAX_BODIES * self._options.max_body_bytes:
+                    wait = {"Retry-After": "1", "Connection": "close"}
+                    raise ApiError(429, "the bodies of other requests are too large", code="queue_full", headers=wait)
             return message
 
         return receiving
@@ -173,15 +192,18 @@ class _Patient:
             self._timer.cancel()
 
 
-async def send_error(send: Any, error: ApiError) -> None:
-    """The whole answer that an error is."""
+async def send_error(send: Any, error: ApiError, before_end: Callable[[], Awaitable[None]] | None = None) -> None:
+    """The whole answer that an error is; `before_end` is done when all of it has been said and the connection is still open."""
     content = dump_json(error.body)
     headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), **error.headers}
     if error.status in (408, 413):
         headers["Connection"] = "close"  # what is left of the body is not read
     pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": content})
+    await send({"type": "http.response.body", "body": content, "more_body": before_end is not None})
+    if before_end is not None:
+        await before_end()
+        await send({"type": "http.response.body", "body": b""})
 
 
 def _digest(key: bytes) -> bytes:

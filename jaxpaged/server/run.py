@@ -6,17 +6,20 @@ Knows uvicorn and signals. Refuses to know requests.
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from jaxpaged.async_llm import AsyncLLM
 from jaxpaged.config import ConfigError
 from jaxpaged.server.app import build_app
+from jaxpaged.server.connection import Connection
 from jaxpaged.server.options import ServerOptions
 
 logger = logging.getLogger("jaxpaged")
@@ -31,9 +34,10 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, llm: AsyncLLM, options: ServerOptions):
+        http: Any = functools.partial(Connection, request_s=options.body_timeout_s)
         config = uvicorn.Config(
             build_app(llm, options),
-            **{"host": options.host, "port": options.port, "http": "httptools", "ws": "none", "lifespan": "off"},
+            **{"host": options.host, "port": options.port, "http": http, "ws": "none", "lifespan": "off"},
             **{"log_config": None, "access_log": False, "server_header": False, "timeout_keep_alive": 30},
             timeout_graceful_shutdown=int(_LAST_WORDS_S),
         )
@@ -84,6 +88,7 @@ def serve(
     with bound if bound is not None else bind(options.host, options.port) as bound:
         try:
             server = Server(llm, options)
+            bound.listen(server.config.backlog)  # who connects as soon as the address is told has to wait, not to come again
             # What was loaded stays: a collection that looks at all of it holds everybody up for half a second.
             gc.collect()
             gc.freeze()

@@ -48,6 +48,12 @@ class Service:
         self.llm, self.options, self.make_id, self._time_s = llm, options, make_id, time_s
         self.names = options.served_model_name or (_own_name(llm.config.model),)
         self.started = self.now()
+        self.queued_paths: set[str] = set()  # of routes whose requests wait for the engine
+
+    def check_room(self, method: str, path: str) -> None:
+        """Refuse what would wait where nothing more may, before its body is read. Raises QueueFullError."""
+        if method == "POST" and path in self.queued_paths:
+            self.llm.admission.check()
 
     def now(self) -> int:
         """Seconds since 1970, whole."""

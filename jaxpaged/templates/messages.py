@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from jaxpaged.host.checks import shown
 from jaxpaged.host.request import RequestError
 
 MAX_NESTING = 100  # of lists and objects in messages and tools
@@ -55,7 +56,7 @@ def conversation(messages: Seq[Mapping[str, Any]], *, lists_content: bool) -> li
     for index, given in enumerate(messages):
         where = f"messages[{index}]"
         if not isinstance(given, Mapping):
-            raise RequestError(f"{where}: got {type(given).__name__}, expected {{'role': ..., 'content': ...}}")
+            raise RequestError(f"{where}: got {shown(given)}, expected {{'role': ..., 'content': ...}}")
         message = plain(given, where)
         if isinstance(message.get("content"), list):
             texts = [_text(part, f"{where}.content[{place}]") for place, part in enumerate(message["content"])]
@@ -71,18 +72,16 @@ def _text(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, dict) or part.get("type", "text") != "text":
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        raise RequestError(
-            f"{where}: got {str(kind)[:32]!r}, expected {{'type': 'text', 'text': ...}}: this model reads text only"
-        )
+        kind = part.get("type") if isinstance(part, dict) else part
+        raise RequestError(f"{where}: got {shown(kind)}, expected {{'type': 'text', 'text': ...}}: this model reads text only")
     if not isinstance(part.get("text"), str):
-        raise RequestError(f"{where}.text: got {type(part.get('text')).__name__}, expected a text")
+        raise RequestError(f"{where}.text: got {shown(part.get('text'))}, expected a text")
     return part["text"]
 
 
 def _with_objects(calls: Any, where: str) -> list[Any]:
     if not isinstance(calls, list):
-        raise RequestError(f"{where}: got {type(calls).__name__}, expected a list")
+        raise RequestError(f"{where}: got {shown(calls)}, expected a list")
     for place, call in enumerate(calls):
         function = call.get("function") if isinstance(call, dict) else None
         if function is None and isinstance(call, dict) and "name" in call:

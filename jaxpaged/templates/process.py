@@ -126,9 +126,9 @@ class TemplateProcess:
         self._ending = weakref.finalize(self, _stop, process, self._owner)
         try:
             framed.receive(process, time.monotonic() + START_S, _MAX_REPLY_BYTES)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError):
             self._end(process)
-            raise TemplateError(f"its process did not start ({type(error).__name__})") from None
+            raise TemplateError("its process did not start") from None
         return process
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
