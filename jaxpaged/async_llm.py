@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from jaxpaged.admission import Admission, QueueOptions, Ticket
 from jaxpaged.engine import Engine
-from jaxpaged.engine_thread import EngineThread
+from jaxpaged.engine_thread import EngineThread, Observer
 from jaxpaged.growing import GrowingRequest
 from jaxpaged.host.request import SamplingParams
 from jaxpaged.loading import load
@@ -117,6 +117,8 @@ class AsyncLLM:
             live = GrowingRequest(checked.request, checked.prompt, self.tokenizer)
             stream = Stream(live, ticket=ticket, loop=asyncio.get_running_loop(), end=self._thread.end)
             self._thread.add(stream)
+            if self._thread.observer is not None:
+                self._thread.observer.started(stream)
         except BaseException:
             ticket.release()
             raise
@@ -150,6 +152,10 @@ class AsyncLLM:
     async def reset_prefix_cache(self) -> None:
         """See `Engine.reset_prefix_cache`. Raises ClosedError."""
         await self._thread.call(lambda engine: engine.reset_prefix_cache())
+
+    def observe(self, observer: Observer) -> None:
+        """Have somebody told of every request, in place of whoever was."""
+        self._thread.observer = observer
 
     async def stats(self) -> dict[str, int | float]:
         """See `Engine.stats`; with what has no token yet. Raises ClosedError."""

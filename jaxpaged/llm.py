@@ -25,6 +25,7 @@ from jaxpaged.live import record_step
 from jaxpaged.loading import load, load_weights, open_model
 from jaxpaged.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Metric, RequestOutput, ScoreOutput
 from jaxpaged.prompts import Checked, Message, Prompt, chat_prompt, check, parser_meant, with_special_tokens
+from jaxpaged.series import series_of
 from jaxpaged.tokenizer import Tokenizer
 from jaxpaged.tools import parse
 
@@ -350,11 +351,7 @@ class LLM:
 
     def get_metrics(self) -> list[Metric]:
         """The numbers of `stats` under their Prometheus names."""
-        is_gauge = ("num_requests_", "num_gpu_blocks", "kv_")
-        return [
-            Metric(f"jaxpaged:{name}", "gauge" if name.startswith(is_gauge) else "counter", value)
-            for name, value in self.stats().items()
-        ]
+        return [Metric(f"jaxpaged:{name}", series_of(name).kind, value) for name, value in self.stats().items()]
 
     def close(self) -> None:
         """End what runs and give the memory of weights and pages back. Closing twice is nothing."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from jaxpaged.admission import Ticket
 from jaxpaged.growing import GrowingRequest
@@ -45,6 +46,18 @@ class StalledError(EngineError):
     code = "engine_stalled"
 
 
+@dataclass(slots=True)
+class Times:
+    """When things happened to one request, in seconds of the engine's clock, 0 for what has not; an `Observer` writes it."""
+
+    scheduled_s: float = 0.0  # the step began that was the first to compute it
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+    last_step_s: float = 0.0  # the step ended that brought the last token
+    ended_s: float = 0.0
+    num_preemptions: int = 0
+
+
 class Stream:
     """The outputs of one request, as its output_kind has them. One task may iterate; `close` ends it early.
 
@@ -61,7 +74,8 @@ class Stream:
     ):
         """`end` takes a request out of its engine; `loop` is the one on which there is someone to wake."""
         self.request, self.loop = live.request, loop
-        self._live, self._ticket, self._end = live, ticket, end
+        self.live, self.times = live, Times()  # what has come of it, and when: both the engine's thread writes
+        self._ticket, self._end = ticket, end
         self._lock = threading.Lock()  # the engine's thread writes what the loop's thread reads
         self._has_news = asyncio.Event()
         self._error: Exception | None = None
@@ -71,12 +85,17 @@ class Stream:
     @property
     def is_over(self) -> bool:
         """Whether nothing more will come."""
-        return self._error is not None or self._live.is_finished
+        return self._error is not None or self.live.is_finished
+
+    @property
+    def error(self) -> Exception | None:
+        """What ended it that should not have."""
+        return self._error
 
     @property
     def num_generated(self) -> int:
         """Tokens of all outputs so far."""
-        return self._live.num_generated
+        return self.live.num_generated
 
     def __aiter__(self) -> Stream:
         return self
@@ -99,7 +118,7 @@ class Stream:
     def record(self, event: TokenEvent, now: float) -> bool:
         """See `GrowingRequest.record`; on the engine's thread."""
         with self._lock:
-            is_ended = self._live.record(event, now)
+            is_ended = self.live.record(event, now)
             self._ticket.release(is_served=event.token_id is not None or bool(event.token_ids))
         return is_ended
 
@@ -120,7 +139,7 @@ class Stream:
             if self._error is not None:
                 self._is_told = True
                 raise self._error
-            live, params = self._live, self.request.params
+            live, params = self.live, self.request.params
             if live.num_events == self._num_seen:
                 return None
             self._num_seen = live.num_events
