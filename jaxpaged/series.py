@@ -58,9 +58,7 @@ SERIES: dict[str, Series] = {
     "compilation_seconds": Series("counter", "Seconds that this took; two at a time count twice."),
     "num_step_places": Series("counter", "Token places of the compiled steps that ran."),
     "num_padding_places": Series("counter", "Those among them that held no token: the waste of padding."),
-    "device_memory_usage_perc": Series(
-        "gauge", "Of the device's memory, what is in use; or of the machine's."
-    ),
+    "device_memory_usage_perc": Series("gauge", "Of the device's memory, what is in use; or of the machine's."),
     "spec_decode_num_drafts": Series("counter", "Drafts that were checked."),
     "spec_decode_num_draft_tokens": Series("counter", "Their tokens."),
     "spec_decode_num_accepted_tokens": Series("counter", "Those that were right."),

@@ -18,7 +18,8 @@ from typing import Any, TextIO
 
 MAX_TEXT_LEN = 8192  # characters of one text in a line; a prompt has a limit of its own
 _MAX_WAITING = 10_000  # lines that a reader who does not read makes wait; those after them are lost
-_LOGGERS = ("jaxpaged", "uvicorn")
+_LAST_WORDS_S = 2.0  # for what waits to be written at the end
+_LOGGERS = ("jaxpaged", "uvicorn", "opentelemetry")
 REQUESTS = "jaxpaged.requests"  # the logger of the requests' own lines
 
 
@@ -79,6 +80,17 @@ class _Handler(logging.handlers.QueueHandler):
             self.queue.put_nowait(record)
 
 
+class _Listener(logging.handlers.QueueListener):
+    """Ends in time, be the last lines read or not."""
+
+    def stop(self) -> None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            with contextlib.suppress(queue.Full):
+                self.queue.put(self._sentinel, timeout=_LAST_WORDS_S)  # type: ignore[attr-defined, call-arg]
+            thread.join(_LAST_WORDS_S)
+
+
 class _Writer(logging.StreamHandler):
     def format(self, record: logging.LogRecord) -> str:
         return record.line  # type: ignore[attr-defined]
@@ -95,7 +107,7 @@ def logging_to(stream: TextIO | None = None, *, log_format: str = "text", is_ver
     waiting: queue.Queue[logging.LogRecord] = queue.Queue(_MAX_WAITING)
     handler = _Handler(waiting)
     handler.setFormatter(JsonLines() if log_format == "json" else TextLines())
-    listener = logging.handlers.QueueListener(waiting, _Writer(stream or sys.stderr))
+    listener = _Listener(waiting, _Writer(stream or sys.stderr))
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:

@@ -16,6 +16,7 @@ from jaxpaged.version import __version__
 if TYPE_CHECKING:
     from jaxpaged.server.watching import Account
 
+_SEND_S = 2.0  # for one batch; the server's end waits for the last one
 # One of ours -> vLLM's (vllm/tracing).
 _LATENCIES = {
     "request_queue_time": "gen_ai.latency.time_in_queue",
@@ -103,7 +104,7 @@ def otlp_tracer(endpoint: str, model_name: str, *, clock: Any = time.monotonic) 
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-        exporter = OTLPSpanExporter(endpoint=endpoint, timeout=5)
+        exporter = OTLPSpanExporter(endpoint=endpoint, timeout=_SEND_S)
     except ImportError:
         raise ConfigError("otlp_traces_endpoint: needs the OpenTelemetry SDK: pip install 'jaxpaged[otel]'") from None
     return Tracer(model_name, exporter, clock=clock)
