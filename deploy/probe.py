@@ -5,6 +5,7 @@ usage: probe.py PATH [FILE_OF_KEYS]
 Kubernetes' own HTTP probes would have to be told the key in the open. Standard library alone: it runs every few seconds.
 """
 
+import contextlib
 import http.client
 import sys
 
@@ -17,11 +18,11 @@ def main(argv: list[str]) -> int:
     if files:
         with open(files[0], encoding="utf-8") as file:
             headers["Authorization"] = "Bearer " + next(line.strip() for line in file if line.strip())
-    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=TIMEOUT_S)
     try:
-        connection.request("GET", path, headers=headers)
-        status = connection.getresponse().status
-    except OSError as error:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", PORT, timeout=TIMEOUT_S)) as connection:
+            connection.request("GET", path, headers=headers)
+            status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
         print(f"{path}: {error}", file=sys.stderr)
         return 1
     if status != 200:

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,10 +25,12 @@ from asgi import ask  # noqa: E402
 from prometheus_client import Metric  # noqa: E402
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics  # noqa: E402
 from prometheus_client.parser import text_string_to_metric_families as parse  # noqa: E402
+from prometheus_client.samples import Sample  # noqa: E402
 from running import Running, is_empty, new_llm, running, wait_until  # noqa: E402
 
 from jaxpaged.async_llm import AsyncLLM  # noqa: E402
 from jaxpaged.config import ConfigError  # noqa: E402
+from jaxpaged.series import SERIES  # noqa: E402
 from jaxpaged.server.app import build_app  # noqa: E402
 from jaxpaged.server.histograms import Histogram, one_two_five  # noqa: E402
 from jaxpaged.server.metrics import Metrics  # noqa: E402
@@ -36,28 +40,21 @@ from jaxpaged.streams import StalledError  # noqa: E402
 VLLM = json.loads((Path(__file__).parent / "vllm_series.json").read_text())
 # What vLLM has and jaxpaged has nothing to say about: other hardware, inputs and stages; and FastAPI's own second opinions.
 ABSENT = {
-    *(
-        "vllm:estimated_flops_per_gpu_total",
-        "vllm:estimated_read_bytes_per_gpu_total",
-        "vllm:estimated_write_bytes_per_gpu_total",
-    ),
-    *(
-        "vllm:mm_cache_hits_total",
-        "vllm:mm_cache_queries_total",
-        "vllm:engine_sleep_state",
-        "vllm:num_requests_waiting_by_reason",
-    ),
+    *(f"vllm:estimated_{what}_per_gpu_total" for what in ("flops", "read_bytes", "write_bytes")),
+    *("vllm:mm_cache_hits_total", "vllm:mm_cache_queries_total", "vllm:engine_sleep_state"),
+    "vllm:num_requests_waiting_by_reason",
     *("http_request_duration_highr_seconds", "http_request_size_bytes", "http_response_size_bytes"),
 }
 # What the board that vLLM publishes asks for.
-BOARD = """e2e_request_latency_seconds prompt_tokens_total generation_tokens_total inter_token_latency_seconds num_requests_running
-    num_requests_waiting time_to_first_token_seconds kv_cache_usage_perc request_prompt_tokens request_generation_tokens
-    request_success_total request_queue_time_seconds request_prefill_time_seconds request_decode_time_seconds
-    request_max_num_generation_tokens""".split()
-TUTORIAL = "kv_active_blocks scheduler_pending block_reuse_rate gpu_mem_usage token_latency_ms prefetch_hit_rate".split()
-BY_LENGTH = [
-    name for name, one in VLLM.items() if one.get("buckets", [])[:3] == ["1.0", "2.0", "5.0"] and "200.0" in one["buckets"]
-]
+BOARD = (
+    *("e2e_request_latency_seconds", "prompt_tokens_total", "generation_tokens_total", "inter_token_latency_seconds"),
+    *("num_requests_running", "num_requests_waiting", "time_to_first_token_seconds", "kv_cache_usage_perc"),
+    *("request_prompt_tokens", "request_generation_tokens", "request_success_total", "request_queue_time_seconds"),
+    *("request_prefill_time_seconds", "request_decode_time_seconds", "request_max_num_generation_tokens"),
+)
+TUTORIAL = ("kv_active_blocks", "scheduler_pending", "block_reuse_rate", "gpu_mem_usage", "token_latency_ms", "prefetch_hit_rate")
+BY_LENGTH = [name for name, one in VLLM.items() if one.get("buckets", [])[::7] == ["1.0", "200.0"]]
+DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +156,11 @@ def test_numbers_are_what_happened(server: Running):
     for name in ("e2e_request_latency_seconds", "request_queue_time_seconds", "time_to_first_token_seconds", "request_params_n"):
         assert grown[f"{name}_count"] == 5, name
     assert grown["request_generation_tokens_sum"] == num_generated and grown["request_prompt_tokens_sum"] == num_prompt
-    assert (
-        grown["request_max_num_generation_tokens_sum"] == 12 + 12 + 3 + 3 + 1
-        and grown["request_params_n_sum"] == 1 + 1 + 2 + 2 + 1
-    )
+    assert grown["request_max_num_generation_tokens_sum"] == 12 + 12 + 3 + 3 + 1
+    assert grown["request_params_n_sum"] == 1 + 1 + 2 + 2 + 1
     # The spans of a request fit into one another.
-    spans = {
-        name: grown[f"{name}_seconds_sum"] for name in ("request_queue_time", "request_inference_time", "e2e_request_latency")
-    }
+    whole = ("request_queue_time", "request_inference_time", "e2e_request_latency")
+    spans = {name: grown[f"{name}_seconds_sum"] for name in whole}
     assert sum(spans.values()) == pytest.approx(2 * spans["e2e_request_latency"], abs=1e-6)
     inside = grown["request_prefill_time_seconds_sum"] + grown["request_decode_time_seconds_sum"]
     assert 0 < inside <= spans["request_inference_time"]
@@ -193,9 +187,8 @@ def test_endings_and_refusals_are_counted(server: Running):
         held = server.llm.admission.admit(1, 262_144)
         assert one.post("/v1/completions", json={"prompt": "One", "max_tokens": 1}).status_code == 429
         held.release()
-        with one.stream(
-            "POST", "/v1/completions", json={"prompt": "One", "max_tokens": 1000, "ignore_eos": True, "stream": True}
-        ) as got:
+        endless = {"prompt": "One", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+        with one.stream("POST", "/v1/completions", json=endless) as got:
             next(got.iter_lines())
         one.get("/v1/models", headers={"authorization": ""})
     wait_until(lambda: is_empty(server.llm))
@@ -315,6 +308,62 @@ def test_whatever_is_sent_makes_no_series(server: Running):
     finally:
         server.llm._thread.observer = before
     assert early == late
+
+
+# --- what deploy/ asks for ---
+
+
+def names_of(expression: str) -> set[str]:
+    """The series that an expression of PromQL names."""
+    text = re.sub(r'"[^"]*"', '""', expression)
+    text = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", " ", text)
+    text = re.sub(r"\{[^}]*\}|\[[^\]]*\]", " ", text)
+    words = re.findall(r"[a-zA-Z_:][a-zA-Z0-9_:]*(?!\s*\(|[a-zA-Z0-9_:])", text)
+    return set(words) - {"and", "or", "unless", "up"}  # `up` is Prometheus's own
+
+
+def labels_of(expression: str) -> set[str]:
+    """The labels that it chooses by."""
+    chosen = "".join(re.findall(r"\{([^}]*)\}", expression))
+    grouped = ",".join(re.findall(r"\bby\s*\(([^)]*)\)", expression))
+    return set(re.findall(r"(\w+)\s*[=!]", chosen)) | set(re.findall(r"\w+", grouped))
+
+
+def test_every_series_of_the_board_and_the_alerts_is_there(server: Running):
+    yaml = pytest.importorskip("yaml")
+    with client(server) as one:
+        assert one.get("/v1/models").status_code == 200
+    samples = [sample for family in families(server).values() for sample in family.samples]
+    samples += [Sample(f"jaxpaged:{name}_total", {}, 0) for name in SERIES if name.startswith("spec_decode_")]
+    known, labels = {one.name for one in samples}, {label for one in samples for label in one.labels}
+    board = json.loads((DEPLOY / "grafana" / "jaxpaged.json").read_text())
+    panels = [panel for panel in board["panels"] if panel["type"] != "row"]
+    asked = [target["expr"] for panel in panels for target in panel["targets"]]
+    queries = [one["query"] for one in board["templating"]["list"] if one["type"] == "query"]
+    asked += [query.removeprefix("label_values(").rpartition(",")[0] for query in queries]
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text())["groups"][0]["rules"]
+    asked += [rule["expr"] for rule in rules]
+    assert len(panels) > 15 and len(rules) == 6
+    for expression in asked:
+        assert names_of(expression) or "up{" in expression, expression
+        assert names_of(expression) <= known, names_of(expression) - known
+        assert labels_of(expression) <= labels | {"job", "instance"}, expression
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    assert names_of('sum(rate(a:b_total{x="y"}[5m])) by (le) / c_d > 0.9 and up') == {"a:b_total", "c_d"}
+
+
+def test_the_routes_that_deploy_names_are_there(server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    specification = importlib.util.spec_from_file_location("probe", DEPLOY / "probe.py")
+    probe = importlib.util.module_from_spec(specification)  # type: ignore[arg-type]
+    specification.loader.exec_module(probe)  # type: ignore[union-attr]
+    monkeypatch.setattr(probe, "PORT", int(server.url.rpartition(":")[2]))
+    keys = tmp_path / "keys"
+    keys.write_text("\n" + "k" * 16 + "\n")
+    for path in ("/ready", "/metrics"):
+        assert (probe.main([path, str(keys)]), probe.main([path])) == (0, 1)
+    assert probe.main(["/live"]) == 0 and probe.main(["/no/such/route", str(keys)]) == 1
+    monkeypatch.setattr(probe, "PORT", 9)
+    assert probe.main(["/live"]) == 1
 
 
 def test_a_histogram_counts_like_prometheus():
