@@ -17,7 +17,7 @@ from jaxpaged.server import chat, completions, texts
 from jaxpaged.server.bodies import Body, dump_json
 from jaxpaged.server.errors import ApiError, as_api_error
 from jaxpaged.server.guard import Guard
-from jaxpaged.server.metrics import Metrics
+from jaxpaged.server.metrics import CONTENT_TYPE, Metrics
 from jaxpaged.server.options import ServerOptions
 from jaxpaged.server.protocol import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
 from jaxpaged.server.service import Asked, Service
@@ -143,10 +143,9 @@ def _add_states(app: FastAPI, service: Service) -> None:
 
 def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
     @app.get("/metrics", response_model=None)
-    async def scrape(request: Request) -> Response:
+    async def scrape() -> Response:
         """Prometheus' text, with vLLM's names."""
-        content, content_type = await metrics.text(request.headers.get("accept", ""))
-        return Response(content, headers={"Content-Type": content_type})
+        return Response(await metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
 @contextlib.contextmanager

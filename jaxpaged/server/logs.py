@@ -20,6 +20,7 @@ MAX_TEXT_LEN = 8192  # characters of one text in a line; a prompt has a limit of
 _MAX_WAITING = 10_000  # lines that a reader who does not read makes wait; those after them are lost
 _LAST_WORDS_S = 2.0  # for what waits to be written at the end
 _LOGGERS = ("jaxpaged", "uvicorn", "opentelemetry")
+_IN_MESSAGE = ("method", "route", "status")  # of a request's line: what it begins with
 REQUESTS = "jaxpaged.requests"  # the logger of the requests' own lines
 
 
@@ -39,7 +40,7 @@ class TextLines(logging.Formatter):
         """One line."""
         words = [f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else "", record.getMessage()]
         for name, value in _fields(record).items():
-            if value is not None:
+            if value is not None and name not in _IN_MESSAGE:
                 words.append(f" {name}={f'{value:.4f}' if isinstance(value, float) else value}")
         if record.exc_info and record.exc_info[1] is not None:
             last = traceback.extract_tb(record.exc_info[2])[-1:]

@@ -12,16 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    GCCollector,
-    PlatformCollector,
-    ProcessCollector,
-    generate_latest,
-)
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from jaxpaged.async_llm import AsyncLLM
@@ -32,6 +24,8 @@ from jaxpaged.server import histograms
 from jaxpaged.server.histograms import Histogram, one_two_five
 from jaxpaged.streams import ClosedError, EngineError, Stream
 
+# Never OpenMetrics: prometheus_client 0.26 makes _ of the colon in the names of samples there, which every Prometheus asks for.
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 ENGINE = "0"  # there is one in a process
 METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT")
 OTHER = "other"  # a method that HTTP does not know
@@ -192,15 +186,13 @@ class Metrics(Collector):
                 self._http_s[handler, method] = Histogram(histograms.HTTP_S)
             self._http_s[handler, method].observe(seconds)
 
-    async def text(self, accept: str = "") -> tuple[bytes, str]:
-        """What /metrics answers, and its Content-Type."""
+    async def text(self) -> bytes:
+        """What /metrics answers, as `CONTENT_TYPE` says."""
         # A stalled or closed engine has no word of its own, and that is when its last numbers are looked at.
         with contextlib.suppress(TimeoutError, ClosedError):
             async with asyncio.timeout(_STATS_WAIT_S):
                 self._stats = await self._llm.stats()
-        if "application/openmetrics-text" in accept:
-            return openmetrics.generate_latest(self.registry), openmetrics.CONTENT_TYPE_LATEST
-        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+        return generate_latest(self.registry)
 
     # --- as a collector ---
 
