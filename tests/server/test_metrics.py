@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ from jaxpaged.server.app import build_app  # noqa: E402
 from jaxpaged.server.histograms import Histogram, one_two_five  # noqa: E402
 from jaxpaged.server.metrics import Metrics  # noqa: E402
 from jaxpaged.server.options import ServerOptions  # noqa: E402
-from jaxpaged.streams import StalledError  # noqa: E402
+from jaxpaged.streams import StalledError, Times  # noqa: E402
 
 VLLM = json.loads((Path(__file__).parent / "vllm_series.json").read_text())
 # What vLLM has and jaxpaged has nothing to say about: other hardware, inputs and stages; and FastAPI's own second opinions.
@@ -312,6 +313,40 @@ def test_whatever_is_sent_makes_no_series(server: Running, count: int):
     finally:
         server.llm._thread.observer = before
     assert early == late
+
+
+def test_a_step_with_many_in_it_counts_each_by_its_own_wait():
+    now = 0.0
+    llm = SimpleNamespace(clock=lambda: now, config=SimpleNamespace(max_model_len=1024), admission=None)
+    metrics = Metrics(llm, "demo")  # type: ignore[arg-type]
+    scheduler = SimpleNamespace(num_preemptions=0, running=[], waiting=[])
+    engine: Any = SimpleNamespace(num_generation_tokens=0, scheduler=scheduler)
+    streams: list[Any] = []
+    for number in range(4):
+        request = SimpleNamespace(request_id=str(number), arrival_s=0.0, prompt_token_ids=(1, 2))
+        live = SimpleNamespace(first_token_s=0.0, last_token_s=0.0, num_cached_tokens=0)
+        streams.append(SimpleNamespace(request=request, live=live, times=Times()))
+        metrics.queued(engine, streams[-1])
+
+    def step(at_s: float, *numbers: int) -> None:
+        nonlocal now
+        now = at_s
+        for number in numbers:
+            live = streams[number].live
+            live.first_token_s, live.last_token_s = live.first_token_s or at_s - 0.001, at_s - 0.001
+        engine.num_generation_tokens += len(numbers)
+        metrics.stepped(engine, [streams[number] for number in numbers], at_s - 0.5)
+
+    step(1.0, 0, 1, 2)
+    step(2.0, 0, 1, 3)  # 2 sits this one out
+    scheduler.num_preemptions, scheduler.waiting = 2, [SimpleNamespace(request=streams[2].request, num_preemptions=2)]
+    step(2.5, 0, 1, 2, 3)
+    waits = metrics._token
+    assert sum(waits.counts) == 2 + 4 and waits.total == pytest.approx(2 * 1.0 + 3 * 0.5 + 1.5)
+    assert sum(metrics._first_token.counts) == 4 and metrics._first_token.total == pytest.approx(3 * 0.999 + 1.999)
+    assert [one.times.scheduled_s for one in streams] == [0.5, 0.5, 0.5, 1.5]
+    assert [one.times.num_preemptions for one in streams] == [0, 0, 2, 0]
+    assert metrics._iteration.total == 10 + 4 * 2 and sum(metrics._iteration.counts) == 3
 
 
 # --- what deploy/ asks for ---
