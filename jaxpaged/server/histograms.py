@@ -56,3 +56,43 @@ class Histogram:
             count += here
             buckets.append((floatToGoString(bound), count))
         family.add_metric(labels, buckets, self.total)
+
+
+def of_requests(max_model_len: int) -> dict[str, Histogram]:
+    """Those of vLLM's that are about requests and steps, by name."""
+    lengths = one_two_five(max_model_len)
+    return {
+        "time_to_first_token_seconds": Histogram(FIRST_TOKEN_S),
+        "inter_token_latency_seconds": Histogram(TOKEN_S),
+        "request_time_per_output_token_seconds": Histogram(TOKEN_S),
+        **{f"{name}_seconds": Histogram(REQUEST_S) for name in _SPANS},
+        **{name: Histogram(lengths) for name in _LENGTHS},
+        "request_params_n": Histogram(OUTPUTS),
+        "request_num_preemptions": Histogram(PREEMPTIONS),
+        "iteration_tokens_total": Histogram(ITERATION_TOKENS),
+    }
+
+
+_SPANS = ("e2e_request_latency", "request_queue_time", "request_inference_time", "request_prefill_time", "request_decode_time")
+_LENGTHS = (
+    *("request_prompt_tokens", "request_generation_tokens", "request_max_num_generation_tokens"),
+    *("request_params_max_tokens", "request_prefill_kv_computed_tokens"),
+)
+TEXTS = {
+    "time_to_first_token_seconds": "Seconds from a request's arrival to its first token.",
+    "inter_token_latency_seconds": "Seconds between two steps that brought a request tokens.",
+    "request_time_per_output_token_seconds": "Seconds for each token after the first, of a request.",
+    "e2e_request_latency_seconds": "Seconds from a request's arrival to its end.",
+    "request_queue_time_seconds": "Seconds from a request's arrival to the first step that computes it.",
+    "request_inference_time_seconds": "Seconds from there to its end.",
+    "request_prefill_time_seconds": "Seconds from there to its first token.",
+    "request_decode_time_seconds": "Seconds from its first token to its last.",
+    "request_prompt_tokens": "Tokens of a request's prompt.",
+    "request_generation_tokens": "Tokens of its outputs.",
+    "request_max_num_generation_tokens": "Tokens of the longest of them.",
+    "request_params_max_tokens": "max_tokens of a request that has one.",
+    "request_params_n": "n of a request.",
+    "request_num_preemptions": "How often a request gave its pages up.",
+    "request_prefill_kv_computed_tokens": "Tokens of its prompt that were computed and not found in pages.",
+    "iteration_tokens_total": "Tokens of a step: new ones, and those of the prompts that it completed.",
+}

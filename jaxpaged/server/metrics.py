@@ -18,10 +18,10 @@ from prometheus_client.registry import Collector
 
 from jaxpaged.async_llm import AsyncLLM
 from jaxpaged.engine import Engine
-from jaxpaged.host.request import FinishReason
 from jaxpaged.series import position_of, series_of
 from jaxpaged.server import histograms
-from jaxpaged.server.histograms import Histogram, one_two_five
+from jaxpaged.server.endings import REASONS, finish_reasons, spans
+from jaxpaged.server.histograms import Histogram
 from jaxpaged.streams import ClosedError, EngineError, Stream
 
 # Never OpenMetrics: prometheus_client 0.26 makes _ of the colon in the names of samples there, which every Prometheus asks for.
@@ -30,7 +30,6 @@ ENGINE = "0"  # there is one in a process
 METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT")
 OTHER = "other"  # a method that HTTP does not know
 NO_ROUTE = "none"
-_REASONS = tuple(reason.value for reason in FinishReason if reason is not FinishReason.PRUNED)
 _REFUSALS = {"max_queued_requests": "max_num_queued_reqs", "max_queued_tokens": "max_num_queued_tokens"}  # as vLLM has them
 _STATS_WAIT_S = 1.0  # for the engine's own numbers; a step that compiles takes longer, and then the last ones are told
 _NOT_TOLD = ("prompt_tokens", "generation_tokens")  # of the engine: counted here when they have been computed
@@ -51,23 +50,13 @@ class Metrics(Collector):
         self._llm, self._prefix, self._names = llm, f"{namespace}:", (model_name, ENGINE)
         self._clock: Callable[[], float] = llm.clock
         self._lock = threading.Lock()  # the engine's thread writes what a scrape reads
-        lengths = one_two_five(llm.config.max_model_len)  # type: ignore[arg-type]
-        self._histograms = {
-            "time_to_first_token_seconds": Histogram(histograms.FIRST_TOKEN_S),
-            "inter_token_latency_seconds": Histogram(histograms.TOKEN_S),
-            "request_time_per_output_token_seconds": Histogram(histograms.TOKEN_S),
-            **{f"{name}_seconds": Histogram(histograms.REQUEST_S) for name in _SPANS},
-            **{name: Histogram(lengths) for name in _LENGTHS},
-            "request_params_n": Histogram(histograms.OUTPUTS),
-            "request_num_preemptions": Histogram(histograms.PREEMPTIONS),
-            "iteration_tokens_total": Histogram(histograms.ITERATION_TOKENS),
-        }
+        self._histograms = histograms.of_requests(llm.config.max_model_len)  # type: ignore[arg-type]
         self._first_token = self._histograms["time_to_first_token_seconds"]
         self._token = self._histograms["inter_token_latency_seconds"]
         self._iteration = self._histograms["iteration_tokens_total"]
         self._num_prompt_tokens = self._num_cached_tokens = self._num_generated = 0
         self._token_s = 0.0  # of the last step
-        self._ended = dict.fromkeys(_REASONS, 0)
+        self._ended = dict.fromkeys(REASONS, 0)
         self._live: dict[str, Stream] = {}  # by request id; those of the engine's thread alone
         self._unscheduled: dict[str, Stream] = {}  # of these, the ones that no step has computed
         self._seen_generated: int | None = None
@@ -288,7 +277,7 @@ class Metrics(Collector):
             family.add_metric((self._names[0], reason), refused[limit])
         yield family
         for name, histogram in copies.items():
-            family = HistogramMetricFamily(self._prefix + name, _TEXTS[name], labels=("model_name", "engine"))
+            family = HistogramMetricFamily(self._prefix + name, histograms.TEXTS[name], labels=("model_name", "engine"))
             histogram.add_to(family, self._names)
             yield family
 
@@ -308,50 +297,5 @@ class Metrics(Collector):
         yield family
 
 
-def spans(stream: Stream) -> dict[str, float]:
-    """Seconds of what a request that is over has been through, as far as it has come; the names are vLLM's."""
-    times, arrival_s = stream.times, stream.request.arrival_s
-    found = {"e2e_request_latency": times.ended_s - arrival_s}
-    if times.scheduled_s:
-        found["request_queue_time"] = max(0.0, times.scheduled_s - arrival_s)
-        found["request_inference_time"] = times.ended_s - times.scheduled_s
-        if times.first_token_s:
-            found["request_prefill_time"] = times.first_token_s - times.scheduled_s
-            found["request_decode_time"] = times.last_token_s - times.first_token_s
-    return found
-
-
-def finish_reasons(stream: Stream) -> list[str]:
-    """Why each output of a request that is over has ended; what a closed engine leaves is aborted."""
-    rest = FinishReason.ABORT if stream.error is None or isinstance(stream.error, ClosedError) else FinishReason.ERROR
-    found = [output.finish_reason or rest for output in stream.live.outputs]
-    return [reason.value if reason.value in _REASONS else FinishReason.ABORT.value for reason in found]
-
-
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
-
-
-_SPANS = ("e2e_request_latency", "request_queue_time", "request_inference_time", "request_prefill_time", "request_decode_time")
-_LENGTHS = (
-    *("request_prompt_tokens", "request_generation_tokens", "request_max_num_generation_tokens"),
-    *("request_params_max_tokens", "request_prefill_kv_computed_tokens"),
-)
-_TEXTS = {
-    "time_to_first_token_seconds": "Seconds from a request's arrival to its first token.",
-    "inter_token_latency_seconds": "Seconds between two steps that brought a request tokens.",
-    "request_time_per_output_token_seconds": "Seconds for each token after the first, of a request.",
-    "e2e_request_latency_seconds": "Seconds from a request's arrival to its end.",
-    "request_queue_time_seconds": "Seconds from a request's arrival to the first step that computes it.",
-    "request_inference_time_seconds": "Seconds from there to its end.",
-    "request_prefill_time_seconds": "Seconds from there to its first token.",
-    "request_decode_time_seconds": "Seconds from its first token to its last.",
-    "request_prompt_tokens": "Tokens of a request's prompt.",
-    "request_generation_tokens": "Tokens of its outputs.",
-    "request_max_num_generation_tokens": "Tokens of the longest of them.",
-    "request_params_max_tokens": "max_tokens of a request that has one.",
-    "request_params_n": "n of a request.",
-    "request_num_preemptions": "How often a request gave its pages up.",
-    "request_prefill_kv_computed_tokens": "Tokens of its prompt that were computed and not found in pages.",
-    "iteration_tokens_total": "Tokens of a step: new ones, and those of the prompts that it completed.",
-}

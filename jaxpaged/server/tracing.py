@@ -9,7 +9,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from jaxpaged.errors import ConfigError
-from jaxpaged.server.metrics import NO_ROUTE, spans
+from jaxpaged.server.endings import spans
+from jaxpaged.server.metrics import NO_ROUTE
 from jaxpaged.streams import Stream
 from jaxpaged.version import __version__
 

@@ -11,8 +11,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxpaged.server.endings import finish_reasons, spans
 from jaxpaged.server.logs import REQUESTS, clean
-from jaxpaged.server.metrics import NO_ROUTE, Metrics, finish_reasons, spans
+from jaxpaged.server.metrics import NO_ROUTE, Metrics
 from jaxpaged.server.options import ServerOptions
 from jaxpaged.server.tracing import Tracer
 from jaxpaged.streams import Stream
