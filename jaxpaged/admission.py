@@ -85,6 +85,7 @@ class Admission:
         """A request counts as its outputs: they are what takes room."""
         self.max_queued_requests, self.max_queued_tokens, self._clock = max_queued_requests, max_queued_tokens, clock
         self.num_outputs = self.num_tokens = 0
+        self.num_refused = {"max_queued_requests": 0, "max_queued_tokens": 0}  # by the limit
         self._last_wait_s = 0.0
         self._lock = threading.Lock()
 
@@ -98,6 +99,7 @@ class Admission:
             outputs, tokens = self.num_outputs + num_outputs, self.num_tokens + num_tokens
             is_full = outputs > self.max_queued_requests or tokens > self.max_queued_tokens
             if self.num_outputs and is_full:
+                self.num_refused["max_queued_requests" if outputs > self.max_queued_requests else "max_queued_tokens"] += 1
                 queued = f"{self.num_outputs:,} requests with {self.num_tokens:,} tokens wait"
                 limits = f"max_queued_requests {self.max_queued_requests:,}, max_queued_tokens {self.max_queued_tokens:,}"
                 raise QueueFullError(f"the queue is full: {queued}, the limits are {limits}", self.retry_after_s)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from jaxpaged.admission import Admission, QueueOptions, Ticket
 from jaxpaged.embedder import Embedder, PoolingParams
 from jaxpaged.engine import Engine
-from jaxpaged.engine_thread import EngineThread
+from jaxpaged.engine_thread import EngineThread, Observer
 from jaxpaged.growing import GrowingRequest
 from jaxpaged.host.request import SamplingParams
 from jaxpaged.loading import load
@@ -129,6 +129,8 @@ class AsyncLLM:
             self._thread.add(stream)
             if timeout_s is not None:
                 stream.expire_after(self._time_left(ticket, timeout_s) or 0.0, self._thread.expire)
+            if self._thread.observer is not None:
+                self._thread.observer.started(stream)
         except TimeoutError:
             ticket.release()
             raise DeadlineError("timeout: the request has taken longer than it may") from None
@@ -198,6 +200,10 @@ class AsyncLLM:
     async def reset_prefix_cache(self) -> None:
         """See `Engine.reset_prefix_cache`. Raises ClosedError."""
         await self._thread.call(lambda engine: engine.reset_prefix_cache())
+
+    def observe(self, observer: Observer) -> None:
+        """Have somebody told of every request, in place of whoever was."""
+        self._thread.observer = observer
 
     async def stats(self) -> dict[str, int | float]:
         """See `Engine.stats`; with what has no token yet. Raises ClosedError."""

@@ -408,6 +408,7 @@ class Engine:
             "generation_tokens": self.num_generation_tokens,
             **(self._drafting.stats() if self._drafting is not None else {}),
             **eyes.stats(self.scheduler),
+            **(self.runner.stats() if isinstance(self.runner, JaxRunner) else {}),
         }
 
     def save_recording(self, path: str | os.PathLike[str]) -> Path:

@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from jaxpaged.engine import Engine
 from jaxpaged.host.request import RequestError
@@ -30,6 +30,26 @@ _MAX_FAILED_STEPS = 4  # in a row: then it is not one request that is at fault
 T = TypeVar("T")
 
 
+class Observer(Protocol):
+    """Told what happens to streams, on the engine's thread but for `started`; the next step waits for it."""
+
+    def started(self, stream: Stream) -> None:
+        """It has been taken; told on the thread, and in the context, of whoever asked for it."""
+        ...
+
+    def queued(self, engine: Engine, stream: Stream) -> None:
+        """The engine has it."""
+        ...
+
+    def stepped(self, engine: Engine, changed: list[Stream], began_s: float) -> None:
+        """A step was made, and changed these: the ones that are over still among them."""
+        ...
+
+    def ended(self, stream: Stream) -> None:
+        """It is over."""
+        ...
+
+
 class EngineThread:
     """Owns an engine, which nobody else drives.
 
@@ -43,6 +63,7 @@ class EngineThread:
         self._streams: dict[str, Stream] = {}  # not over, by request id
         self._suspects = Suspects()
         self._num_failed = 0  # steps, in a row, but those of a trial
+        self.observer: Observer | None = None
         self._lock = threading.Condition()  # of what follows
         self._commands: list[Callable[[], None]] = []
         self._is_closing = False
@@ -214,6 +235,7 @@ class EngineThread:
             self._step_failed(error)
             return
         self._num_failed = 0
+        self._tell(lambda observer: observer.stepped(self.engine, changed, self._beat_s))
         for stream in changed:
             self._suspects.over(stream.request.request_id)
             self._forget_if_over(stream)
@@ -243,6 +265,7 @@ class EngineThread:
     def _queue(self, stream: Stream) -> None:
         try:
             self.engine.queue(stream.request)
+            self._tell(lambda observer: observer.queued(self.engine, stream))
         except RequestError as error:
             self._fail(stream, error)
         except Exception as error:
@@ -268,7 +291,19 @@ class EngineThread:
     def _forget_if_over(self, stream: Stream) -> None:
         if stream.is_over:
             self._suspects.over(stream.request.request_id)
-            self._streams.pop(stream.request.request_id, None)
+            was_here = self._streams.pop(stream.request.request_id, None)
+            if was_here is not None:
+                self._tell(lambda observer: observer.ended(stream))
+
+    def _tell(self, what: Callable[[Observer], None]) -> None:
+        """Who only looks ends nobody's request: one that raises is told no more."""
+        if self.observer is None:
+            return
+        try:
+            what(self.observer)
+        except Exception:
+            logger.exception("What observes the engine has failed, and is told no more.")
+            self.observer = None
 
     def _wake(self, streams: Iterable[Stream]) -> None:
         """One message to each loop, whatever number of streams it has."""

@@ -35,6 +35,7 @@ from jaxpaged.outputs import (
     ScoreOutput,
 )
 from jaxpaged.prompts import Checked, Message, Prompt, chat_prompt, check, embedded, parser_meant, with_special_tokens
+from jaxpaged.series import series_of
 from jaxpaged.tokenizer import Tokenizer
 from jaxpaged.tools import parse
 
@@ -381,11 +382,7 @@ class LLM:
 
     def get_metrics(self) -> list[Metric]:
         """The numbers of `stats` under their Prometheus names."""
-        is_gauge = ("num_requests_", "num_gpu_blocks", "kv_")
-        return [
-            Metric(f"jaxpaged:{name}", "gauge" if name.startswith(is_gauge) else "counter", value)
-            for name, value in self.stats().items()
-        ]
+        return [Metric(f"jaxpaged:{name}", series_of(name).kind, value) for name, value in self.stats().items()]
 
     def start_profile(self, directory: str | os.PathLike[str]) -> None:
         """Begin a trace of jax's profiler in a folder. Raises ConfigError where one runs already or it cannot be written."""

@@ -143,6 +143,8 @@ class JaxRunner:
         self.buckets = config.buckets()
         self.cache = kv_cache.init_cache(model, num_pages, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
         self.compiled: dict[Bucket, jax.stages.Compiled] = {}
+        self._compile_s: list[float] = []  # of each of them
+        self.num_places = self.num_padding = 0  # token places of the steps that ran, and those that held none
         sizes = {"tile": config.prefill_tile, "page_size": config.block_size, "max_blocks_per_seq": config.max_blocks_per_seq}
         self._pad = functools.partial(batch.pad, **sizes)  # type: ignore[arg-type]
         num_rows = self.buckets[-1].decode_rows + self.buckets[-1].prefill_tiles
@@ -198,6 +200,9 @@ class JaxRunner:
             self._copy(plan.copies)
         bucket = batch.fit(plan, self.buckets, self.config.prefill_tile)  # type: ignore[arg-type]
         inputs, rows = self._pad(plan, bucket, self._feed)
+        num_places = bucket.decode_rows + bucket.prefill_tiles * self.config.prefill_tile  # type: ignore[operator]
+        self.num_places += num_places
+        self.num_padding += num_places - plan.num_tokens
         if bucket not in self.compiled:  # enforce_eager
             self.compiled[bucket] = self._compile(bucket)
         adjustments = self.adjuster.adjustments(plan, rows, len(inputs.sample_at), self._feed)
@@ -364,12 +369,26 @@ class JaxRunner:
             deque(executor.map(self._chooser.compile, map(self._padding, by_rows.values())), maxlen=0)
         logger.info("Compiled %d choices by a grammar in %.1f s.", len(by_rows), time.perf_counter() - started)
 
+    def stats(self) -> dict[str, int | float]:
+        """What was compiled, and how full the steps were; see `jaxpaged.series`."""
+        total, free = _memory()
+        return {
+            "num_compilations": len(self._compile_s),
+            "compilation_seconds": sum(self._compile_s),
+            "num_step_places": self.num_places,
+            "num_padding_places": self.num_padding,
+            "device_memory_usage_perc": (total - free) / total,
+        }
+
     def _compile(self, bucket: Bucket) -> jax.stages.Compiled:
+        started = time.perf_counter()
         arguments = self.weights, self.cache, self._padding(bucket)
         if self.drafter is not None:
             of_draft = self.drafter.weights, self.drafter.cache, self.drafter.padding(bucket)
             arguments = tuple(zip(arguments, of_draft, strict=True))
-        return self._jitted.lower(*arguments).compile()
+        compiled = self._jitted.lower(*arguments).compile()
+        self._compile_s.append(time.perf_counter() - started)
+        return compiled
 
     def _padding(self, bucket: Bucket) -> StepInputs:
         """A step of nothing."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from jaxpaged.admission import Ticket
 from jaxpaged.growing import GrowingRequest
@@ -52,6 +53,18 @@ class DeadlineError(EngineError):
     code = "deadline_exceeded"
 
 
+@dataclass(slots=True)
+class Times:
+    """When things happened to one request, in seconds of the engine's clock, 0 for what has not; an `Observer` writes it."""
+
+    scheduled_s: float = 0.0  # the step began that was the first to compute it
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+    last_step_s: float = 0.0  # the step ended that brought the last token
+    ended_s: float = 0.0
+    num_preemptions: int = 0
+
+
 class Stream:
     """The outputs of one request, as its output_kind has them. One task may iterate; `close` ends it early.
 
@@ -69,7 +82,8 @@ class Stream:
         """`end` takes a request out of its engine; `pacer` has the loop on which there is someone to wake."""
         self.request, self.pacer = live.request, pacer
         self.due_s = 0.0  # the pacer's
-        self._live, self._ticket, self._end = live, ticket, end
+        self.live, self.times = live, Times()  # what has come of it, and when: both the engine's thread writes
+        self._ticket, self._end = ticket, end
         self._lock = threading.Lock()  # the engine's thread writes what the loop's thread reads
         self._has_news = asyncio.Event()
         self._error: Exception | None = None
@@ -83,7 +97,12 @@ class Stream:
     @property
     def is_over(self) -> bool:
         """Whether nothing more will come."""
-        return self._error is not None or self._live.is_finished
+        return self._error is not None or self.live.is_finished
+
+    @property
+    def error(self) -> Exception | None:
+        """What ended it that should not have."""
+        return self._error
 
     @property
     def is_to_wake(self) -> bool:
@@ -93,7 +112,7 @@ class Stream:
     @property
     def num_generated(self) -> int:
         """Tokens of all outputs so far."""
-        return self._live.num_generated
+        return self.live.num_generated
 
     def __aiter__(self) -> Stream:
         return self
@@ -125,7 +144,7 @@ class Stream:
     def record(self, event: TokenEvent, now: float) -> bool:
         """See `GrowingRequest.record`; on the engine's thread."""
         with self._lock:
-            is_ended = self._live.record(event, now)
+            is_ended = self.live.record(event, now)
             self._ticket.release(is_served=event.token_id is not None or bool(event.token_ids))
         return is_ended
 
@@ -147,7 +166,7 @@ class Stream:
                 self._is_told = True
                 self._forget_deadline()
                 raise self._error
-            live = self._live
+            live = self.live
             if live.num_events == self._num_seen:
                 return None
             self._num_seen = live.num_events

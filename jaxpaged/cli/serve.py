@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxpaged.admission import QueueOptions
 from jaxpaged.cli import config_file
-from jaxpaged.cli.options import Parser, UsageError, add_fields, add_verbose, given_fields, set_up_logging
+from jaxpaged.cli.options import Parser, UsageError, add_fields, add_verbose, given_fields
 from jaxpaged.config import EngineConfig
 from jaxpaged.server.options import ServerOptions
 
@@ -27,7 +27,7 @@ examples:
 SIGTERM and Ctrl-C end it when what runs has ended, a second one at once."""
 
 KINDS = (ServerOptions, QueueOptions, EngineConfig)
-_NEEDS = ("fastapi", "uvicorn", "httptools")
+_NEEDS = ("fastapi", "uvicorn", "httptools", "prometheus_client")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -62,11 +62,12 @@ def run(arguments: argparse.Namespace) -> int:
     queue = QueueOptions(**options_of(QueueOptions))
     if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
         raise UsageError(f"{missing[0]} is not installed: pip install 'jaxpaged[serve]'")
-    set_up_logging(arguments)
     from jaxpaged.async_llm import AsyncLLM
+    from jaxpaged.server.logs import logging_to
     from jaxpaged.server.run import bind, serve
 
-    with bind(options.host, options.port) as bound:
+    how: dict[str, Any] = {"log_format": options.log_format, "is_verbose": arguments.verbose}
+    with logging_to(**how), bind(options.host, options.port) as bound:
         llm = AsyncLLM.from_options(**given, queue=queue, use_tqdm_on_load=sys.stderr.isatty())
         serve(llm, options, bound, when_ready=lambda url: print(f"jaxpaged: serving on {url}", file=sys.stderr, flush=True))
     return 0

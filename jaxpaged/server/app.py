@@ -19,9 +19,12 @@ from jaxpaged.server import chat, completions, embeddings, operating, responses,
 from jaxpaged.server.bodies import Body, dump_json
 from jaxpaged.server.errors import ApiError, as_api_error
 from jaxpaged.server.guard import Guard
+from jaxpaged.server.metrics import CONTENT_TYPE, Metrics
 from jaxpaged.server.options import ServerOptions
 from jaxpaged.server.protocol import CHAT, COMPLETION, DETOKENIZE, EMBEDDING, RESPONSE, TOKENIZE
 from jaxpaged.server.service import Asked, Service
+from jaxpaged.server.tracing import Tracer, otlp_tracer
+from jaxpaged.server.watching import Book, Watching
 from jaxpaged.streams import EngineError
 from jaxpaged.version import __version__
 
@@ -30,14 +33,15 @@ _LARGE_BYTES = 64 << 10  # a body or an answer of which is read or written on a 
 Answering = Callable[[Service, Asked], Awaitable[Any]]
 
 
-def build_app(llm: AsyncLLM, options: ServerOptions | None = None, **injected: Any) -> FastAPI:
+def build_app(llm: AsyncLLM, options: ServerOptions | None = None, *, tracer: Tracer | None = None, **injected: Any) -> FastAPI:
     """The ASGI application that serves a model. Who runs it also ends the model: see `AsyncLLM.shutdown`.
 
     Args:
+      tracer: in place of the one that otlp_traces_endpoint asks for.
       injected: `make_id` and `time_s` of `Service`, for tests.
 
     Raises:
-      ConfigError: of `ServerOptions.all_keys`.
+      ConfigError: of `ServerOptions.all_keys`, or traces are asked for and OpenTelemetry is not installed.
     """
     options = options or ServerOptions()
     service = Service(llm, options, **injected)
@@ -45,8 +49,15 @@ def build_app(llm: AsyncLLM, options: ServerOptions | None = None, **injected: A
     # A redirect would lead to whatever Host the request has named.
     app = FastAPI(title="jaxpaged", version=__version__, redirect_slashes=False, **options_of_app)
     app.state.service = service
+    if options.otlp_traces_endpoint is not None and tracer is None:
+        tracer = otlp_tracer(options.otlp_traces_endpoint, service.names[0], clock=llm.clock)
+    app.state.tracer = tracer
     app.add_exception_handler(HTTPException, _no_route)
+    metrics = Book(llm, service.names[0], namespace=options.metrics_namespace)
+    llm.observe(metrics)
     app.add_middleware(Guard, options=options, check_room=service.check_room)
+    app.add_middleware(Watching, metrics=metrics, options=options, tracer=tracer)  # outermost: it sees what the door refuses
+    _add_metrics(app, metrics)
     _add_answers(app, service)
     _add_states(app, service)
     return app
@@ -160,6 +171,13 @@ def _add_states(app: FastAPI, service: Service) -> None:
         with _told():
             await llm.reset_prefix_cache()
         return _plain({"success": True})
+
+
+def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
+    @app.get("/metrics", response_model=None)
+    async def scrape() -> Response:
+        """Prometheus' text, with vLLM's names."""
+        return Response(await metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
 @contextlib.contextmanager

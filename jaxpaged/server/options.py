@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxpaged.config import ConfigError, nearest
 from jaxpaged.tools import TOOL_CALL_PARSERS
 
 MIN_KEY_LEN = 16
+LOG_FORMATS = ("text", "json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,13 @@ class ServerOptions:
         and frees its pages. A request's own field `timeout` may ask for less. 0 is no limit.
       profiler_dir: folder for traces of jax's profiler, which /start_profile and /stop_profile then begin and end; None is none.
       drain_s: for what runs to end after SIGTERM, before it is ended with an error.
+      metrics_namespace: what the names of /metrics begin with, before a colon; vllm makes vLLM's boards work as they are.
+      log_format: of the lines on stderr, text or json.
+      access_log: a line for each request that has ended.
+      enable_log_requests: with the prompts in it.
+      max_log_len: characters of a prompt in the log; None is all of them.
+      otlp_traces_endpoint: URL of an OpenTelemetry collector that takes traces over HTTP, such as
+        http://127.0.0.1:4318/v1/traces; None is no traces.
 
     Raises:
       ConfigError: a value out of range, or a public address without a key.
@@ -56,6 +65,12 @@ class ServerOptions:
     request_timeout_s: float = 0.0
     profiler_dir: str | None = None
     drain_s: float = 30.0
+    metrics_namespace: str = "jaxpaged"
+    log_format: str = "text"
+    access_log: bool = True
+    enable_log_requests: bool = False
+    max_log_len: int | None = None
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -82,13 +97,26 @@ class ServerOptions:
             hint = nearest(self.tool_call_parser, list(TOOL_CALL_PARSERS))
             allowed = ", ".join(("auto", *TOOL_CALL_PARSERS))
             raise ConfigError(f"tool_call_parser: got {self.tool_call_parser!r}, expected one of {allowed}{hint}")
-        if not isinstance(self.insecure_no_auth, bool):
-            raise ConfigError(f"insecure_no_auth: got {self.insecure_no_auth!r}, expected True or False")
+        for name in ("insecure_no_auth", "access_log", "enable_log_requests"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected True or False")
+        self._check_eyes()
         _check_keys("api_key", self.api_key)
         if not (self.is_local or self.api_key or self.api_key_file is not None or self.insecure_no_auth):
             raise ConfigError(
                 f"host: got {self.host!r}, which others can reach, without an api_key: set api_key_file, or insecure_no_auth"
             )
+
+    def _check_eyes(self) -> None:
+        if not isinstance(self.metrics_namespace, str) or not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", self.metrics_namespace):
+            raise ConfigError(f"metrics_namespace: got {self.metrics_namespace!r}, expected a word of letters, digits and _")
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format: got {self.log_format!r}, expected one of {', '.join(LOG_FORMATS)}")
+        limit, url = self.max_log_len, self.otlp_traces_endpoint
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+            raise ConfigError(f"max_log_len: got {limit!r}, expected a whole number, 0 or more")
+        if url is not None and (not isinstance(url, str) or not re.fullmatch(r"https?://[^/\s]+\S*", url)):
+            raise ConfigError(f"otlp_traces_endpoint: got {url!r}, expected a URL with http:// or https://")
 
     @classmethod
     def from_options(cls, **options: Any) -> ServerOptions:

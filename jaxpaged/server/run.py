@@ -42,14 +42,18 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=int(_LAST_WORDS_S),
         )
         super().__init__(config)
-        self._llm, self._options = llm, options
+        self._llm, self._options, self._tracer = llm, options, config.app.state.tracer  # type: ignore[union-attr]
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Until it is told to end."""
         self._loop = asyncio.get_running_loop()
-        await super().serve(sockets)
+        try:
+            await super().serve(sockets)
+        finally:
+            if self._tracer is not None:
+                await asyncio.to_thread(self._tracer.close)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain, then end; called by the signal, between two instructions of whatever runs."""
