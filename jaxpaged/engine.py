@@ -376,6 +376,10 @@ class Engine:
 
     def stats(self) -> dict[str, int | float]:
         """Counters since the start and the state of the pool right now."""
+        return {**self.counts(), **eyes.stats(self.scheduler)}
+
+    def counts(self) -> dict[str, int | float]:
+        """Those of `stats` that are at hand: no page is looked at."""
         page_tokens = sum(sequence.num_computed for sequence in self.scheduler.running)
         return {
             "num_requests_running": len(self.scheduler.running),
@@ -392,7 +396,6 @@ class Engine:
             "prompt_tokens": self.num_prompt_tokens,
             "generation_tokens": self.num_generation_tokens,
             **(self._drafting.stats() if self._drafting is not None else {}),
-            **eyes.stats(self.scheduler),
         }
 
     def save_recording(self, path: str | os.PathLike[str]) -> Path:

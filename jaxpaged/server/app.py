@@ -20,6 +20,7 @@ from jaxpaged.server.guard import Guard
 from jaxpaged.server.options import ServerOptions
 from jaxpaged.server.protocol import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
 from jaxpaged.server.service import Asked, Service
+from jaxpaged.server.states import add_views
 from jaxpaged.streams import EngineError
 from jaxpaged.version import __version__
 
@@ -45,6 +46,7 @@ def build_app(llm: AsyncLLM, options: ServerOptions | None = None, **injected: A
     app.add_middleware(Guard, options=options)
     _add_answers(app, service)
     _add_states(app, service)
+    add_views(app, service)
     return app
 
 
