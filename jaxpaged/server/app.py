@@ -21,6 +21,7 @@ from jaxpaged.server.options import ServerOptions
 from jaxpaged.server.protocol import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
 from jaxpaged.server.service import Asked, Service
 from jaxpaged.server.states import add_views
+from jaxpaged.server.ui.routes import add_page
 from jaxpaged.streams import EngineError
 from jaxpaged.version import __version__
 
@@ -47,6 +48,7 @@ def build_app(llm: AsyncLLM, options: ServerOptions | None = None, **injected: A
     _add_answers(app, service)
     _add_states(app, service)
     add_views(app, service)
+    add_page(app, service)
     return app
 
 

@@ -20,8 +20,8 @@ class ServerOptions:
     Args:
       host: address to listen on. Any but a loopback address needs api_key or api_key_file.
       port: to listen on; 0 is any that is free.
-      api_key: keys, one of which every request but /live has to bring as its bearer token; at least 16 characters each. The
-        command line shows them to other users of the machine: better api_key_file.
+      api_key: keys, one of which every request but those for /live and for the empty page of /ui has to bring as its bearer
+        token; at least 16 characters each. The command line shows them to other users of the machine: better api_key_file.
       api_key_file: a file with one key a line; None is none.
       show_state: answer /ui, and /state, which `jaxpaged inspect` and `jaxpaged debug` ask: every key then shows the ids, lengths
         and pages of all that runs and waits, never a text, and not whose it is.
