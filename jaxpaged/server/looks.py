@@ -43,6 +43,7 @@ class SharedLook(Generic[T, V]):
         self._lock = asyncio.Lock()  # one at a time
         self._due_s = 0.0
         self._begun_s = self._engine_s = self._other_s = 0.0  # of the last one
+        self._asked_s: float | None = None  # since when it waits for the engine
 
     async def get(self) -> V:
         """The next look. Raises ClosedError."""
@@ -51,25 +52,30 @@ class SharedLook(Generic[T, V]):
             self._next.add_done_callback(_seen)
         return await asyncio.shield(self._next)  # others wait for it too
 
+    @property
+    def held_up_s(self) -> float:
+        """How long a look has waited for a step to end; 0 when none waits."""
+        return self._llm.clock() - self._asked_s if self._asked_s is not None else 0.0
+
     async def _look(self) -> V:
         async with self._lock:
-            clock = self._llm.clock
-            if (early_s := self._due_s - clock()) > 0:
-                await asyncio.sleep(early_s)
+            await asyncio.sleep(max(0.0, self._due_s - self._llm.clock()))
             self._next = None  # who asks from here on wants to see what happens from here on
-            self._begun_s, self._engine_s, self._other_s = clock(), 0.0, 0.0
+            self._begun_s = self._asked_s = self._llm.clock()
+            self._engine_s = self._other_s = 0.0
             try:
                 return await self._llm.in_thread(self._timed_finish, await self._llm.between_steps(self._timed_take))
             finally:
+                self._asked_s = None
                 apart_s = max(INTERVAL_S, self._engine_s / ENGINE_SHARE, self._other_s / OTHER_SHARE)
                 self._due_s = self._begun_s + min(apart_s, MAX_INTERVAL_S)
 
     def _timed_take(self, engine: Engine) -> T:
-        self._begun_s = begun_s = self._llm.clock()
+        self._begun_s, self._asked_s = self._llm.clock(), None
         try:
             return self._take(engine)
         finally:
-            self._engine_s = self._llm.clock() - begun_s
+            self._engine_s = self._llm.clock() - self._begun_s
 
     def _timed_finish(self, taken: T) -> V:
         begun_s = self._cpu_s()

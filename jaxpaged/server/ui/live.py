@@ -78,7 +78,8 @@ class Live:
             frame = await asyncio.wait_for(self._look.get(), _PATIENCE_S)
         except TimeoutError:
             frame = next(reversed(self._frames.values()), None)
-            problem = "A step is taking long."
+            if self._look.held_up_s > _PATIENCE_S / 2:  # it was not put off for the engine's sake
+                problem = f"A step has taken {self._look.held_up_s:.0f} s so far."
         try:
             self._llm.check_health()
         except EngineError as error:

@@ -5,7 +5,7 @@ const MOST_WAIT_MS = 4000; // between two tries, when there is no answer
 const LEGEND = [["one", "of one request"], ["shared", "shared"], ["cached", "cached"], ["free", "free"]];
 
 const lines = new TimeLines(byId("tiles"));
-const map = new PoolMap(byId("map"), byId("page-told"), () => {});
+const map = new PoolMap(byId("map"), byId("page-told"));
 const requests = new Requests(byId("rows"), map);
 const chat = new Chat();
 const legend = Object.fromEntries(LEGEND.map(([name, text]) => {

@@ -3,12 +3,13 @@
 const [FREE, CACHED, SHARED, FIRST_REQUEST, FIRST_GROUP] = [0, 1, 2, 3, 32768]; // as in page_map.py
 const MAX_CELL = 16; // of CSS pixels
 const MAX_HEIGHT = 0.4; // of the window
+const HINT = matchMedia("(hover: none)").matches
+  ? "Touch a page to see who owns it." : "Point at a page to see who owns it, or go there with the arrow keys.";
 
 class PoolMap {
-  constructor(canvas, told, onPick) {
+  constructor(canvas, told) {
     this.canvas = canvas;
     this.told = told;
-    this.onPick = onPick;
     this.name = "";
     this.values = new Uint16Array(0);
     this.groups = new Map(); // value -> numbers of requests
@@ -74,7 +75,7 @@ class PoolMap {
     this.shared = packed(of("--shared"));
     this.ground = of("--panel");
     this.frame = of("--ink");
-    this.tone = [parseFloat(of("--many-sat")) / 100, parseFloat(of("--many-light")) / 100];
+    this.tone = [parseFloat(of("--many-light")), parseFloat(of("--many-chroma"))];
   }
 
   colour(value) {
@@ -85,7 +86,8 @@ class PoolMap {
   }
 
   swatch(value) {
-    return `hsl(${hueOf(value)} ${this.tone[0] * 100}% ${this.tone[1] * 100}%)`;
+    const colour = this.colour(value);
+    return `rgb(${colour & 255} ${(colour >> 8) & 255} ${(colour >> 16) & 255})`;
   }
 
   // --- drawing ---
@@ -107,6 +109,8 @@ class PoolMap {
     this.columns = Math.max(1, Math.floor(width / cell));
     this.rows = Math.max(1, rowsOf(cell));
     this.scale = scale;
+    // Cells that are large enough share what is left over, and are a pixel wider here and there.
+    this.cellWidth = cell >= 4 && this.rows > 1 ? width / this.columns : cell;
     const height = this.rows * cell;
     if (this.canvas.width !== width || this.canvas.height !== height) {
       [this.canvas.width, this.canvas.height] = [width, height];
@@ -116,7 +120,7 @@ class PoolMap {
 
   draw() {
     this.place();
-    const { columns, rows, cell, values, canvas } = this;
+    const { columns, rows, cell, cellWidth, values, canvas } = this;
     if (this.small.width !== columns || this.small.height !== rows) [this.small.width, this.small.height] = [columns, rows];
     const context = canvas.getContext("2d");
     context.fillStyle = this.ground;
@@ -131,18 +135,19 @@ class PoolMap {
     }
     this.small.getContext("2d").putImageData(pixels, 0, 0);
     context.imageSmoothingEnabled = false;
-    context.drawImage(this.small, 0, 0, columns * cell, rows * cell);
+    context.drawImage(this.small, 0, 0, columns * cellWidth, rows * cell);
     if (cell >= 4) {
       const gap = cell >= 8 ? Math.max(1, Math.round(this.scale)) : 1;
-      for (let column = 1; column <= columns; column++) context.fillRect(column * cell - gap, 0, gap, canvas.height);
-      for (let row = 1; row <= rows; row++) context.fillRect(0, row * cell - gap, canvas.width, gap);
+      for (let column = 1; column < columns; column++) context.fillRect(Math.round(column * cellWidth) - gap, 0, gap, canvas.height);
+      for (let row = 1; row < rows; row++) context.fillRect(0, row * cell - gap, canvas.width, gap);
     }
     if (this.cursor >= 0) {
       const size = Math.max(cell, 5 * this.scale);
-      const off = (size - cell) / 2;
+      const left = (this.cursor % columns) * cellWidth + (cellWidth - size) / 2;
+      const top = Math.floor(this.cursor / columns) * cell + (cell - size) / 2;
       context.strokeStyle = this.frame;
       context.lineWidth = Math.max(1, Math.round(1.5 * this.scale));
-      context.strokeRect((this.cursor % columns) * cell - off, Math.floor(this.cursor / columns) * cell - off, size, size);
+      context.strokeRect(left, top, size, size);
     }
   }
 
@@ -156,7 +161,7 @@ class PoolMap {
 
   pageAt(event) {
     const box = this.canvas.getBoundingClientRect();
-    const column = Math.floor((event.clientX - box.left) * this.scale / this.cell);
+    const column = Math.floor((event.clientX - box.left) * this.scale / this.cellWidth);
     const row = Math.floor((event.clientY - box.top) * this.scale / this.cell);
     const page = row * this.columns + column;
     return column >= 0 && column < this.columns && page < this.values.length ? page : -1;
@@ -185,7 +190,6 @@ class PoolMap {
     const value = this.values[this.cursor];
     const number = this.byValue.get(value)?.[0].number ?? this.groups.get(value)?.[0] ?? null;
     this.show(number === this.picked ? null : number);
-    this.onPick(this.picked);
   }
 
   show(number) {
@@ -196,7 +200,7 @@ class PoolMap {
 
   tell() {
     setText(this.told, this.cursor < 0 || this.cursor >= this.values.length
-      ? "Point at a page, or go there with the arrow keys."
+      ? HINT
       : `Page ${grouped.format(this.cursor + 1)}: ${this.ownersOf(this.values[this.cursor])}`);
   }
 
@@ -215,21 +219,30 @@ class PoolMap {
   }
 }
 
-// Neighbours in time differ most: the golden angle.
+// Neighbours in time differ most: the golden angle, in degrees.
 function hueOf(value) {
-  return Math.round((value * 137.508) % 360);
+  return (value * 137.508) % 360;
 }
 
-function ofHue(hue, saturation, light) {
-  const reach = saturation * Math.min(light, 1 - light);
-  const part = (n) => {
-    const k = (n + hue / 30) % 12;
-    return Math.round(255 * (light - reach * Math.max(-1, Math.min(k - 3, 9 - k, 1))));
-  };
-  return 0xff000000 | (part(4) << 16) | (part(8) << 8) | part(0);
+// Oklch to sRGB, so that no hue is brighter than another: Ottosson 2020, "A perceptual color space for image processing".
+function ofHue(hue, light, chroma) {
+  const [a, b] = [chroma * Math.cos(hue * Math.PI / 180), chroma * Math.sin(hue * Math.PI / 180)];
+  const l = (light + 0.3963377774 * a + 0.2158037573 * b) ** 3;
+  const m = (light - 0.1055613458 * a - 0.0638541728 * b) ** 3;
+  const s = (light - 0.0894841775 * a - 1.291485548 * b) ** 3;
+  const byte = (part) => Math.round(255 * Math.min(1, Math.max(0, part <= 0.0031308 ? 12.92 * part : 1.055 * part ** (1 / 2.4) - 0.055)));
+  return word(
+    byte(4.0767416621 * l - 3.3077115913 * m + 0.2309699292 * s),
+    byte(-1.2684380046 * l + 2.6097574011 * m - 0.3413193965 * s),
+    byte(-0.0041960863 * l - 0.7034186147 * m + 1.707614701 * s),
+  );
 }
 
 function packed(colour) {
-  const parts = colour.match(/[0-9a-f]{2}/gi).map((part) => parseInt(part, 16));
-  return (0xff000000 | (parts[2] << 16) | (parts[1] << 8) | parts[0]) >>> 0;
+  return word(...colour.match(/[0-9a-f]{2}/gi).map((part) => parseInt(part, 16)));
+}
+
+// A pixel as a canvas keeps it on a machine with the low byte first, as all have that run a browser today.
+function word(red, green, blue) {
+  return (0xff000000 | (blue << 16) | (green << 8) | red) >>> 0;
 }

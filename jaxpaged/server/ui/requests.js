@@ -54,7 +54,7 @@ class Requests {
       for (const other of this.body.querySelectorAll('tr[tabindex="0"]')) other.tabIndex = -1;
       row.tabIndex = 0;
     });
-    const cells = ["", "", "", "number", "number wide", "number"].map((name) => row.appendChild(make("td", name)));
+    const cells = ["", "", "", "number wide", "number wide", "number"].map((name) => row.appendChild(make("td", name)));
     const swatch = cells[0].appendChild(make("span", "swatch"));
     const name = cells[0].appendChild(make("span", "", line.request));
     cells[0].title = line.request;
