@@ -111,7 +111,9 @@ class PoolMap {
     this.scale = scale;
     // Cells that are large enough share what is left over, and are a pixel wider here and there.
     this.cellWidth = cell >= 4 && this.rows > 1 ? width / this.columns : cell;
-    const height = this.rows * cell;
+    // Those that are tiny may be higher than wide.
+    this.cellHeight = cell >= 4 ? cell : Math.max(cell, Math.min(2 * cell, Math.floor(most / this.rows)));
+    const height = this.rows * this.cellHeight;
     if (this.canvas.width !== width || this.canvas.height !== height) {
       [this.canvas.width, this.canvas.height] = [width, height];
       this.canvas.style.height = `${height / scale}px`;
@@ -120,7 +122,7 @@ class PoolMap {
 
   draw() {
     this.place();
-    const { columns, rows, cell, cellWidth, values, canvas } = this;
+    const { columns, rows, cell, cellWidth, cellHeight, values, canvas } = this;
     if (this.small.width !== columns || this.small.height !== rows) [this.small.width, this.small.height] = [columns, rows];
     const context = canvas.getContext("2d");
     context.fillStyle = this.ground;
@@ -135,7 +137,7 @@ class PoolMap {
     }
     this.small.getContext("2d").putImageData(pixels, 0, 0);
     context.imageSmoothingEnabled = false;
-    context.drawImage(this.small, 0, 0, columns * cellWidth, rows * cell);
+    context.drawImage(this.small, 0, 0, columns * cellWidth, rows * cellHeight);
     if (cell >= 4) {
       const gap = cell >= 8 ? Math.max(1, Math.round(this.scale)) : 1;
       for (let column = 1; column < columns; column++) context.fillRect(Math.round(column * cellWidth) - gap, 0, gap, canvas.height);
@@ -144,7 +146,7 @@ class PoolMap {
     if (this.cursor >= 0) {
       const size = Math.max(cell, 5 * this.scale);
       const left = (this.cursor % columns) * cellWidth + (cellWidth - size) / 2;
-      const top = Math.floor(this.cursor / columns) * cell + (cell - size) / 2;
+      const top = Math.floor(this.cursor / columns) * cellHeight + (cellHeight - size) / 2;
       context.strokeStyle = this.frame;
       context.lineWidth = Math.max(1, Math.round(1.5 * this.scale));
       context.strokeRect(left, top, size, size);
@@ -162,7 +164,7 @@ class PoolMap {
   pageAt(event) {
     const box = this.canvas.getBoundingClientRect();
     const column = Math.floor((event.clientX - box.left) * this.scale / this.cellWidth);
-    const row = Math.floor((event.clientY - box.top) * this.scale / this.cell);
+    const row = Math.floor((event.clientY - box.top) * this.scale / this.cellHeight);
     const page = row * this.columns + column;
     return column >= 0 && column < this.columns && page < this.values.length ? page : -1;
   }

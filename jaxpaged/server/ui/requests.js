@@ -42,7 +42,7 @@ class Requests {
     // One stop of the tab key for all of them.
     if (this.body.firstElementChild && !this.body.querySelector('tr[tabindex="0"]')) this.body.firstElementChild.tabIndex = 0;
     byId("no-rows").hidden = this.rows.size > 0;
-    const more = look.left_out ? `, the first ${grouped.format(look.requests.length)} are listed` : "";
+    const more = look.left_out ? `, ${grouped.format(look.requests.length)} listed` : "";
     const { num_requests_running: running, num_requests_waiting: waiting } = look.counts;
     setText(byId("requests-count"), `${grouped.format(running)} running, ${grouped.format(waiting)} waiting${more}`);
   }
