@@ -1,5 +1,7 @@
 // A chat over /v1/chat/completions, streamed. Leaving it, or "Stop", ends the request on the server.
 
+const MIN_MS = 250; // between the first token and the last, for a rate that says something
+
 class Chat {
   constructor() {
     this.history = []; // of OpenAI's messages
@@ -114,7 +116,7 @@ function summary({ begun, first, last, usage, reason }) {
   const parts = [];
   if (usage) parts.push(count(usage.completion_tokens, "token"));
   if (first !== null) parts.push(`first after ${shortTime((first - begun) / 1000)}`);
-  if (usage && last > first) parts.push(`${oneDigit.format(1000 * (usage.completion_tokens - 1) / (last - first))} tokens/s`);
+  if (usage && last - first > MIN_MS) parts.push(`${oneDigit.format(1000 * (usage.completion_tokens - 1) / (last - first))} tokens/s`);
   if (reason === "length") parts.push("cut at max tokens");
   if (reason === "stopped") parts.push("stopped");
   return parts.join(" · ");

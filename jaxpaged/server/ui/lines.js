@@ -11,7 +11,9 @@ class Tile {
     this.value = make("p", "value");
     this.number = this.value.appendChild(make("span", "", "–"));
     this.unit = this.value.appendChild(make("small", "", unit));
-    this.note = make("p", "note clip");
+    const head = tile.appendChild(make("div", "head"));
+    head.append(make("h2", "", title));
+    this.note = head.appendChild(make("p", "note clip"));
     const picture = document.createElementNS(SVG, "svg");
     picture.setAttribute("viewBox", "0 0 100 100");
     picture.setAttribute("preserveAspectRatio", "none");
@@ -21,7 +23,7 @@ class Tile {
       path.setAttribute("class", name);
       return path;
     });
-    tile.append(make("h2", "", title), this.value, this.note, picture);
+    tile.append(this.value, picture);
     parent.append(tile);
     this.points = []; // [seconds, number or null]
     this.most = 0;
@@ -61,7 +63,7 @@ class TimeLines {
     this.queue = tile("Waiting", "");
     this.pages = tile("Pages in use", "%");
     this.hits = tile("Cache hits", "%");
-    this.drafts = tile("Drafts accepted", "%");
+    this.drafts = tile("Acceptance", "%");
     this.pages.most = this.hits.most = this.drafts.most = 100;
     this.looks = []; // [seconds, counts]
   }
@@ -82,7 +84,7 @@ class TimeLines {
       `${compact.format(counts.generation_tokens)} so far`);
     this.running.add(now, counts.num_requests_running, grouped.format(counts.num_requests_running), `room for ${grouped.format(limits.max_num_seqs)}`);
     this.queue.add(now, counts.num_requests_waiting, grouped.format(counts.num_requests_waiting),
-      `${grouped.format(counts.num_queued_requests)} of ${compact.format(limits.max_queued_requests)} queued`);
+      `${compact.format(counts.num_queued_requests)} / ${compact.format(limits.max_queued_requests)} queued`);
     const used = 100 * counts.kv_cache_usage_perc;
     this.pages.add(now, used, oneDigit.format(used), counts.num_preemptions ? count(counts.num_preemptions, "preemption") : "");
     const hits = this.share(at, "prefix_cache_hits", "prefix_cache_queries");
@@ -91,7 +93,7 @@ class TimeLines {
     const isOn = counts.spec_decode_num_draft_tokens !== undefined;
     const drafts = isOn ? this.share(at, "spec_decode_num_accepted_tokens", "spec_decode_num_draft_tokens") : null;
     this.drafts.add(now, drafts, isOn ? (drafts === null ? "–" : oneDigit.format(drafts)) : "off",
-      isOn ? `${compact.format(counts.spec_decode_num_accepted_tokens)} tokens` : "");
+      isOn ? `${compact.format(counts.spec_decode_num_accepted_tokens)} drafts` : "no speculation");
   }
 
   rate(at, name) {

@@ -11,7 +11,7 @@ const chat = new Chat();
 const legend = Object.fromEntries(LEGEND.map(([name, text]) => {
   const item = byId("legend").appendChild(make("li"));
   item.append(make("span", `swatch ${name}`), make("span", "", text));
-  const number = item.appendChild(make("b", "", "0"));
+  const number = item.appendChild(make("b", "", "–"));
   number.id = `count-${name}`;
   return [name, number];
 }));
@@ -60,8 +60,8 @@ function show({ now, look }) {
 function tellLost() {
   document.body.classList.add("stale");
   tellStatus("bad", "no answer");
-  const since = lastAnswer === null ? "" : ` for ${shortTime((performance.now() - lastAnswer) / 1000)}`;
-  tell(`The server does not answer${since}. What is shown is the last that it said. Trying again.`, true);
+  tell(lastAnswer === null ? "The server does not answer. Trying again."
+    : `The server has not answered for ${shortTime((performance.now() - lastAnswer) / 1000)}. What is shown is the last that it said. Trying again.`, true);
 }
 
 // The key, from whoever sits here.

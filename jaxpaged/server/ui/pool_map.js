@@ -3,8 +3,7 @@
 const [FREE, CACHED, SHARED, FIRST_REQUEST, FIRST_GROUP] = [0, 1, 2, 3, 32768]; // as in page_map.py
 const MAX_CELL = 16; // of CSS pixels
 const MAX_HEIGHT = 0.4; // of the window
-const HINT = matchMedia("(hover: none)").matches
-  ? "Touch a page to see who owns it." : "Point at a page to see who owns it, or go there with the arrow keys.";
+const HINT = "Point at a page to see who owns it.";
 
 class PoolMap {
   constructor(canvas, told) {
