@@ -270,6 +270,12 @@ def test_the_page_shows_the_pages_of_what_runs_and_frees_them(browser: Browser, 
                 page.resize(width, height)
                 page.until("document.documentElement.scrollWidth <= innerWidth")
                 assert page.run(OVERFLOWING) == []
+            # Who has the keyboard on a row keeps it when another row goes.
+            page.run("document.querySelector('#rows tr + tr').focus()")
+            last = llm._engine.scheduler.running[1].request.request_id
+            llm._thread.find(llm._engine.scheduler.running[0].request.request_id).close()
+            page.until("document.querySelectorAll('#rows tr').length === 1")
+            assert page.run("document.activeElement.textContent").startswith(last)
         page.until(lambda: page.number("#count-one") + page.number("#count-shared") == 0)
         page.until("document.querySelectorAll('#rows tr').length === 0")
         assert page.number("#count-cached") == llm._engine.pool.num_cached > 0

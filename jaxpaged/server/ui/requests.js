@@ -4,7 +4,7 @@ class Requests {
   constructor(body, map) {
     this.body = body;
     this.map = map;
-    this.rows = new Map(); // name -> { row, cells, line }
+    this.rows = new Map(); // name -> { row and what of it changes }
     body.addEventListener("pointerover", (event) => this.point(event.target));
     body.addEventListener("pointerleave", () => this.map.show(null));
     body.addEventListener("focusin", (event) => this.point(event.target));
@@ -25,19 +25,16 @@ class Requests {
   }
 
   update(look) {
-    const left = new Set(this.rows.keys());
+    // First those that have left: a row that is moved loses the focus, and none is moved but for a new order.
+    const listed = new Set(look.requests.map((line) => line.request));
+    for (const [name, { row }] of this.rows) if (!listed.has(name)) this.remove(name, row);
     let before = null;
     for (const line of look.requests) {
-      left.delete(line.request);
       const known = this.rows.get(line.request) ?? this.add(line);
       this.fill(known, line);
       const place = before === null ? this.body.firstElementChild : before.nextElementSibling;
       if (place !== known.row) this.body.insertBefore(known.row, place);
       before = known.row;
-    }
-    for (const name of left) {
-      this.rows.get(name).row.remove();
-      this.rows.delete(name);
     }
     // One stop of the tab key for all of them.
     if (this.body.firstElementChild && !this.body.querySelector('tr[tabindex="0"]')) this.body.firstElementChild.tabIndex = 0;
@@ -45,6 +42,14 @@ class Requests {
     const more = look.left_out ? `, ${grouped.format(look.requests.length)} listed` : "";
     const { num_requests_running: running, num_requests_waiting: waiting } = look.counts;
     setText(byId("requests-count"), `${grouped.format(running)} running, ${grouped.format(waiting)} waiting${more}`);
+  }
+
+  remove(name, row) {
+    const next = row.nextElementSibling ?? row.previousElementSibling;
+    const hadFocus = row === document.activeElement;
+    row.remove();
+    this.rows.delete(name);
+    if (hadFocus) next?.focus();
   }
 
   add(line) {
@@ -56,12 +61,12 @@ class Requests {
     });
     const cells = ["", "", "", "number wide", "number wide", "number"].map((name) => row.appendChild(make("td", name)));
     const swatch = cells[0].appendChild(make("span", "swatch"));
-    const name = cells[0].appendChild(make("span", "", line.request));
+    cells[0].append(make("span", "", line.request));
     cells[0].title = line.request;
     const progress = cells[2].appendChild(make("div", "progress"));
     const tokens = progress.appendChild(make("span"));
     const bar = progress.appendChild(make("i"));
-    const known = { row, cells, swatch, name, tokens, bar };
+    const known = { row, cells, swatch, tokens, bar };
     this.rows.set(line.request, known);
     return known;
   }
