@@ -199,7 +199,7 @@ class AsyncLLM:
 
     async def reset_prefix_cache(self) -> None:
         """See `Engine.reset_prefix_cache`. Raises ClosedError."""
-        await self._thread.call(lambda engine: engine.reset_prefix_cache())
+        await self.between_steps(lambda engine: engine.reset_prefix_cache())
 
     def observe(self, observer: Observer) -> None:
         """Have somebody told of every request, in place of whoever was."""
@@ -207,8 +207,12 @@ class AsyncLLM:
 
     async def stats(self) -> dict[str, int | float]:
         """See `Engine.stats`; with what has no token yet. Raises ClosedError."""
-        found = await self._thread.call(lambda engine: engine.stats())
+        found = await self.between_steps(lambda engine: engine.stats())
         return {**found, "num_queued_requests": self.admission.num_outputs, "num_queued_tokens": self.admission.num_tokens}
+
+    async def between_steps(self, look: Callable[[Engine], T]) -> T:
+        """What a function of the engine gives between two steps, on the engine's thread. Raises ClosedError."""
+        return await self._thread.call(look)
 
     def _time_left(self, ticket: Ticket, timeout_s: float | None) -> float | None:
         return None if timeout_s is None else max(0.0, ticket.at_s + timeout_s - self.clock())

@@ -391,6 +391,11 @@ class Engine:
 
     def stats(self) -> dict[str, int | float]:
         """Counters since the start and the state of the pool right now."""
+        of_runner = self.runner.stats() if isinstance(self.runner, JaxRunner) else {}
+        return {**self.counts(), **eyes.stats(self.scheduler), **of_runner}
+
+    def counts(self) -> dict[str, int | float]:
+        """Those of `stats` that are at hand: no page is looked at."""
         page_tokens = sum(sequence.num_computed for sequence in self.scheduler.running)
         return {
             "num_requests_running": len(self.scheduler.running),
@@ -407,8 +412,6 @@ class Engine:
             "prompt_tokens": self.num_prompt_tokens,
             "generation_tokens": self.num_generation_tokens,
             **(self._drafting.stats() if self._drafting is not None else {}),
-            **eyes.stats(self.scheduler),
-            **(self.runner.stats() if isinstance(self.runner, JaxRunner) else {}),
         }
 
     def save_recording(self, path: str | os.PathLike[str]) -> Path:

@@ -10,6 +10,7 @@ from jaxpaged.cli.options import Parser
 DESCRIPTION = "Show who runs and who waits, or what the prefix cache knows: of a running engine, or at one step of a recording."
 EPILOG = """\
 examples:
+  jaxpaged debug --scheduler --url http://127.0.0.1:8000 --api-key-file key.txt     a server of 'jaxpaged serve'
   jaxpaged debug --scheduler --socket engine.sock                 an engine with debug_socket="engine.sock"
   jaxpaged debug --prefix-cache --recording run.recording            at its end
   jaxpaged debug --scheduler --recording run.recording --step 417 --json"""

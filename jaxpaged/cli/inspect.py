@@ -1,4 +1,4 @@
-"""`jaxpaged inspect`: which pages are in use and by whom, in a running engine or at any step of a recording."""
+"""`jaxpaged inspect`: which pages are in use and by whom, in a running engine or server, or at any step of a recording."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from jaxpaged.cli.options import Parser, UsageError, whole_number
 from jaxpaged.observe.debug_socket import ask
 from jaxpaged.observe.recording import Recording
 from jaxpaged.observe.records import RecordingError
+from jaxpaged.observe.remote import ask_server
 from jaxpaged.observe.replay import Replay
 from jaxpaged.observe.snapshot import snapshot
 from jaxpaged.observe.tables import as_text
+from jaxpaged.server.options import ServerOptions
 
-DESCRIPTION = "Show the pages that are in use and who owns them: of a running engine, or at one step of a recording."
+DESCRIPTION = "Show the pages that are in use and who owns them: of a running engine or server, or at one step of a recording."
 EPILOG = """\
 examples:
+  jaxpaged inspect --active-blocks --url http://127.0.0.1:8000              a server of 'jaxpaged serve'
   jaxpaged inspect --active-blocks --socket engine.sock                    an engine with debug_socket="engine.sock"
   jaxpaged inspect --active-blocks --recording run.recording               at its end
   jaxpaged inspect --active-blocks --recording run.recording --step 417 --json"""
@@ -35,6 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def add_views(parser: Parser, views: dict[str, tuple[str, str]]) -> None:
     """A flag for each view, and where to look."""
+    parser.add_argument("--url", metavar="URL", help="a running server")
+    parser.add_argument("--api-key-file", metavar="FILE", help="of the server: a file whose first line is one of its keys")
+    parser.add_argument("--api-key", metavar="KEY", help="the same key itself, which other users of this machine can see")
     for view, text in views.values():
         parser.add_argument(f"--{view}", action="store_true", help=text)
     parser.add_argument("--socket", metavar="PATH", help="the debug_socket of a running engine")
@@ -45,19 +51,32 @@ def add_views(parser: Parser, views: dict[str, tuple[str, str]]) -> None:
 
 def show(arguments: argparse.Namespace, views: dict[str, tuple[str, str]]) -> int:
     """Print the view that the flags name; the exit code."""
-    wanted = [view for name, (view, _) in views.items() if getattr(arguments, name)]
+    places = [arguments.url, arguments.socket, arguments.recording]
+    wanted = [view for name, (view, _) in views.items() if getattr(arguments, name) or len(views) == 1]
     if len(wanted) != 1:
         raise UsageError(f"expected one of {', '.join(f'--{view}' for view, _ in views.values())}")
-    if (arguments.socket is None) == (arguments.recording is None):
-        raise UsageError("expected --socket PATH of a running engine or --recording FILE, one of the two")
-    if arguments.socket is not None and arguments.step is not None:
+    if places.count(None) != 2:
+        raise UsageError("expected one of --url URL of a server, --socket PATH of a running engine, --recording FILE")
+    if arguments.recording is None and arguments.step is not None:
         raise UsageError("--step: only with --recording")
-    if arguments.socket is not None:
+    if arguments.url is None and (arguments.api_key is not None or arguments.api_key_file is not None):
+        raise UsageError("--api-key: only with --url")
+    if arguments.url is not None:
+        found = ask_server(arguments.url, wanted[0], key=_key(arguments))
+    elif arguments.socket is not None:
         found = ask(arguments.socket, wanted[0])
     else:
-        found = _of_recording(arguments.recording, wanted[0], arguments.step)
+        found = _of_recording(str(arguments.recording), wanted[0], arguments.step)
     print(json.dumps(found, indent=2) if arguments.json else as_text(found))
     return 0
+
+
+def _key(arguments: argparse.Namespace) -> str | None:
+    """The server's key, of which the file's first is meant."""
+    if arguments.api_key is not None and arguments.api_key_file is not None:
+        raise UsageError("--api-key: not with --api-key-file")
+    options = {"api_key": arguments.api_key or (), "api_key_file": arguments.api_key_file}
+    return next(iter(ServerOptions(**options).all_keys()), None)
 
 
 def _of_recording(path: str, view: str, step: int | None) -> dict[str, Any]:

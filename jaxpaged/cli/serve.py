@@ -24,6 +24,7 @@ examples:
 
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "One day", "max_tokens": 32}'
 
+http://127.0.0.1:8000/ui shows in a browser what runs and who owns which page, and has a chat.
 SIGTERM and Ctrl-C end it when what runs has ended, a second one at once."""
 
 KINDS = (ServerOptions, QueueOptions, EngineConfig)

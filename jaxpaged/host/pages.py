@@ -159,6 +159,10 @@ class PagePool:
         """References to a page."""
         return self._refs[page]
 
+    def refcounts(self) -> list[int]:
+        """References to every page, the null page first."""
+        return self._refs.copy()
+
     def refcount_hist(self) -> dict[int, int]:
         """Number of pages by reference count, the null page left out."""
         return dict(sorted(Counter(self._refs[1:]).items()))

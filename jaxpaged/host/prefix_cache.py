@@ -50,6 +50,10 @@ class PrefixCache:
         """Pages that hold a known prefix, owned or not."""
         return len(self._held)
 
+    def known_pages(self) -> list[int]:
+        """Pages that hold a known prefix, in no order that means anything."""
+        return list(self._held)
+
     def match(self, sequence: Sequence) -> list[int]:
         """The pages of the longest known prefix of a sequence that leaves at least its last token to compute."""
         pages = []

@@ -81,13 +81,14 @@ def _scheduler(scheduler: Scheduler, max_lines: int) -> dict[str, Any]:
         "num_running": len(running),
         "num_waiting": len(waiting),
         "num_preemptions": scheduler.num_preemptions,
-        "running": [_sequence(sequence) for sequence in running[:max_lines]],
-        "waiting": [_sequence(sequence) for sequence in waiting[:max_lines]],
+        "running": [sequence_line(sequence) for sequence in running[:max_lines]],
+        "waiting": [sequence_line(sequence) for sequence in waiting[:max_lines]],
         "left_out": max(0, len(running) - max_lines) + max(0, len(waiting) - max_lines),
     }
 
 
-def _sequence(sequence: request.Sequence) -> dict[str, Any]:
+def sequence_line(sequence: request.Sequence) -> dict[str, Any]:
+    """How far one sequence has come."""
     return {
         "request": _name(sequence),
         "prompt": sequence.num_prompt,

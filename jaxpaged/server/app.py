@@ -23,7 +23,9 @@ from jaxpaged.server.metrics import CONTENT_TYPE, Metrics
 from jaxpaged.server.options import ServerOptions
 from jaxpaged.server.protocol import CHAT, COMPLETION, DETOKENIZE, EMBEDDING, RESPONSE, TOKENIZE
 from jaxpaged.server.service import Asked, Service
+from jaxpaged.server.states import add_views
 from jaxpaged.server.tracing import Tracer, otlp_tracer
+from jaxpaged.server.ui.routes import add_page
 from jaxpaged.server.watching import Book, Watching
 from jaxpaged.streams import EngineError
 from jaxpaged.version import __version__
@@ -60,6 +62,8 @@ def build_app(llm: AsyncLLM, options: ServerOptions | None = None, *, tracer: Tr
     _add_metrics(app, metrics)
     _add_answers(app, service)
     _add_states(app, service)
+    add_views(app, service)
+    add_page(app, service)
     return app
 
 

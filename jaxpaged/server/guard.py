@@ -1,6 +1,6 @@
 """The door: who may come in, how much they may bring, and that whatever happens inside, the answer is one of ours.
 
-An ASGI application around another. Knows headers and sizes. Refuses to know routes, but for the one that needs no key.
+An ASGI application around another. Knows headers and sizes. Refuses to know routes, but for those that need no key.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxpaged.server.bodies import dump_json
 from jaxpaged.server.errors import ApiError, as_api_error
 from jaxpaged.server.options import ServerOptions
 
-OPEN_PATHS = ("/live",)
+OPEN_PATHS = ("/live", "/ui")  # the second is a document that says nothing: what it shows needs a key
 MAX_HEADER_BYTES = 64 << 10
 _DISCARD_S = 1.0
 _MAX_BODIES = 16  # of the largest size, at one time: a thousand clients that send one each must not fill the memory
@@ -31,7 +31,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 class Guard:
     """Every request passes here.
 
-    Invariant: without one of the keys, where there are any, nothing but /live is reached, be the route known or not; what is
+    Invariant: without one of the keys, where there are any, nothing but OPEN_PATHS is reached, be the route known or not; what is
     inside gets bodies of at most max_body_bytes; an answer has begun once at most, and an exception becomes one.
 
     What is inside finds in `scope["state"]`: request_id and tenant, the latter the same for one key and empty without.

@@ -22,9 +22,11 @@ class ServerOptions:
     Args:
       host: address to listen on. Any but a loopback address needs api_key or api_key_file.
       port: to listen on; 0 is any that is free.
-      api_key: keys, one of which every request but /live has to bring as its bearer token; at least 16 characters each. The
-        command line shows them to other users of the machine: better api_key_file.
+      api_key: keys, one of which every request but those for /live and for the empty page of /ui has to bring as its bearer
+        token; at least 16 characters each. The command line shows them to other users of the machine: better api_key_file.
       api_key_file: a file with one key a line; None is none.
+      show_state: answer /ui, and /state, which `jaxpaged inspect` and `jaxpaged debug` ask: every key then shows the ids, lengths
+        and pages of all that runs and waits, never a text, and not whose it is.
       insecure_no_auth: serve on a public address without a key.
       served_model_name: names that the model answers to, the first is its own; None is the last part of its path.
       tool_call_parser: how the model writes tool calls, one of `jaxpaged.tools.TOOL_CALL_PARSERS`; auto is what fits its chat
@@ -54,6 +56,7 @@ class ServerOptions:
     port: int = 8000
     api_key: tuple[str, ...] = ()
     api_key_file: str | None = None
+    show_state: bool = True
     insecure_no_auth: bool = False
     served_model_name: tuple[str, ...] = ()
     tool_call_parser: str = "auto"
@@ -97,7 +100,7 @@ class ServerOptions:
             hint = nearest(self.tool_call_parser, list(TOOL_CALL_PARSERS))
             allowed = ", ".join(("auto", *TOOL_CALL_PARSERS))
             raise ConfigError(f"tool_call_parser: got {self.tool_call_parser!r}, expected one of {allowed}{hint}")
-        for name in ("insecure_no_auth", "access_log", "enable_log_requests"):
+        for name in ("show_state", "insecure_no_auth", "access_log", "enable_log_requests"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected True or False")
         self._check_eyes()

@@ -253,10 +253,15 @@ def test_a_recording_is_inspected_at_any_step(command: list[str], tmp_path: Path
 @pytest.mark.parametrize(
     ("argv", "code", "problem"),
     [
-        (["inspect", "--recording", "x"], 2, "expected one of --active-blocks"),
-        (["debug", "--scheduler"], 2, "--socket PATH of a running engine or --recording FILE"),
+        (["inspect"], 2, "--url URL of a server, --socket PATH of a running engine, --recording FILE"),
+        (["debug", "--recording", "x"], 2, "expected one of --scheduler, --prefix-cache"),
+        (["inspect", "--socket", "x", "--api-key", "a-key-of-16-chars"], 2, "--api-key: only with --url"),
+        (["inspect", "--url", "http://127.0.0.1:9", "--api-key", "short"], 2, "api_key: got a key of 5 characters"),
+        (["inspect", "--url", "http://127.0.0.1:9", "--api-key-file", "/nonexistent/x"], 2, "No such file"),
+        (["inspect", "--url", "127.0.0.1:8000"], 3, "expected one such as http://"),
+        (["inspect", "--url", "http://127.0.0.1:9"], 3, "no server answers there (Connection refused)"),
         (["debug", "--scheduler", "--prefix-cache", "--socket", "x"], 2, "expected one of --scheduler, --prefix-cache"),
-        (["debug", "--scheduler", "--socket", "x", "--recording", "y"], 2, "one of the two"),
+        (["debug", "--scheduler", "--socket", "x", "--recording", "y"], 2, "expected one of --url"),
         (["debug", "--scheduler", "--socket", "x", "--step", "3"], 2, "--step: only with --recording"),
         (["inspect", "--active-blocks", "--socket", "/nonexistent/x"], 3, "no engine answers on this socket"),
         (["inspect", "--active-blocks", "--recording", "DAY", "--step", "9999999"], 3, "ends after step"),

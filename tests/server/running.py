@@ -29,9 +29,9 @@ ENGINE = {
 class Running:
     """A server and its address."""
 
-    def __init__(self, llm: AsyncLLM, options: ServerOptions):
+    def __init__(self, llm: AsyncLLM, options: ServerOptions, port: int = 0):
         self.llm, self.server = llm, Server(llm, options)
-        self._socket = bind(options.host, 0)
+        self._socket = bind(options.host, port)
         self.url = address_of(self._socket)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([self._socket])), daemon=True)
         self.thread.start()
@@ -46,9 +46,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(llm: AsyncLLM, **options: Any) -> Iterator[Running]:
-    """Served until the block ends; the model is ended by whoever made it."""
-    one = Running(llm, ServerOptions(**options))
+def running(llm: AsyncLLM, *, port: int = 0, **options: Any) -> Iterator[Running]:
+    """Served until the block ends, on any port by default; the model is ended by whoever made it."""
+    one = Running(llm, ServerOptions(**options), port)
     try:
         yield one
     finally:

@@ -25,6 +25,7 @@ from jaxpaged.server.options import ServerOptions
 for name in ("fastapi", "uvicorn", "httptools", "httpx2"):
     pytest.importorskip(name, reason="the extra `serve` is not installed")
 sys.path.insert(0, str(Path(__file__).parent))
+from browser import Browser  # noqa: E402
 from running import Running, is_empty, new_llm, running, wait_until  # noqa: E402
 
 MESSAGES = [{"role": "user", "content": "Sort these words: pear, apple, fig"}]
@@ -607,3 +608,34 @@ def test_a_full_queue_is_a_429_and_draining_ends_what_runs() -> None:
         served.server.should_exit = True
         served.thread.join(10)
         llm.shutdown()
+
+
+def test_the_page_chats_as_the_model_does(server: Running, browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of the page is in `test_ui`."""
+    step = server.engine.step
+    monkeypatch.setattr(server.engine, "step", lambda: (time.sleep(0.01), step())[1])  # or it is over before it is seen
+    prompt = "<img src=x onerror=alert(1)> Sort these words: pear, apple, fig"
+    body = {"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 40}
+    expected = post(server, "/v1/chat/completions", body)["choices"][0]["message"]["content"]
+    with browser.page() as page:
+        page.open(f"{server.url}/ui")
+        page.until("document.getElementById('status').textContent === 'live'")
+        page.run("document.getElementById('temperature').value = 0; document.getElementById('max-tokens').value = 40")
+        page.run("seen = new Set(); setInterval(() => seen.add(document.getElementById('messages').textContent), 5); 0")
+        page.type("#prompt", prompt)
+        page.press("Enter")
+        page.until("document.querySelector('.message .note') !== null")
+        assert (page.text("[data-role=user] p"), page.text("[data-role=assistant] p")) == (prompt, expected)
+        assert page.run("document.querySelectorAll('#messages img').length") == 0
+        assert page.run("seen.size") > 4, "it came all at once"
+        # To stop is to end the request; and nothing that was said is in what the page is told of the engine.
+        page.run("document.getElementById('max-tokens').value = 400")
+        page.type("#prompt", "Tell me a long story")
+        page.press("Enter")
+        wait_until(lambda: bool(server.engine.scheduler.running))
+        with server.client() as client:
+            assert "long story" not in client.get("/ui/state").text
+        page.run("document.getElementById('send').click()")
+        page.until("document.getElementById('send').textContent === 'Send'")
+        wait_until(lambda: is_empty(server.llm))
+        assert page.problems == []
