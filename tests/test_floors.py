@@ -18,7 +18,7 @@ LIBRARY = ("jaxpaged", "pallas_kernels", "convert")
 # From the ground up. A room imports from floors below its own; rooms of one floor never see each other.
 FLOORS = (
     ("jaxpaged.version", "jaxpaged.errors", "jaxpaged.framed", "jaxpaged.stop_strings", "jaxpaged.tools"),
-    ("jaxpaged.admission", "jaxpaged.speculative_config"),
+    ("jaxpaged.admission", "jaxpaged.client", "jaxpaged.speculative_config"),
     ("jaxpaged.config", "pallas_kernels"),
     ("jaxpaged.host", "jaxpaged.model", "jaxpaged.outputs"),
     ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel", "jaxpaged.observe", "jaxpaged.offload", "jaxpaged.templates"),
@@ -26,12 +26,12 @@ FLOORS = (
     ("jaxpaged.runner", "jaxpaged.tokenizer", "jaxpaged.demo", "convert"),
     ("jaxpaged.speculative",),
     ("jaxpaged.engine",),
-    ("jaxpaged.growing", "jaxpaged.loading", "jaxpaged.prompts"),
+    ("jaxpaged.growing", "jaxpaged.loading", "jaxpaged.prompts", "jaxpaged.simulate"),
     ("jaxpaged.live", "jaxpaged.streams"),
     ("jaxpaged.engine_thread",),
     ("jaxpaged.llm", "jaxpaged.async_llm"),
     ("jaxpaged",),  # the public names; nothing below asks it for them
-    ("jaxpaged.server", "jaxpaged.bench", "jaxpaged.simulate"),
+    ("jaxpaged.server", "jaxpaged.bench"),
     ("jaxpaged.cli",),
     ("jaxpaged.__main__",),
 )
@@ -42,6 +42,7 @@ ONLY = {
     "jaxpaged.version": (),
     "jaxpaged.errors": (),
     "jaxpaged.admission": ("jaxpaged.errors",),
+    "jaxpaged.client": ("jaxpaged.client", "jaxpaged.errors", "httptools"),
     "jaxpaged.framed": (),
     "jaxpaged.speculative_config": ("jaxpaged.errors",),
     "jaxpaged.config": ("jaxpaged.errors", "jaxpaged.speculative_config"),

@@ -1,0 +1,52 @@
+"""The commands that talk to a server, and those that answer as one, on the real thing: one engine for all of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jaxpaged import cli
+from jaxpaged.async_llm import AsyncLLM
+
+for name in ("fastapi", "uvicorn", "httpx2"):
+    pytest.importorskip(name, reason="the extra `serve` is not installed")
+sys.path.insert(0, str(Path(__file__).parent))
+from running import Running, is_empty, new_llm, running, wait_until  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[AsyncLLM]:
+    llm = new_llm()
+    yield llm
+    llm.shutdown()
+
+
+@pytest.fixture(scope="module")
+def shared(model: AsyncLLM) -> Iterator[Running]:
+    with running(model) as one:
+        yield one
+
+
+@pytest.fixture
+def server(shared: Running) -> Iterator[Running]:
+    yield shared
+    wait_until(lambda: is_empty(shared.llm))
+
+
+# --- bench serve -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["openai", "openai-chat"])
+def test_bench_serve_says_how_many_tokens_there_were(server: Running, backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--num-prompts", "12", "--input-len", "20", "--output-len", "16", "--ignore-eos", "--request-rate", "100"]
+    assert cli.main(["bench", "serve", "--base-url", server.url, "--backend", backend, *argv, "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["completed"] == 12 and numbers["total_output_tokens"] == 12 * 16 and numbers["tokens_counted_by_chunk"]
+    assert numbers["total_input_tokens"] == 12 * 20 or (backend == "openai-chat" and numbers["total_input_tokens"] > 12 * 20)
+    assert 0 < numbers["median_ttft_ms"] < numbers["median_e2el_ms"] < numbers["duration"] * 1e3
+    first = numbers["mean_e2el_ms"] - numbers["mean_ttft_ms"]
+    assert numbers["mean_tpot_ms"] * 15 == pytest.approx(first)
