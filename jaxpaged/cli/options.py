@@ -13,6 +13,7 @@ import logging
 import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -271,6 +272,13 @@ def described_fields(kind: type) -> dict[str, str]:
         elif name and line.strip():
             described[name] += " " + line.strip()
     return {name: text.removesuffix(".") for name, text in described.items()}
+
+
+def save_json(numbers: Mapping[str, Any], arguments: argparse.Namespace, table: str) -> None:
+    """Print what the flags `--json` and `--output-json` ask for: the numbers, or their table."""
+    print(json.dumps(numbers) if arguments.json else table)
+    if arguments.output_json is not None:
+        Path(arguments.output_json).write_text(json.dumps(numbers, indent=4), encoding="utf-8")
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:
