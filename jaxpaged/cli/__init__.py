@@ -26,7 +26,8 @@ OWN_PARSERS = ("convert", "bench")
 COMMANDS = {
     "generate": "complete prompts and print the texts",
     "serve": "answer OpenAI's API over HTTP",
-    "chat": "talk with a model in the terminal",
+    "chat": "talk with a model in the terminal, here or on a server",
+    "complete": "go on with texts, line by line, here or on a server",
     "demo": "watch paged attention at work on a small model that comes along",
     "bench": "measure a server under load, or this machine: serve, latency, throughput",
     "convert": "Hugging Face safetensors to orbax and back",
@@ -44,7 +45,7 @@ examples:
   jaxpaged generate "One day" --max-tokens 64           the bundled model again
   jaxpaged generate --model ./llama "Dear" --stream     a Hugging Face directory
   jaxpaged serve ./llama --port 8000                    OpenAI's API over HTTP
-  jaxpaged chat --model ./llama --dtype bfloat16        with history, in the terminal
+  jaxpaged chat --url http://127.0.0.1:8000             with history, in the terminal
   jaxpaged bench serve --request-rate 8                 how quick a server answers, under load
   jaxpaged convert ./llama ./llama-orbax --verify       for faster loading
 

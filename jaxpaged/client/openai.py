@@ -25,7 +25,7 @@ class ServerError(HttpError):
         told = told if isinstance(told, dict) else {}
         code = told.get("code") or told.get("type")
         words = f"HTTP {status}" if status else "error event"
-        message = str(told.get("message") or "")[:500]
+        message = "".join(one if one.isprintable() else " " for one in str(told.get("message") or "")[:500])
         super().__init__(f"{words} {code}" if code and str(code) != str(status) else words, f"{words}: {message}".rstrip(": "))
         self.status, self.code = status, code
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from collections.abc import Iterator
@@ -50,3 +51,31 @@ def test_bench_serve_says_how_many_tokens_there_were(server: Running, backend: s
     assert 0 < numbers["median_ttft_ms"] < numbers["median_e2el_ms"] < numbers["duration"] * 1e3
     first = numbers["mean_e2el_ms"] - numbers["mean_ttft_ms"]
     assert numbers["mean_tpot_ms"] * 15 == pytest.approx(first)
+
+
+# --- chat and complete -----------------------------------------------------------------------------------------------
+
+
+def test_a_server_says_what_the_same_model_says_in_process(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    from jaxpaged.host.request import SamplingParams
+    from jaxpaged.prompts import chat_prompt
+
+    params = SamplingParams(temperature=0, max_tokens=20)
+    messages = [{"role": "user", "content": "What is 17 + 25?"}]
+
+    async def direct() -> list[str]:
+        found = []
+        for prompt in (chat_prompt(server.llm.tokenizer, messages), "One day"):  # type: ignore[arg-type]
+            async for output in server.llm.generate(prompt, params):
+                last = output
+            found.append(last.outputs[0].text)
+        return found
+
+    flags = ["--url", server.url, "--temperature", "0", "--max-tokens", "20"]
+    assert cli.main(["chat", *flags, "-q", messages[0]["content"]]) == 0
+    assert cli.main(["complete", *flags, "-q", "One day", "--stats"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "".join(f"{text}\n" for text in asyncio.run(direct()))
+    assert "20 tokens out" in shown.err
+    assert cli.main(["chat", *flags, "-q", "x", "--top-p", "0.5", "--min-p", "0.1", "--model-name", "zz"]) == cli.EXIT_USAGE
+    assert "model: got 'zz', expected one of demo" in capsys.readouterr().err
