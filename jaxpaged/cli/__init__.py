@@ -28,6 +28,7 @@ COMMANDS = {
     "serve": "answer OpenAI's API over HTTP",
     "chat": "talk with a model in the terminal, here or on a server",
     "complete": "go on with texts, line by line, here or on a server",
+    "run-batch": "a file of requests in, a file of answers out, in OpenAI's batch format",
     "demo": "watch paged attention at work on a small model that comes along",
     "bench": "measure a server under load, or this machine: serve, latency, throughput",
     "convert": "Hugging Face safetensors to orbax and back",

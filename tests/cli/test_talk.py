@@ -12,12 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_server import Script, fake_server
 
 from jaxpaged import cli
 from jaxpaged.cli.terminal import harmless
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from fake_server import Script, fake_server  # noqa: E402
 
 
 def test_a_terminal_is_told_nothing_that_it_would_obey() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,10 @@ for name in ("fastapi", "uvicorn", "httpx2"):
     pytest.importorskip(name, reason="the extra `serve` is not installed")
 sys.path.insert(0, str(Path(__file__).parent))
 from running import Running, is_empty, new_llm, running, wait_until  # noqa: E402
+
+from jaxpaged.server.app import build_app  # noqa: E402
+from jaxpaged.server.batch_file import Output, answer_all, read_lines  # noqa: E402
+from jaxpaged.server.options import ServerOptions  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +84,31 @@ def test_a_server_says_what_the_same_model_says_in_process(server: Running, caps
     assert "20 tokens out" in shown.err
     assert cli.main(["chat", *flags, "-q", "x", "--top-p", "0.5", "--min-p", "0.1", "--model-name", "zz"]) == cli.EXIT_USAGE
     assert "model: got 'zz', expected one of demo" in capsys.readouterr().err
+
+
+# --- run-batch -------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_answered_as_over_http(server: Running, tmp_path: Path) -> None:
+    bodies = [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Sort these words: pear, apple"}]}),
+        ("/v1/completions", {"prompt": ["One day", "A dog"], "n": 2, "seed": 4, "temperature": 0.9, "logprobs": 1}),
+        ("/v1/completions", {"prompt": "x", "max_tokens": -1}),
+        ("/v1/chat/completions", {"messages": [], "model": "demo"}),
+        ("/v1/completions", {"prompt": "A number:", "structured_outputs": {"regex": "[0-9]{3}"}}),
+    ]
+    bodies = [(url, {"max_tokens": 12, "temperature": 0, **body}) for url, body in bodies]
+    lines = [json.dumps({"custom_id": str(i), "method": "POST", "url": u, "body": b}) for i, (u, b) in enumerate(bodies)]
+    with Output(tmp_path / "out", {}) as output:
+        app = build_app(server.llm, ServerOptions())
+        counts = asyncio.run(answer_all(app, read_lines(io.BytesIO("\n".join(lines).encode())), output, max_concurrency=3))
+        output.finish()
+    found = {one["custom_id"]: one for one in map(json.loads, (tmp_path / "out").read_text().splitlines())}
+    assert (counts.answered, counts.failed) == (3, 2) and len(found) == 5
+    with server.client() as client:
+        for place, (url, body) in enumerate(bodies):
+            response = found[str(place)]["response"]
+            over_http = client.post(url, json=body)
+            assert response["status_code"] == over_http.status_code
+            for name in ("choices", "error", "object"):
+                assert response["body"].get(name) == over_http.json().get(name), (place, name)
