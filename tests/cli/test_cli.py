@@ -387,7 +387,7 @@ def test_collect_env_in_a_process_of_its_own():
 def test_collect_env_as_text(run):
     result = run("collect-env")
     assert result.code == 0 and result.out.startswith("system\n")
-    assert {"packages", "devices", "jax options", "compiled steps"} <= set(result.out.splitlines())
+    assert {"cpu topology", "packages", "devices", "jax options", "compiled steps"} <= set(result.out.splitlines())
 
 
 def test_ctrl_c_ends_a_process_with_130(model: str):
