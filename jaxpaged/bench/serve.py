@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxpaged.bench.datasets import Ask
-from jaxpaged.client.http import Answer, Client, HttpError, dump
+from jaxpaged.client.connection import Answer, HttpError
+from jaxpaged.client.http import Client, dump
 from jaxpaged.client.openai import CHAT_PATH, COMPLETION_PATH, DONE, EventReader, check_status, event_value, text_of
 from jaxpaged.simulate.arrivals import arrival_times
 

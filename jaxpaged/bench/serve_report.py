@@ -152,7 +152,7 @@ def warnings(numbers: Mapping[str, Any], *, has_rate: bool) -> list[str]:
     found, advice = [], "give it a core of its own, or several clients a part of the rate each"
     late, lag = numbers["client_p99_late_ms"], numbers["client_p99_loop_lag_ms"]
     if has_rate and late > LATE_MS:
-        found.append(f"the client sent {late:.1f} ms behind its own schedule (p99), so that the rate was not kept: {advice}")
+        found.append(f"the client sent its requests up to {late:.1f} ms behind its own schedule (p99): {advice}")
     if lag > LATE_MS:
         found.append(f"the client itself was {lag:.1f} ms slow (p99), and its times hold that too: {advice}")
     if numbers["mean_tokens_per_chunk"] > _MANY_PER_CHUNK:

@@ -21,7 +21,8 @@ from jaxpaged.bench.serve import PATHS, Offer, Run, Seen, measure
 from jaxpaged.cli.datasets import add_dataset, dataset_options, drawn, load_tokenizer
 from jaxpaged.cli.options import Parser, UsageError, goals_of, json_object, number, numbers_of, pairs_of, whole_number, words
 from jaxpaged.cli.server_flags import DEFAULT_URL, add_headers, headers
-from jaxpaged.client.http import Client, HttpError
+from jaxpaged.client.connection import HttpError
+from jaxpaged.client.http import Client
 from jaxpaged.client.openai import models
 from jaxpaged.simulate.report import check_goodput, check_percentiles
 

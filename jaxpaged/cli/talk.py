@@ -18,7 +18,8 @@ from jaxpaged.cli.generate import LEFT_OUT, SAMPLING_TITLE, counted, open_llm, w
 from jaxpaged.cli.options import Parser, UsageError, add_fields, add_verbose, given_fields, set_up_logging
 from jaxpaged.cli.server_flags import add_headers, headers
 from jaxpaged.cli.terminal import harmless, said
-from jaxpaged.client.http import Client, HttpError
+from jaxpaged.client.connection import HttpError
+from jaxpaged.client.http import Client
 from jaxpaged.client.openai import CHAT_PATH, COMPLETION_PATH, Delta, deltas, models
 from jaxpaged.config import EngineConfig
 from jaxpaged.host.request import RequestError, RequestOutputKind, SamplingParams

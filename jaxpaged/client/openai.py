@@ -10,7 +10,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpaged.client.http import Answer, Client, HttpError, dump
+from jaxpaged.client.connection import Answer, HttpError
+from jaxpaged.client.http import Client, dump
 
 CHAT_PATH, COMPLETION_PATH, MODELS_PATH = "/v1/chat/completions", "/v1/completions", "/v1/models"
 DONE = b"[DONE]"

@@ -6,14 +6,12 @@ import dataclasses
 import errno
 import io
 import json
-import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +26,13 @@ from jaxpaged.config import EngineConfig
 from jaxpaged.host.request import SamplingParams
 from jaxpaged.version import __version__
 
+pytestmark = pytest.mark.usefixtures("own_logger")
 SMALL = [f"--{name.replace('_', '-')}={value[0] if isinstance(value, tuple) else value}" for name, value in FAST.items()][:-1]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_text_model(tmp_path_factory.mktemp("text-model")))
-
-
-@pytest.fixture(autouse=True)
-def logger() -> Iterator[None]:
-    """The command sets up the library's logger for its process; these tests share one."""
-    logger = logging.getLogger("jaxpaged")
-    before = logger.handlers, logger.level, logger.propagate
-    yield
-    logger.handlers, logger.propagate = before[0], before[2]
-    logger.setLevel(before[1])
 
 
 class Result:

@@ -17,6 +17,8 @@ from fake_server import Script, fake_server
 from jaxpaged import cli
 from jaxpaged.cli.terminal import harmless
 
+pytestmark = pytest.mark.usefixtures("own_logger")
+
 
 def test_a_terminal_is_told_nothing_that_it_would_obey() -> None:
     text = "a\x1b[31mred\x1b]0;title\x07 \x9b2J \u202eevil\r\n\ttab é 日本 😀\x7f"

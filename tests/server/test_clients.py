@@ -23,6 +23,8 @@ from jaxpaged.server.app import build_app  # noqa: E402
 from jaxpaged.server.batch_file import Output, answer_all, read_lines  # noqa: E402
 from jaxpaged.server.options import ServerOptions  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("own_logger")
+
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[AsyncLLM]:
