@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -41,6 +42,16 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # jax names the folder it writes to, and each program it compiles, at level WARNING when asked; neither is a test's business.
     logging.getLogger("jax._src.compilation_cache").setLevel(logging.ERROR)
     return folder
+
+
+@pytest.fixture
+def own_logger() -> Iterator[None]:
+    """A command sets up the library's logger for its process; tests share one."""
+    logger = logging.getLogger("jaxpaged")
+    before = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
 
 
 @pytest.fixture

@@ -21,12 +21,16 @@ from jaxpaged.version import __version__
 
 EXIT_USAGE, EXIT_CHECKPOINT, EXIT_RESOURCES, EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE = 2, 3, 4, 70, 130, 141
 
-# Each is a module of this folder with SUMMARY, add_arguments(parser) and run(arguments); `convert` brings its own parser.
+# Each is a module of this folder: DESCRIPTION, EPILOG, add_arguments(parser), run(arguments). Those of OWN_PARSERS have main.
+OWN_PARSERS = ("convert", "bench")
 COMMANDS = {
     "generate": "complete prompts and print the texts",
     "serve": "answer OpenAI's API over HTTP",
-    "chat": "talk with a model in the terminal",
+    "chat": "talk with a model in the terminal, here or on a server",
+    "complete": "go on with texts, line by line, here or on a server",
+    "run-batch": "a file of requests in, a file of answers out, in OpenAI's batch format",
     "demo": "watch paged attention at work on a small model that comes along",
+    "bench": "measure a server under load, or this machine: serve, latency, throughput",
     "convert": "Hugging Face safetensors to orbax and back",
     "simulate": "the scheduler on a virtual clock: throughput and latency on a GPU that is not here, and memory",
     "replay": "run a flight recording again without the model, or draw it",
@@ -42,7 +46,8 @@ examples:
   jaxpaged generate "One day" --max-tokens 64           the bundled model again
   jaxpaged generate --model ./llama "Dear" --stream     a Hugging Face directory
   jaxpaged serve ./llama --port 8000                    OpenAI's API over HTTP
-  jaxpaged chat --model ./llama --dtype bfloat16        with history, in the terminal
+  jaxpaged chat --url http://127.0.0.1:8000             with history, in the terminal
+  jaxpaged bench serve --request-rate 8                 how quick a server answers, under load
   jaxpaged convert ./llama ./llama-orbax --verify       for faster loading
 
 'jaxpaged COMMAND --help' tells the rest.
@@ -83,12 +88,17 @@ def _dispatch(argv: list[str]) -> int:
         kind = "flag" if name.startswith("-") else "command"
         raise UsageError(f"unknown {kind} {name!r}{nearest(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})")
     command = _module(name)
-    if name == "convert":
+    if name in OWN_PARSERS:
         return command.main(rest)
-    parser = Parser(f"jaxpaged {name}", command.DESCRIPTION, command.EPILOG)
+    return run_command(f"jaxpaged {name}", command, rest)
+
+
+def run_command(prog: str, command: ModuleType, argv: list[str]) -> int:
+    """Parse the flags of a command's module and run it."""
+    parser = Parser(prog, command.DESCRIPTION, command.EPILOG)
     command.add_arguments(parser)
     try:
-        arguments = parser.parse(rest)
+        arguments = parser.parse(argv)
     except SystemExit:  # --help has been printed
         return 0
     return command.run(arguments)

@@ -11,10 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from jaxpaged.cli import topology
 from jaxpaged.cli.options import Parser
 from jaxpaged.version import __version__
 
-DESCRIPTION = "Print one block of text about this machine, to paste into an issue. It holds no names and no secrets."
+DESCRIPTION = """\
+Print one block of text about this machine, to paste into an issue; it holds no names and no secrets. Under 'cpu topology' stands
+the command that keeps a server on CPUs of one NUMA node, and on no more of them than the machine lets it have."""
 EPILOG = """\
 examples:
   jaxpaged collect-env
@@ -55,6 +58,7 @@ def collect() -> dict[str, dict[str, Any]]:
     """Everything, in sections."""
     return {
         "system": _system(),
+        "cpu topology": topology.section(topology.read()),
         "packages": {"jaxpaged": __version__, **{name: _version(name) for name in _PACKAGES}},
         "devices": _devices(),
         "jax options": _jax_options(),

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from jaxpaged.cli.options import Parser, UsageError, add_fields, add_verbose, given_fields, set_up_logging
+from jaxpaged.cli.terminal import said
 from jaxpaged.config import EngineConfig
 from jaxpaged.host.request import SamplingParams
 
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
             for output in outputs:
-                print(json.dumps(as_json(output), ensure_ascii=False) if arguments.json else _block(output, len(prompts)))
+                print(json.dumps(as_json(output), ensure_ascii=False) if arguments.json else said(_block(output, len(prompts))))
         sys.stdout.flush()
         _report(outputs, time.perf_counter() - started)
     return 0
@@ -127,9 +128,9 @@ def _stream(llm: LLM, prompts: list[str], params: SamplingParams) -> list[Reques
             text = latest[shown].outputs[0].text
             if num_out < 0:
                 head = f"--- {_short(prompts[shown])}\n" if len(prompts) > 1 else ""
-                print(head, end="")
+                print(said(head), end="")
                 num_out = 0
-            print(text[num_out:], end="", flush=True)
+            print(said(text[num_out:]), end="", flush=True)
             num_out = len(text)
             if not latest[shown].finished:
                 break

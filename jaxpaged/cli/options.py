@@ -12,7 +12,8 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -115,6 +116,47 @@ def number(text: str) -> float:
 def whole_numbers(text: str) -> tuple[int, ...]:
     """Whole numbers with commas between them."""
     return tuple(whole_number(part) for part in text.split(","))
+
+
+def numbers_of(text: str) -> tuple[float, ...]:
+    """Decimal numbers with commas between them."""
+    return tuple(number(part) for part in text.split(","))
+
+
+def goals_of(words: Iterable[str]) -> dict[str, float]:
+    """What `--goodput` names: the most milliseconds of each metric. Raises UsageError."""
+    goals = {}
+    for word in words:
+        name, colon, limit = word.partition(":")
+        if not colon:
+            raise UsageError(f"--goodput: got {word!r}, expected NAME:MS such as ttft:500")
+        try:
+            goals[name] = number(limit)
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"--goodput: {name}: {error}") from None
+    return goals
+
+
+def pairs_of(flag: str, words: Iterable[str]) -> dict[str, str]:
+    """What a flag of NAME=VALUE words says. Raises UsageError."""
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise UsageError(f"{flag}: got {word!r}, expected NAME=VALUE")
+        found[name] = value
+    return found
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError('expected a JSON object, such as {"top_p": 0.9}')
+    return found
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -235,6 +277,13 @@ def described_fields(kind: type) -> dict[str, str]:
         elif name and line.strip():
             described[name] += " " + line.strip()
     return {name: text.removesuffix(".") for name, text in described.items()}
+
+
+def save_json(numbers: Mapping[str, Any], arguments: argparse.Namespace, table: str) -> None:
+    """Print what the flags `--json` and `--output-json` ask for: the numbers, or their table."""
+    print(json.dumps(numbers) if arguments.json else table)
+    if arguments.output_json is not None:
+        Path(arguments.output_json).write_text(json.dumps(numbers, indent=4), encoding="utf-8")
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,9 @@ from jaxpaged.cli.options import (
     UsageError,
     add_fields,
     add_verbose,
+    goals_of,
     number,
+    numbers_of,
     set_up_logging,
     whole_number,
 )
@@ -122,7 +124,7 @@ def add_arguments(parser: Parser) -> None:
 
     group = parser.add_argument_group("report")
     add(group, "--goodput", "NAME:MS", "also requests per second with ttft, tpot, e2el within these milliseconds", nargs="+")
-    add(group, "--metric-percentiles", "P,P,...", "(default: 50,90,95,99)", _numbers)
+    add(group, "--metric-percentiles", "P,P,...", "(default: 50,90,95,99)", numbers_of)
     add_fields(parser, EngineConfig, "engine", leave_out=_OTHERS)
 
 
@@ -224,7 +226,7 @@ def _random_model(given: dict[str, Any]) -> RandomModel:
 
 
 def _run_traffic(machine: _Machine, given: dict[str, Any], *, as_json: bool) -> int:
-    goals = _goals(given.get("goodput", ()))
+    goals = goals_of(given.get("goodput", ()))
     report.check_goodput(goals)
     percentiles = given.get("metric_percentiles", report.PERCENTILES)
     report.check_percentiles(percentiles)
@@ -319,23 +321,6 @@ def _lengths(text: str) -> Lengths:
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     raise argparse.ArgumentTypeError(f"got {text!r}, expected N, LOW:HIGH or lognormal:MEAN:SIGMA")
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(number(part) for part in text.split(","))
-
-
-def _goals(words: Iterable[str]) -> dict[str, float]:
-    goals = {}
-    for word in words:
-        name, colon, limit = word.partition(":")
-        if not colon:
-            raise UsageError(f"--goodput: got {word!r}, expected NAME:MS such as ttft:500")
-        try:
-            goals[name] = number(limit)
-        except argparse.ArgumentTypeError as error:
-            raise UsageError(f"--goodput: {name}: {error}") from None
-    return goals
 
 
 def _heading(machine: _Machine) -> str:

@@ -21,7 +21,7 @@ from jaxpaged.streams import Stream
 logger = logging.getLogger(REQUESTS)
 
 # What machines ask all the time: told when it fails.
-QUIET = ("/live", "/ready", "/health", "/metrics", "/version")
+QUIET = ("/live", "/ready", "/health", "/metrics", "/version", "/state/{view}", "/ui", "/ui/state")  # asked again and again
 _TENANT_LEN = 8  # of a digest: enough to tell tenants apart, too little to find a key by
 _MAX_PATH_LEN = 200
 

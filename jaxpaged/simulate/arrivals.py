@@ -102,11 +102,12 @@ def random_traffic(
             prefix_id=lengths.randrange(num_prefixes),
             prefix_len=prefix_len,
         )
-        for arrival_s in _times(num_prompts, request_rate, burstiness, gaps)
+        for arrival_s in arrival_times(num_prompts, request_rate, burstiness, gaps)
     )
 
 
-def _times(num_prompts: int, request_rate: float, burstiness: float, rng: random.Random) -> Iterator[float]:
+def arrival_times(num_prompts: int, request_rate: float, burstiness: float, rng: random.Random) -> Iterator[float]:
+    """Seconds from the start, the first 0; see `random_traffic`."""
     now = 0.0
     for _ in range(num_prompts):
         yield now

@@ -50,7 +50,7 @@ def summarise(
     numbers = {
         "duration": run.duration_s,
         **_requests(lives, seconds, percentiles, goals),
-        **_spread("itl", [(gap * 1e3, count) for gap, count in run.gaps.items()], percentiles),
+        **spread("itl", [(gap * 1e3, count) for gap, count in run.gaps.items()], percentiles),
         "failed": len(run.refused),
         "max_output_tokens_per_s": max(run.tokens_in_second.values(), default=0),
         "max_concurrent_requests": run.peak_requests,
@@ -77,7 +77,7 @@ def _requests(lives: Sequence[Life], seconds: float, percentiles: Sequence[float
     }
     for name in _GOALS:
         several = lives if name != "tpot" else [life for life in lives if life.num_output > life.n]
-        numbers |= _spread(name, [(_milliseconds(life, name), 1) for life in several], percentiles)
+        numbers |= spread(name, [(_milliseconds(life, name), 1) for life in several], percentiles)
     return numbers
 
 
@@ -121,15 +121,16 @@ def _is_good(life: Life, goals: Mapping[str, float]) -> bool:
     return all(_milliseconds(life, metric) <= limit for metric, limit in goals.items())
 
 
-def _spread(name: str, weighted: list[tuple[float, int]], percentiles: Sequence[float]) -> dict[str, float]:
+def spread(name: str, weighted: list[tuple[float, int]], percentiles: Sequence[float]) -> dict[str, float]:
+    """Mean, median, deviation and percentiles of values that occur so many times each, under vLLM's keys for milliseconds."""
     count = sum(times for _, times in weighted)
     mean = math.fsum(value * times for value, times in weighted) / count if count else 0.0
     variance = math.fsum((value - mean) ** 2 * times for value, times in weighted) / count if count else 0.0
     wanted = (50.0, *percentiles)
     median, *others = percentiles_of(weighted, wanted)
     keys = [f"p{percentile:g}_{name}_ms" for percentile in percentiles]
-    spread = {f"mean_{name}_ms": mean, f"median_{name}_ms": median, f"std_{name}_ms": math.sqrt(variance)}
-    return spread | dict(zip(keys, others, strict=True))
+    found = {f"mean_{name}_ms": mean, f"median_{name}_ms": median, f"std_{name}_ms": math.sqrt(variance)}
+    return found | dict(zip(keys, others, strict=True))
 
 
 def percentiles_of(weighted: Iterable[tuple[float, int]], wanted: Sequence[float]) -> list[float]:

@@ -6,14 +6,12 @@ import dataclasses
 import errno
 import io
 import json
-import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +26,13 @@ from jaxpaged.config import EngineConfig
 from jaxpaged.host.request import SamplingParams
 from jaxpaged.version import __version__
 
+pytestmark = pytest.mark.usefixtures("own_logger")
 SMALL = [f"--{name.replace('_', '-')}={value[0] if isinstance(value, tuple) else value}" for name, value in FAST.items()][:-1]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_text_model(tmp_path_factory.mktemp("text-model")))
-
-
-@pytest.fixture(autouse=True)
-def logger() -> Iterator[None]:
-    """The command sets up the library's logger for its process; these tests share one."""
-    logger = logging.getLogger("jaxpaged")
-    before = logger.handlers, logger.level, logger.propagate
-    yield
-    logger.handlers, logger.propagate = before[0], before[2]
-    logger.setLevel(before[1])
 
 
 class Result:
@@ -193,7 +182,12 @@ USAGE = [
     (["generate", "x", "--stream", "--json"], "--stream: not with --json"),
     (["generate", "-", "-"], "PROMPT: - is given twice"),
     (["chat", "--quick"], "--quick: expected one argument"),
-    (["chat", "stray"], "stray"),
+    (["chat", "one", "stray"], "stray"),
+    (["chat", "one", "--model", "two"], "MODEL: given twice"),
+    (["chat", "--model-name", "x"], "--model-name: only with --url"),
+    (["chat", "--url", "http://127.0.0.1:9", "--max-num-seqs", "3"], "--max-num-seqs: not with --url"),
+    (["complete", "--url", "http://127.0.0.1:9"], "--url: http://127.0.0.1:9: "),
+    (["complete", "--url", "gopher://x"], "base_url: got 'gopher://x'"),
     (["demo", "a", "b"], "b"),
     (["collect-env", "--jsn"], "did you mean '--json'"),
     (["convert", "only-a-source"], "DST: missing"),
@@ -382,7 +376,7 @@ def test_collect_env_in_a_process_of_its_own():
 def test_collect_env_as_text(run):
     result = run("collect-env")
     assert result.code == 0 and result.out.startswith("system\n")
-    assert {"packages", "devices", "jax options", "compiled steps"} <= set(result.out.splitlines())
+    assert {"cpu topology", "packages", "devices", "jax options", "compiled steps"} <= set(result.out.splitlines())
 
 
 def test_ctrl_c_ends_a_process_with_130(model: str):
