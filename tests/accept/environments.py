@@ -72,7 +72,7 @@ ENVIRONMENTS = {
         Environment("openai", "openai", "3.52.0"),
         Environment("langchain", "langchain-openai", "1.7.3"),
         Environment("llama-index", "llama-index-llms-openai-like", "0.8.1"),
-        Environment("litellm", "litellm", "1.106.2"),
+        Environment("litellm", "litellm", "1.106.2", more=("mcp>=2",)),
         Environment("instructor", "instructor", "1.17.0"),
         Environment("pydantic-ai", "pydantic-ai-slim", "2.68.0", extras="[openai]"),
         Environment("lm-eval", "lm-eval", "0.4.13", extras="[api]", more=("transformers",), constraints=(CPU_TORCH,)),
