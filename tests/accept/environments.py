@@ -83,7 +83,11 @@ ENVIRONMENTS = {
 }
 
 
-def build(environment: Environment, root: Path, python: str = sys.executable) -> Path:
+# Not that of a virtual environment, from which this may run: whoever runs it, the recipe is the same.
+_PYTHON = str(Path(sys.executable).resolve())
+
+
+def build(environment: Environment, root: Path, python: str = _PYTHON) -> Path:
     """Build an environment below root, unless it is there; its interpreter.
 
     Raises:

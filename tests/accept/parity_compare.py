@@ -1,0 +1,154 @@
+"""Two answers to one request, and where they differ: statuses, names of fields, texts, tokens, log-probabilities, metrics.
+
+Knows forms of answers. Refuses to know which differences are meant.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from parity_cases import Case
+
+LOGPROB_TOLERANCE = 2e-3  # float32, two ways to add up; the largest seen is 2e-6
+_VOLATILE = {"id", "created", "system_fingerprint", "version"}  # a server's own
+_METRIC = re.compile(r"^# TYPE (?:vllm|jaxpaged):(\S+) (\S+)", re.MULTILINE)
+_MISSING = "(not there)"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One difference: where in which answer, and what each has there."""
+
+    case: str
+    place: str
+    theirs: str
+    ours: str
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Its line of a table."""
+        return self.case, self.place, self.theirs[:120], self.ours[:120]
+
+
+def compare(case: Case, theirs: dict[str, Any], ours: dict[str, Any]) -> list[Difference]:
+    """All differences of two answers to a case. Where statuses differ, nothing below them is compared."""
+    found = list(_differences(case, theirs, ours))
+    return [Difference(case.name, *one) for one in found]
+
+
+def _differences(case: Case, theirs: dict[str, Any], ours: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    if theirs["status"] != ours["status"]:
+        yield "status", _with_message(theirs), _with_message(ours)
+        return
+    if case.path == "/metrics":
+        yield from _of_sets("metric", dict(_METRIC.findall(theirs["text"])), dict(_METRIC.findall(ours["text"])))
+        return
+    if case.is_text:
+        return
+    if theirs["media_type"] != ours["media_type"]:
+        yield "media type", theirs["media_type"], ours["media_type"]
+    if theirs.get("is_repeated") != ours.get("is_repeated"):
+        yield "is_repeated", str(theirs.get("is_repeated")), str(ours.get("is_repeated"))
+    left, right = (put_together(one["events"]) if "events" in one else one.get("json", one.get("text")) for one in (theirs, ours))
+    yield from _of_values("", left, right, is_drawn=case.is_drawn or theirs["status"] >= 400)
+
+
+def put_together(events: list[Any]) -> dict[str, Any]:
+    """What a stream says: texts of each choice in one piece, lists in one list, and everything else as it was said last."""
+    found: dict[str, Any] = {"last event": events[-1], "names of events": sorted({tuple(sorted(one)) for one in events[:-1]})}
+    found["choices"] = {}
+    for event in events[:-1]:
+        found |= {name: value for name, value in event.items() if name != "choices"}
+        for choice in event["choices"]:
+            _grow(found["choices"].setdefault(str(choice["index"]), {}), choice)
+    return found
+
+
+def _grow(whole: dict[str, Any], piece: dict[str, Any]) -> None:
+    for name, value in piece.items():
+        before = whole.get(name)
+        if name == "tool_calls":
+            calls = whole.setdefault(name, {})
+            for call in value or ():
+                _grow(calls.setdefault(str(call["index"]), {}), call)
+        elif isinstance(value, dict):
+            _grow(whole.setdefault(name, {}) if before is not None else whole.setdefault(name, None) or _put(whole, name), value)
+        elif isinstance(value, list):
+            whole[name] = (before or []) + value
+        elif isinstance(value, str) and name in ("content", "text", "arguments"):
+            whole[name] = (before or "") + value
+        elif value is not None or name not in whole:
+            whole[name] = value
+
+
+def _put(whole: dict[str, Any], name: str) -> dict[str, Any]:
+    whole[name] = {}
+    return whole[name]
+
+
+def _of_values(place: str, theirs: Any, ours: Any, *, is_drawn: bool) -> Iterator[tuple[str, str, str]]:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for name in (*theirs, *(name for name in ours if name not in theirs)):
+            inside = f"{place}.{name}".lstrip(".")
+            if name not in ours or name not in theirs:
+                # A field that is there and says nothing is told apart: a client that reads it sees the same.
+                has, lacks = (theirs[name], "ours") if name in theirs else (ours[name], "theirs")
+                kind = "null field" if has is None else "field"
+                pair = (_short(has), _MISSING) if lacks == "ours" else (_MISSING, _short(has))
+                yield f"{kind} {_general(inside)}", *pair
+            elif name not in _VOLATILE:
+                yield from _of_values(inside, theirs[name], ours[name], is_drawn=is_drawn)
+    elif isinstance(theirs, list) and isinstance(ours, list) and _are_objects(theirs) and _are_objects(ours):
+        if len(theirs) != len(ours) and not is_drawn:
+            yield f"length of {_general(place)}", str(len(theirs)), str(len(ours))
+        for at, (left, right) in enumerate(zip(theirs, ours, strict=False)):
+            yield from _of_values(f"{place}[{at}]", left, right, is_drawn=is_drawn)
+    elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours) and _has_numbers(theirs):
+        for left, right in zip(theirs, ours, strict=True):
+            yield from _of_values(f"{place}[]", left, right, is_drawn=is_drawn)
+    elif isinstance(theirs, float) and isinstance(ours, float):
+        if abs(theirs - ours) > LOGPROB_TOLERANCE and not is_drawn:
+            yield _general(place), repr(theirs), repr(ours)
+    elif theirs != ours and not (is_drawn and _is_drawn_place(place)):
+        yield _general(place), _short(theirs), _short(ours)
+
+
+def _is_drawn_place(place: str) -> bool:
+    """Whether a value is a text, or follows from one: where tokens are drawn, and where an error is told in words."""
+    return place.rpartition(".")[2].partition("[")[0] in (
+        *("text", "content", "message", "completion_tokens", "total_tokens", "finish_reason", "stop_reason", "cached_tokens"),
+        *("token_ids", "logprob", "tokens", "text_offset"),
+    )
+
+
+def _of_sets(kind: str, theirs: dict[str, str], ours: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            yield f"{kind} {name}", theirs.get(name, _MISSING), ours.get(name, _MISSING)
+
+
+def _are_objects(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(one, (dict, type(None))) for one in values) and any(isinstance(one, dict) for one in values)
+
+
+def _has_numbers(values: list[Any]) -> bool:
+    return any(isinstance(one, float) for one in values)
+
+
+def _general(place: str) -> str:
+    """A place without the numbers in it: what is the same of every choice is said of all."""
+    return re.sub(r"\[\d+\]", "[]", re.sub(r"(?<=choices)\.\d+", "[]", place))
+
+
+def _with_message(answer: dict[str, Any]) -> str:
+    told = answer.get("json")
+    error = told.get("error") if isinstance(told, dict) else None
+    message = error.get("message", "") if isinstance(error, dict) else ""
+    return f"{answer['status']} {message}".strip()
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:160]
