@@ -25,7 +25,7 @@ class Numbered(BaseModel):
 
 run = Checks()
 target = run.target
-base = openai.OpenAI(base_url=target.base_url, api_key=target.key, max_retries=0, timeout=60)
+base = openai.OpenAI(base_url=target.base_url, api_key=target.key, max_retries=0, timeout=180)
 options = {"model": target.model, "temperature": 0, "max_retries": 0, "max_tokens": 200}
 ASKED = "Write as JSON with the keys name, age and city: Dan is 34 years old and lives in Oslo."
 

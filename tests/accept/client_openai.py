@@ -32,8 +32,8 @@ class Person(BaseModel):
 
 run = Checks()
 target = run.target
-client = openai.OpenAI(base_url=target.base_url, api_key=target.key, max_retries=0, timeout=60)
-slow = openai.AsyncOpenAI(base_url=target.base_url, api_key=target.key, max_retries=0, timeout=60)
+client = openai.OpenAI(base_url=target.base_url, api_key=target.key, max_retries=0, timeout=180)
+slow = openai.AsyncOpenAI(base_url=target.base_url, api_key=target.key, max_retries=0, timeout=180)
 
 
 def user(text: str) -> list[dict[str, str]]:
