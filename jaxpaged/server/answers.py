@@ -68,7 +68,7 @@ def chat_logprobs(
     as_id: bool,
     token_bytes: Callable[[int], bytes | None],
 ) -> dict[str, Any]:
-    """OpenAI's object for a chat: of each token, and of the likeliest at its place. The bytes of all tokens are those of the text.
+    """OpenAI's object for a chat: of each token, and of the likeliest at its place. All their bytes are the text's.
 
     Args:
       token_bytes: `Tokenizer.token_bytes`, asked of what is no text.

@@ -40,6 +40,6 @@ for name, profile in (("one at a time", "kind=synchronous"), ("eight at a time",
         outputs = found["metrics"]["output_token_count"]["successful"]
         same((outputs["min"], outputs["max"]), (NUM_OUTPUT, NUM_OUTPUT))
         first, between = (found["metrics"][one]["successful"] for one in ("time_to_first_token_ms", "inter_token_latency_ms"))
-        holds(0 < first["mean"] and 0 < between["mean"], (first, between))
+        holds(first["mean"] > 0 and between["mean"] > 0, (first, between))
 
 run.finish()

@@ -61,7 +61,7 @@ with run.check("a list of choices"):
         model_config = ConfigDict(extra="forbid")
         items: list[Numbered] = Field(min_length=2, max_length=2)
 
-    found = client.chat.completions.create(messages=user("Hello!"), response_model=Several, **options)
+    found = client.chat.completions.create(messages=user("Hello!"), response_model=Several, **{**options, "max_tokens": 600})
     same(len(found.items), 2)
 
 run.finish()

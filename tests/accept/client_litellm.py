@@ -51,7 +51,11 @@ with run.check("tools"):
     [call] = choice.message.tool_calls
     same((choice.finish_reason, call.function.name), ("tool_calls", "get_time"))
     same(json.loads(call.function.arguments), {"city": "Paris"})
-    messages = [*user("Tell me the time in Paris."), choice.message.model_dump(), {"role": "tool", "tool_call_id": call.id, "content": "12:30"}]
+    messages = [
+        *user("Tell me the time in Paris."),
+        choice.message.model_dump(),
+        {"role": "tool", "tool_call_id": call.id, "content": "12:30"},
+    ]
     same(litellm.completion(messages=messages, tools=[TOOL], **options).choices[0].message.content, "It is 12:30 in Paris.")
 
 with run.check("JSON schema"):

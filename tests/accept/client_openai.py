@@ -46,7 +46,9 @@ def ask(text: str, **options):
 
 def is_there(path: str) -> bool:
     """Whether the server has a route at all: what is optional is checked where it exists."""
-    return "405" in str(client.with_options(max_retries=0)._client.get(f"{target.base_url}{path}", headers=client.auth_headers).status_code)
+    return "405" in str(
+        client.with_options(max_retries=0)._client.get(f"{target.base_url}{path}", headers=client.auth_headers).status_code
+    )
 
 
 with run.check("models"):
@@ -79,9 +81,9 @@ with run.check("echo with logprobs"):
     same("".join(told.tokens), found.choices[0].text)
     same(told.token_logprobs[0], None)
     holds(all(value <= 0 for value in told.token_logprobs[1:]))
-    ends = [offset + len(token) for offset, token in zip(told.text_offset, told.tokens)]
+    ends = [offset + len(token) for offset, token in zip(told.text_offset, told.tokens, strict=True)]
     same(told.text_offset[1:], ends[:-1])
-    for token, value, top in zip(told.tokens[1:], told.token_logprobs[1:], told.top_logprobs[1:]):
+    for token, value, top in zip(told.tokens[1:], told.token_logprobs[1:], told.top_logprobs[1:], strict=True):
         holds(abs(top[token] - value) < 1e-6 and max(top.values()) >= value, (token, value, top))
 
 with run.check("chat"):
@@ -108,7 +110,10 @@ with run.check("a stream is the answer, in pieces"):
         chunks = list(client.chat.completions.create(model=target.model, messages=user(text), **options))
         same("".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]), whole.choices[0].message.content)
         same(chunks[0].choices[0].delta.role, "assistant")
-        same([one.finish_reason for chunk in chunks for one in chunk.choices if one.finish_reason], [whole.choices[0].finish_reason])
+        same(
+            [one.finish_reason for chunk in chunks for one in chunk.choices if one.finish_reason],
+            [whole.choices[0].finish_reason],
+        )
         same(chunks[-1].choices, [])
         same(chunks[-1].usage.completion_tokens, whole.usage.completion_tokens)
         same(len({chunk.id for chunk in chunks}), 1)
@@ -241,10 +246,10 @@ if is_there("/embeddings"):
         texts = ["The red fox is in the park.", "The red fox is in the park.", "7 + 5 = 12"]
         found = client.embeddings.create(model=target.model, input=texts, encoding_format="float").data
         same([one.index for one in found], [0, 1, 2])
-        near, far = (sum(a * b for a, b in zip(found[0].embedding, found[place].embedding)) for place in (1, 2))
+        near, far = (sum(a * b for a, b in zip(found[0].embedding, found[place].embedding, strict=True)) for place in (1, 2))
         holds(near > far and len(found[0].embedding) == len(found[2].embedding) > 1, (near, far))
         packed = client.embeddings.create(model=target.model, input=texts[0]).data[0].embedding  # base64 on the wire
-        holds(max(abs(a - b) for a, b in zip(packed, found[0].embedding)) < 1e-5)
+        holds(max(abs(a - b) for a, b in zip(packed, found[0].embedding, strict=True)) < 1e-5)
 
 if is_there("/responses"):
     with run.check("responses"):

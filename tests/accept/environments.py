@@ -132,7 +132,9 @@ def _call(command: Sequence[str], log: Path, mode: str = "a") -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open(mode) as file:
         try:
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=INSTALL_S, stdin=subprocess.DEVNULL).returncode
+            code = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, timeout=INSTALL_S, stdin=subprocess.DEVNULL
+            ).returncode
         except subprocess.TimeoutExpired:
             raise BuildError(f"not installed within {INSTALL_S} s, see {log}") from None
     if code:

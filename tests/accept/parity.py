@@ -3,8 +3,8 @@
     python tests/accept/parity.py                  both, one after the other
     python tests/accept/parity.py --recorded       ours against what vLLM said the last time
 
-A difference that is meant is in `parity_meant.py` with its reason. The exit code is 1 for any other, and for one listed there that
-is none any more; 2 when a server did not come up.
+A difference that is meant is in `parity_meant.py` with its reason. The exit code is 1 for any other, and for one listed there
+that is none any more; 2 when a server did not come up.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 import httpx2 as httpx
 
 sys.path.insert(0, str(Path(__file__).parent))
-from environments import ENVIRONMENTS, BuildError, build  # noqa: E402
-from parity_cases import CASES, Case  # noqa: E402
-from parity_compare import Difference, compare  # noqa: E402
-from parity_meant import MEANT, Meant  # noqa: E402
-from run import ROOT  # noqa: E402
-from serving import Served, StartError, serving_ours, serving_vllm  # noqa: E402
-from tables import markdown  # noqa: E402
+from environments import ENVIRONMENTS, BuildError, build
+from parity_cases import CASES, Case
+from parity_compare import Difference, compare
+from parity_meant import MEANT, Meant
+from run import ROOT
+from serving import Served, StartError, serving_ours, serving_vllm
+from tables import markdown
 
 RECORDED = ROOT / "parity-vllm.json"
 # What both are told: as much context as the model has, tool calls as its chat template writes them.

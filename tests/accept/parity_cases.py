@@ -26,7 +26,13 @@ class Case:
 
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-STORIES = ("One day Mia went to", "Once upon a time there was a", "Hello, my name is", "12 + 30 = 42\n25 + 31 =", "Björn und das 猫 🐱")
+STORIES = (
+    "One day Mia went to",
+    "Once upon a time there was a",
+    "Hello, my name is",
+    "12 + 30 = 42\n25 + 31 =",
+    "Björn und das 猫 🐱",
+)
 QUESTIONS = ("What is PagedAttention?", "What is bear in German?", "Count from 7 to 15.", "Show me the emoji for cat.")
 SCHEMA = {
     "type": "object",
@@ -38,7 +44,12 @@ ASK_JSON = "Write as JSON with the keys name, age and city: Dan is 34 years old 
 
 
 def _tool(name: str, description: str) -> dict[str, Any]:
-    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
@@ -152,7 +163,11 @@ REFUSED = (
     _chat("unknown role", "", messages=[{"role": "wizard", "content": "Hello!"}]),
     _chat("top_logprobs without logprobs", "Hello!", top_logprobs=2),
     _chat("unknown response_format", "Hello!", response_format={"type": "xml"}),
-    _chat("a schema that is none", "Hello!", response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "cat"}}}),
+    _chat(
+        "a schema that is none",
+        "Hello!",
+        response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "cat"}}},
+    ),
     _chat("tool_choice without tools", "Hello!", tool_choice="required"),
     _chat("tool_choice of no tool", "Hello!", tools=TOOLS, tool_choice={"type": "function", "function": {"name": "fly"}}),
     Case("no key", "/v1/models", headers={"Authorization": ""}),

@@ -91,14 +91,18 @@ def _put(whole: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _of_values(place: str, theirs: Any, ours: Any, *, is_drawn: bool) -> Iterator[tuple[str, str, str]]:
     if isinstance(theirs, dict) and isinstance(ours, dict):
+        part = ", part of a character" if "\ufffd" in str(ours.get("token")) else ""
         for name in (*theirs, *(name for name in ours if name not in theirs)):
             inside = f"{place}.{name}".lstrip(".")
             if name not in ours or name not in theirs:
                 # A field that is there and says nothing is told apart: a client that reads it sees the same.
-                has, lacks = (theirs[name], "ours") if name in theirs else (ours[name], "theirs")
+                has = theirs[name] if name in theirs else ours[name]
                 kind = "null field" if has is None else "field"
-                pair = (_short(has), _MISSING) if lacks == "ours" else (_MISSING, _short(has))
-                yield f"{kind} {_general(inside)}", *pair
+                left, right = (_short(one[name]) if name in one else _MISSING for one in (theirs, ours))
+                yield f"{kind} {_general(inside)}", left, right
+            elif part and name in ("token", "bytes"):
+                if theirs[name] != ours[name]:
+                    yield f"{_general(inside)}{part}", _short(theirs[name]), _short(ours[name])
             elif name not in _VOLATILE:
                 yield from _of_values(inside, theirs[name], ours[name], is_drawn=is_drawn)
     elif isinstance(theirs, list) and isinstance(ours, list) and _are_objects(theirs) and _are_objects(ours):
@@ -131,7 +135,11 @@ def _of_sets(kind: str, theirs: dict[str, str], ours: dict[str, str]) -> Iterato
 
 
 def _are_objects(values: list[Any]) -> bool:
-    return bool(values) and all(isinstance(one, (dict, type(None))) for one in values) and any(isinstance(one, dict) for one in values)
+    return (
+        bool(values)
+        and all(isinstance(one, (dict, type(None))) for one in values)
+        and any(isinstance(one, dict) for one in values)
+    )
 
 
 def _has_numbers(values: list[Any]) -> bool:
@@ -140,7 +148,7 @@ def _has_numbers(values: list[Any]) -> bool:
 
 def _general(place: str) -> str:
     """A place without the numbers in it: what is the same of every choice is said of all."""
-    return re.sub(r"\[\d+\]", "[]", re.sub(r"(?<=choices)\.\d+", "[]", place))
+    return re.sub(r"\[\d*\]|(?<=choices)\.\d+|(?<=tool_calls)\.\d+", "", place)
 
 
 def _with_message(answer: dict[str, Any]) -> str:

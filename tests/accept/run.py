@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from checks import Target  # noqa: E402
-from environments import ENVIRONMENTS, BuildError, build, quiet_variables  # noqa: E402
-from serving import MODEL_DIR, REPOSITORY, Served, StartError, serving_ours  # noqa: E402
-from tables import markdown  # noqa: E402
+from checks import Target
+from environments import ENVIRONMENTS, BuildError, build, quiet_variables
+from serving import MODEL_DIR, REPOSITORY, Served, StartError, serving_ours
+from tables import markdown
 
 HERE = Path(__file__).parent
 ROOT = REPOSITORY / ".accept"

@@ -63,7 +63,17 @@ def serving_ours(folder: Path, *flags: str, python: str = sys.executable) -> Ite
 def serving_vllm(folder: Path, python: Path, *flags: str) -> Iterator[Served]:
     """vLLM's server for CPUs with the same model, its name and its weights' type being those of `serving_ours`."""
     key, port = secrets.token_hex(16), _free_port()
-    command = (str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL_DIR), "--host", "127.0.0.1", "--port", str(port))
+    command = (
+        str(python),
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "serve",
+        str(MODEL_DIR),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    )
     command += ("--served-model-name", "demo", "--dtype", "float32", "--enforce-eager")
     variables = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VLLM_"))},

@@ -11,15 +11,15 @@ import pytest
 
 pytest.importorskip("httpx2", reason="the extra `test` is not installed")
 sys.path.insert(0, str(Path(__file__).parent))
-from checks import Checks, Target, holds, same  # noqa: E402
-from environments import ENVIRONMENTS  # noqa: E402
-from parity import report  # noqa: E402
-from parity_cases import CASES, Case  # noqa: E402
-from parity_compare import LOGPROB_TOLERANCE, Difference, compare, put_together  # noqa: E402
-from parity_meant import MEANT, Meant  # noqa: E402
-from run import CLIENTS, Client, Outcome, choose, run_client  # noqa: E402
-from serving import Served  # noqa: E402
-from tables import markdown  # noqa: E402
+from checks import Checks, Target, holds, same
+from environments import ENVIRONMENTS
+from parity import report
+from parity_cases import CASES, Case
+from parity_compare import LOGPROB_TOLERANCE, Difference, compare, put_together
+from parity_meant import MEANT, Meant
+from run import CLIENTS, Client, Outcome, choose, run_client
+from serving import Served
+from tables import markdown
 
 CASE = Case("one", "/v1/completions", {})
 
@@ -34,14 +34,16 @@ def answer(told: Any, status: int = 200) -> dict[str, Any]:
         ({"a": 1}, {"a": 2}, "a"),
         ({"a": 1}, {"b": 1, "a": 1}, "field b"),
         ({"a": 1, "b": None}, {"a": 1}, "null field b"),
-        ({"choices": [{"text": "x"}]}, {"choices": [{"text": "y"}]}, "choices[].text"),
+        ({"choices": [{"text": "x"}]}, {"choices": [{"text": "y"}]}, "choices.text"),
         ({"choices": [{"text": "x"}]}, {"choices": [{"text": "x"}, {"text": "y"}]}, "length of choices"),
         ({"token_ids": [1, 2]}, {"token_ids": [1, 3]}, "token_ids"),
         ({"token_ids": [1, 2]}, {"token_ids": [1]}, "token_ids"),
-        ({"p": [None, -0.5]}, {"p": [None, -0.5 - 2 * LOGPROB_TOLERANCE]}, "p[]"),
-        ({"p": [None, -0.5]}, {"p": [-0.1, -0.5]}, "p[]"),
+        ({"p": [None, -0.5]}, {"p": [None, -0.5 - 2 * LOGPROB_TOLERANCE]}, "p"),
+        ({"p": [None, -0.5]}, {"p": [-0.1, -0.5]}, "p"),
         ({"finish_reason": "stop"}, {"finish_reason": "length"}, "finish_reason"),
         ({"id": "a"}, {}, "field id"),
+        ({"token": "", "bytes": []}, {"token": "\ufffd", "bytes": []}, "token, part of a character"),
+        ({"token": "a", "bytes": []}, {"token": "b", "bytes": []}, "token"),
     ],
 )
 def test_every_difference_is_found(theirs: Any, ours: Any, place: str) -> None:
@@ -74,10 +76,10 @@ def test_a_stream_is_compared_as_the_whole_that_it_makes() -> None:
         "finish_reason": "stop",
     }
     assert not compare(CASE, stream("ab", "c"), stream("a", "b", "c"))
-    assert [one.place for one in compare(CASE, stream("ab"), stream("ac"))] == ["choices[].delta.content"]
-    assert [one.place for one in compare(CASE, stream("ab"), stream("ab", reason="length"))] == ["choices[].finish_reason"]
+    assert [one.place for one in compare(CASE, stream("ab"), stream("ac"))] == ["choices.delta.content"]
+    assert [one.place for one in compare(CASE, stream("ab"), stream("ab", reason="length"))] == ["choices.finish_reason"]
     cut = stream("ab")
-    cut["events"] = cut["events"][:-1] + [cut["events"][0]]
+    cut["events"] = [*cut["events"][:-1], cut["events"][0]]
     assert "last event" in [one.place for one in compare(CASE, stream("ab"), cut)]
 
 
