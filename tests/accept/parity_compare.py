@@ -15,6 +15,8 @@ from parity_cases import Case
 LOGPROB_TOLERANCE = 2e-3  # float32, two ways to add up; the largest seen is 2e-6
 _VOLATILE = {"id", "created", "system_fingerprint", "version"}  # a server's own
 _METRIC = re.compile(r"^# TYPE (?:vllm|jaxpaged):(\S+) (\S+)", re.MULTILINE)
+_SAMPLE = re.compile(r"^(?:vllm|jaxpaged):(\w+)\{([^}]*)\}", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
 _MISSING = "(not there)"
 
 
@@ -44,7 +46,7 @@ def _differences(case: Case, theirs: dict[str, Any], ours: dict[str, Any]) -> It
         yield "status", _with_message(theirs), _with_message(ours)
         return
     if case.path == "/metrics":
-        yield from _of_sets("metric", dict(_METRIC.findall(theirs["text"])), dict(_METRIC.findall(ours["text"])))
+        yield from _of_metrics(theirs["text"], ours["text"])
         return
     if case.is_text:
         return
@@ -128,10 +130,29 @@ def _is_drawn_place(place: str) -> bool:
     )
 
 
-def _of_sets(kind: str, theirs: dict[str, str], ours: dict[str, str]) -> Iterator[tuple[str, str, str]]:
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
-            yield f"{kind} {name}", theirs.get(name, _MISSING), ours.get(name, _MISSING)
+def _of_metrics(theirs: str, ours: str) -> Iterator[tuple[str, str, str]]:
+    """Names and kinds; of those that both have, labels and buckets."""
+    kinds = [dict(_METRIC.findall(text)) for text in (theirs, ours)]
+    for name in sorted(kinds[0].keys() | kinds[1].keys()):
+        left, right = (one.get(name, _MISSING) for one in kinds)
+        if left != right:
+            yield f"{'further metric' if left == _MISSING else 'metric'} {name}", left, right
+    labels = [_labels(text) for text in (theirs, ours)]
+    for name in sorted(labels[0].keys() & labels[1].keys()):
+        for label in sorted(labels[0][name].keys() | labels[1][name].keys()):
+            left, right = (one[name].get(label) for one in labels)
+            if left is None or right is None or (label == "le" and left != right):
+                yield f"label {label} of {name}", *(" ".join(sorted(one or [_MISSING])) for one in (left, right))
+
+
+def _labels(text: str) -> dict[str, dict[str, set[str]]]:
+    """The labels of every series and the values that they have; `le` as numbers, so that 1 and 1.0 are the same."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for name, labels in _SAMPLE.findall(text):
+        for label, value in _LABEL.findall(labels):
+            kept = str(float(value)) if label == "le" else value
+            found.setdefault(name, {}).setdefault(label, set()).add(kept)
+    return found
 
 
 def _are_objects(values: list[Any]) -> bool:

@@ -90,6 +90,19 @@ MEANT: tuple[Meant, ...] = (
     Meant("a method that is not taken", "field *", "one shape for every error"),
     Meant("no key", "error", "one shape for every error"),
     Meant("a wrong key", "error", "one shape for every error"),
+    # --- metrics
+    Meant(
+        "metrics",
+        "further metric *",
+        "what this engine can tell besides: pages, tiers, compilations, padding, names that tutorials use",
+    ),
+    Meant("metrics", "label * of cache_config_info", "the options of each engine are its own; those that both have are there"),
+    Meant("metrics", "metric *_created", "when a series began: twice as many series, for no board"),
+    Meant("metrics", "metric estimated_*_per_gpu_total", "a guess from shapes of GPUs"),
+    Meant("metrics", "metric mm_cache_*", "there is no input but text"),
+    Meant("metrics", "metric engine_sleep_state", "the engine cannot be put to sleep"),
+    Meant("metrics", "metric num_requests_waiting_by_reason", "there is one reason to wait: that there is no room"),
+    Meant("metrics", "metric tool_call_parser_invocations_total", "one parser, which reads every answer to a request with tools"),
     # --- what is taken and what is refused
     Meant("n", "status", "n equal answers are what greedy sampling with n asks for: taken, as OpenAI does"),
     Meant("chat, n", "status", "n equal answers are what greedy sampling with n asks for: taken, as OpenAI does"),

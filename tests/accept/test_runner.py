@@ -88,6 +88,13 @@ def test_metrics_are_compared_by_name_and_kind() -> None:
     theirs = {"status": 200, "text": "# TYPE vllm:a counter\n# TYPE vllm:b gauge\n# TYPE python_info gauge\n"}
     ours = {"status": 200, "text": "# TYPE jaxpaged:a gauge\n# TYPE jaxpaged:b gauge\n"}
     assert [one.place for one in compare(case, theirs, ours)] == ["metric a"]
+    ours["text"] = theirs["text"] + "# TYPE jaxpaged:c gauge\n"
+    assert [one.place for one in compare(case, theirs, ours)] == ["further metric c"]
+    theirs["text"] += 'vllm:a{x="1"} 2\nvllm:h_bucket{le="1"} 0\nvllm:h_bucket{le="+Inf"} 0\n'
+    ours["text"] = theirs["text"].replace('x="', 'y="').replace('le="1"', 'le="1.0"')
+    assert [one.place for one in compare(case, theirs, ours)] == ["label x of a", "label y of a"]
+    ours["text"] = theirs["text"].replace('le="1"', 'le="2"')
+    assert [one.place for one in compare(case, theirs, ours)] == ["label le of h_bucket"]
 
 
 def test_a_difference_that_is_not_listed_and_an_entry_that_is_stale_both_fail(capsys: pytest.CaptureFixture[str]) -> None:
