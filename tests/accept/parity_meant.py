@@ -33,6 +33,10 @@ MEANT: tuple[Meant, ...] = (
     Meant("models", "data.owned_by", "the server's name"),
     Meant("models", "data.root", "the name and not the directory: nobody outside needs to know where files lie"),
     Meant("models", "field data.permission", "OpenAI has taken it away"),
+    Meant("tokenizer_info", "tokenizer_class", "a class that any transformers can make of the file, and not the server's own"),
+    Meant(
+        "tokenizer_info", "field *", "what a client needs of the tokenizer: the rest is about the library that vLLM reads it with"
+    ),
     # --- answers
     *(
         Meant(
