@@ -105,7 +105,7 @@ def test_a_difference_that_is_not_listed_and_an_entry_that_is_stale_both_fail(ca
     assert report([one], [Meant("b", "*", "why")]) == 1
     capsys.readouterr()
     assert report([Difference("b", "status", "200", "404")], [Meant("b", "x", "why"), Meant("c", "x", "why")]) == 1
-    assert [line for line in capsys.readouterr().out.splitlines() if "any more" in line][0].endswith("c, x")
+    assert next(line for line in capsys.readouterr().out.splitlines() if "any more" in line).endswith("c, x")
     assert all(each.reason for each in MEANT) and len({case.name for case in CASES}) == len(CASES) >= 60
 
 
