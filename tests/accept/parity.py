@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (ROOT / "parity-ours.json").write_text(json.dumps(ours, indent=1))
     theirs = json.loads(RECORDED.read_text())
     found = [one for case in CASES for one in compare(case, theirs[case.name], ours[case.name])]
-    return report(found, MEANT, show_all=arguments.all)
+    return report(found, MEANT, show_all=arguments.all, keep=ROOT / "parity.md")
 
 
 def answers(served: Served) -> dict[str, Any]:
@@ -95,28 +95,32 @@ def ask(client: httpx.Client, case: Case, headers: dict[str, str]) -> dict[str, 
     return {**found, "json": told, "choices": texts}
 
 
-def report(found: Sequence[Difference], meant: Sequence[Meant], *, show_all: bool = False) -> int:
-    """Print what differs; the exit code."""
+def report(found: Sequence[Difference], meant: Sequence[Meant], *, show_all: bool = False, keep: Path | None = None) -> int:
+    """Print what differs, and keep it in a file; the exit code."""
     reasons = {one: next((each for each in meant if is_meant(one, each)), None) for one in found}
     unmeant = [one for one, reason in reasons.items() if reason is None]
-    used = {reason for reason in reasons.values() if reason is not None}
-    print(f"{len(CASES)} requests, {len(found)} differences, {len(found) - len(unmeant)} of them meant\n")
     rows = []
     for each in meant:
-        count = sum(reason is each for reason in reasons.values())
-        example = next((one for one, reason in reasons.items() if reason is each), None)
-        shown = f"{example.theirs[:50]} / {example.ours[:50]}" if example is not None else ""
-        rows.append((each.case, each.place, str(count), shown, each.reason))
-    print(markdown(("request", "place", "times", "vLLM / jaxpaged, first of them", "why it is meant"), rows))
-    if show_all:
-        print("\n" + markdown(("request", "place", "vLLM", "jaxpaged"), [one.cells for one in found]))
-    if unmeant:
-        print("\nNot meant:\n\n" + markdown(("request", "place", "vLLM", "jaxpaged"), [one.cells for one in unmeant]))
+        ones = [one for one, reason in reasons.items() if reason is each]
+        shown = f"{ones[0].theirs[:40]} / {ones[0].ours[:40]}" if ones else ""
+        rows.append((each.case, each.place, str(len(ones)), shown, each.reason))
     # Of an answer whose status differs, nothing else was compared.
     unseen = [one.case for one in unmeant if one.place == "status"]
+    used = set(reasons.values())
     stale = [each for each in meant if each not in used and not any(fnmatch.fnmatchcase(case, each.case) for case in unseen)]
-    for each in stale:
-        print(f"\nparity_meant.py: no such difference any more: {each.case}, {each.place}")
+
+    head = ("request", "place", "vLLM", "jaxpaged")
+    told = [f"{len(CASES)} requests, {len(found)} differences, {len(found) - len(unmeant)} of them meant."]
+    told.append(markdown(("request", "place", "times", "vLLM / jaxpaged, the first", "why it is meant"), rows))
+    if show_all:
+        told.append(markdown(head, [one.cells for one in found]))
+    if unmeant:
+        told += ["Not meant:", markdown(head, [one.cells for one in unmeant])]
+    told += [f"parity_meant.py: no such difference any more: {each.case}, {each.place}" for each in stale]
+    text = "\n\n".join(told) + "\n"
+    print(text)
+    if keep is not None:
+        keep.write_text(text, encoding="utf-8")
     return 1 if unmeant or stale else 0
 
 

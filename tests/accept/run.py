@@ -28,6 +28,7 @@ from tables import markdown
 HERE = Path(__file__).parent
 ROOT = REPOSITORY / ".accept"
 CLIENT_S = 600.0
+HEAD = ("client", "version", "", "checks", "seconds", "what failed")
 # Twice the clients' concurrency; a model of one megabyte needs no more.
 FLAGS = ("--max-num-seqs", "16", "--max-num-batched-tokens", "512")
 
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except StartError as error:
             print(f"accept: {error}", file=sys.stderr)
             return 2
-    print(markdown(("client", "version", "", "checks", "seconds", "what failed"), [one.cells for one in outcomes.values()]))
+    print(markdown(HEAD, [one.cells for one in outcomes.values()]))
     told = json.dumps([asdict(one) for one in outcomes.values()], indent=1)
     (arguments.json or ROOT / "accept.json").write_text(told + "\n")
     return 0 if all(one.is_good for one in outcomes.values()) else 1
