@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from environments import ENVIRONMENTS
 from run import HEAD, ROOT, Outcome
+from serving import REPOSITORY
 from tables import markdown
 
 _TEXT = """\
@@ -55,7 +56,7 @@ def main() -> int:
         parity=(ROOT / "parity.md").read_text(encoding="utf-8"),
         **versions,
     )
-    (Path(__file__).parent / "RESULTS.md").write_text(text, encoding="utf-8")
+    (Path(__file__).parent / "RESULTS.md").write_text(text.replace(f"{REPOSITORY}/", ""), encoding="utf-8")
     return 0
 
 
