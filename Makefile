@@ -11,7 +11,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 LATEST_PYTHON ?= $(shell for p in python3.12 python3.13 $(wildcard $(HOME)/.pyenv/versions/3.1[23]*/bin/python3); do \
 	"$$p" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info < (3, 14))' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: demo test test-slow test-latest fuzz fuzz-server fuzz-openapi lint clean
+.PHONY: demo test test-slow test-latest fuzz fuzz-server fuzz-openapi accept parity lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/jaxpaged demo
@@ -37,6 +37,14 @@ fuzz-openapi: $(VENV)/.tested
 	.venv-schemathesis/bin/python $(PIP) schemathesis==4.32.5
 	tests/server/negative.sh
 
+# Real clients against the real server, each in a virtual environment of its own below .accept/: 6 GB, built once, some ten minutes.
+accept: $(VENV)/.tested
+	$(VENV)/bin/python tests/accept/run.py $(if $(ONLY),--only "$(ONLY)")
+
+# vLLM's CPU build and the server, the same model, the same requests: what differs. Needs Python 3.11.
+parity: $(VENV)/.tested
+	$(VENV)/bin/python tests/accept/parity.py
+
 test-latest:
 ifeq ($(strip $(LATEST_PYTHON)),)
 	@echo "test-latest: no Python 3.12 or 3.13 was found here, so the newest jax of the range is not tested (set LATEST_PYTHON)."
@@ -51,7 +59,7 @@ lint: $(VENV)/.linted
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 clean:
-	rm -rf $(VENV) $(LATEST_VENV) .venv-schemathesis .pytest_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(LATEST_VENV) .venv-schemathesis .accept .pytest_cache .ruff_cache .hypothesis dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml

@@ -64,12 +64,15 @@ class Tokenizer:
                 self._looks[source] = look(source)
             except TemplateError as error:
                 raise _damaged(f"{where}: chat template {name!r}: {error}") from None
-        has_byte_fallback = "ByteFallback" in json.dumps(json.loads(backend.to_str()).get("decoder"))
+        decoder = json.dumps(json.loads(backend.to_str()).get("decoder"))
+        has_byte_fallback, self._has_byte_level = "ByteFallback" in decoder, "ByteLevel" in decoder
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.known_ids = frozenset(vocabulary.values())
         byte_tokens = (token for token in vocabulary if _BYTE_TOKEN.fullmatch(token)) if has_byte_fallback else ()
         self.byte_ids = frozenset(vocabulary[token] for token in byte_tokens)
-        self.special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self._added_ids = frozenset(added)
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -152,6 +155,16 @@ class Tokenizer:
     def decode(self, token_ids: Seq[int], skip_special_tokens: bool = True) -> str:
         """Text of ids. Ids that the tokenizer does not have give nothing."""
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """What a token of bytes stands for, which may be a part of a character; None of a token of text."""
+        token = self.backend.id_to_token(token_id)
+        if token_id in self.byte_ids and token is not None:
+            return bytes([int(token[3:5], 16)])
+        if not self._has_byte_level or token is None or token_id in self._added_ids:
+            return None
+        letters = _byte_letters()
+        return bytes(letters[letter] for letter in token) if all(letter in letters for letter in token) else None
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """A fresh text that grows token by token."""
@@ -322,6 +335,17 @@ def _templates(value: Any, path: Path) -> dict[str, str]:
     if not sound:
         raise _damaged(f"{path}: chat_template: expected a string or a list of {{name, template}}")
     return templates
+
+
+@functools.cache
+def _byte_letters() -> dict[str, int]:
+    """The letter that stands for each byte in byte-level vocabularies: itself where it can be seen, else one from 256 on.
+
+    Source: Radford et al. 2019, GPT-2's encoder.
+    """
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(unseen)}
 
 
 def _one_line(error: BaseException, limit: int = 200) -> str:

@@ -73,6 +73,18 @@ def test_a_lone_surrogate_is_refused_in_one_line(ours: Tokenizer):
 # --- text that grows ---------------------------------------------------------------------------------------------
 
 
+def test_bytes_of_tokens_are_those_of_the_text(ours: Tokenizer):
+    text = "日本語é😀"
+    token_ids = ours.encode(text, add_special_tokens=False)
+    names = [ours.decode([token_id], False) for token_id in token_ids]
+    found = [ours.token_bytes(token_id) for token_id in token_ids]
+    assert any("\ufffd" in name for name in names), "no token here is a part of a character"
+    assert all(said is not None for name, said in zip(names, found, strict=True) if "\ufffd" in name)
+    assert b"".join(said or name.encode() for name, said in zip(names, found, strict=True)).strip() == text.encode()
+    assert ours.token_bytes(ours.special_tokens and ours.token_id(next(iter(ours.special_tokens.values())))) is None
+    assert ours.token_bytes(10**6) is None
+
+
 def test_streamed_text_is_the_decoded_text(ours: Tokenizer):
     assert texts.streamed(ours, 10_000) == 10_000
     assert texts.vocabulary(ours) == 25 * (ours.max_token_id + 3)

@@ -6,7 +6,7 @@ Knows OpenAI's objects. Refuses to know where outputs come from.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,12 +61,23 @@ def token_name(token_id: int, found: Logprob, as_id: bool) -> str:
     return f"token_id:{token_id}" if as_id or found.decoded_token is None else found.decoded_token
 
 
-def chat_logprobs(token_ids: Iterable[int], places: Iterable[PositionLogprobs], num_top: int, as_id: bool) -> dict[str, Any]:
-    """OpenAI's object for a chat: of each token, and of the likeliest at its place."""
+def chat_logprobs(
+    token_ids: Iterable[int],
+    places: Iterable[PositionLogprobs],
+    num_top: int,
+    as_id: bool,
+    token_bytes: Callable[[int], bytes | None],
+) -> dict[str, Any]:
+    """OpenAI's object for a chat: of each token, and of the likeliest at its place. All their bytes are the text's.
+
+    Args:
+      token_bytes: `Tokenizer.token_bytes`, asked of what is no text.
+    """
 
     def told(token_id: int, one: Logprob) -> dict[str, Any]:
         name = token_name(token_id, one, as_id)
-        return {"token": name, "logprob": clamped(one.logprob), "bytes": list(name.encode("utf-8", "replace"))}
+        said = token_bytes(token_id) if "\ufffd" in name else None
+        return {"token": name, "logprob": clamped(one.logprob), "bytes": list(said or name.encode("utf-8", "replace"))}
 
     content = []
     for token_id, place in zip(token_ids, places, strict=True):

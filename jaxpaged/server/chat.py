@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from jaxpaged.host.checks import shown
@@ -42,7 +42,7 @@ async def answer(service: Service, asked: Asked) -> Any:
 
     options = {"priority": body.get("priority", 0), "tenant": asked.tenant, "ticket": ticket, "timeout_s": timeout_s}
     stream = await llm.start(prompt, params, **options)
-    shape = _Shape(f"chatcmpl-{service.make_id()}", service.now(), model, body, choice)
+    shape = _Shape(f"chatcmpl-{service.make_id()}", service.now(), model, body, choice, tokenizer.token_bytes)
     if is_streamed(body):
         return EventStream(_events(shape, stream), [stream], asked.as_error)
     return await whole(asked.receive, [stream], _whole(shape, stream))
@@ -66,15 +66,24 @@ def _check_messages(messages: list[Any]) -> None:
 class _Shape:
     """What all objects of one answer say."""
 
-    def __init__(self, id: str, created: int, model: str, body: dict[str, Any], choice: Choice):
+    def __init__(
+        self,
+        id: str,
+        created: int,
+        model: str,
+        body: dict[str, Any],
+        choice: Choice,
+        token_bytes: Callable[[int], bytes | None],
+    ):
         self.head = {"id": id, "created": created, "model": model, "system_fingerprint": FINGERPRINT}
-        self.body, self.choice = body, choice
+        self.body, self.choice, self.token_bytes = body, choice, token_bytes
         self.as_id = body.get("return_tokens_as_token_ids", False)
 
     def logprobs(self, one: CompletionOutput) -> dict[str, Any] | None:
         if one.logprobs is None:
             return None
-        return chat_logprobs(one.token_ids, one.logprobs, self.body.get("top_logprobs", 0), self.as_id)
+        num_top = self.body.get("top_logprobs", 0)
+        return chat_logprobs(one.token_ids, one.logprobs, num_top, self.as_id, self.token_bytes)
 
     def finish_reason(self, one: CompletionOutput, reader: Reader) -> str | None:
         return "tool_calls" if reader.has_calls and one.finish_reason == "stop" else one.finish_reason

@@ -62,7 +62,8 @@ def with_format(params: SamplingParams, response_format: Any) -> SamplingParams:
     if kind == "json_object":
         form: dict[str, Any] = {"json_object": True}
     elif kind == "json_schema":
-        form = {"json": _schema(response_format)}
+        # All objects of OpenAI's strict schemas are closed; one that does not say so means it.
+        form = _schema(response_format)
     else:
         form = {"structural_tag": json.dumps({name: one for name, one in response_format.items() if name != "type"})}
     return dataclasses.replace(params, structured_outputs=form)  # type: ignore[arg-type]
@@ -109,14 +110,17 @@ def _biases(given: Mapping[str, Any]) -> dict[int, Any]:
     return found
 
 
-def _schema(response_format: Mapping[str, Any]) -> Any:
+def _schema(response_format: Mapping[str, Any]) -> dict[str, Any]:
     told = response_format.get("json_schema")
     if not isinstance(told, dict):
         raise RequestError("response_format.json_schema: expected an object with name and schema")
     schema = told.get("schema")
     if not isinstance(schema, dict):
         raise RequestError("response_format.json_schema.schema: expected a JSON schema")
-    return schema
+    strict = told.get("strict")
+    if strict is not None and not isinstance(strict, bool):
+        raise RequestError(f"response_format.json_schema.strict: got {shown(strict)}, expected true or false")
+    return {"json": schema, "disable_additional_properties": bool(strict)}
 
 
 def check_outputs(num_prompts: int, params: SamplingParams, limit: int) -> None:

@@ -199,6 +199,31 @@ def test_fields_of_sampling_arrive(server: Running) -> None:
     assert len({choice["text"] for choice in beams["choices"]}) == 2
 
 
+def test_bytes_of_logprobs_are_those_of_the_text(server: Running) -> None:
+    """OpenAI: bytes of tokens are there to be put together where a character is several tokens."""
+    asked = [{"role": "user", "content": "What is bear in German?"}]
+    body = {"messages": asked, "temperature": 0, "logprobs": True, "top_logprobs": 1}
+    choice = post(server, "/v1/chat/completions", body)["choices"][0]
+    tokens = choice["logprobs"]["content"]
+    assert choice["message"]["content"] == "Bär" and any("\ufffd" in token["token"] for token in tokens)
+    for told in (tokens, [token["top_logprobs"][0] for token in tokens]):
+        assert b"".join(bytes(token["bytes"]) for token in told) == "Bär<|im_end|>".encode()
+
+
+def test_a_strict_schema_has_closed_objects(server: Running) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["n"]}
+    [comma] = post(server, "/tokenize", {"prompt": ","})["tokens"]
+    said = {}
+    for strict in (True, False):
+        form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": strict}}
+        body = {"messages": MESSAGES, "temperature": 0, "max_tokens": 100, "response_format": form}
+        body["logit_bias"] = {str(comma): 100}  # wherever one is allowed, it comes
+        said[strict] = post(server, "/v1/chat/completions", body)["choices"][0]["message"]["content"]
+    assert set(json.loads(said[True])) == {"n"} and "," in said[False]
+    form["json_schema"]["strict"] = "yes"
+    assert "strict" in post(server, "/v1/chat/completions", body, status=400)["error"]["message"]
+
+
 def test_structured_outputs_have_their_form(server: Running) -> None:
     schema = {
         "type": "object",
