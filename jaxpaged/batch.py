@@ -41,6 +41,13 @@ def fit(plan: StepPlan, buckets: Seq[Bucket], tile: int) -> Bucket:
     raise ValueError(f"no bucket holds {plan.num_rows} decode rows and {num_tiles} prefill tiles; the largest is {buckets[-1]}")
 
 
+def bring(*arrays: jax.Array) -> None:
+    """Let these be on their way to the host while it does something else. On a CPU they will be there without."""
+    if jax.default_backend() != "cpu":
+        for array in arrays:
+            array.copy_to_host_async()
+
+
 class Padded(NamedTuple):
     """A step's inputs in the shapes of a bucket."""
 

@@ -213,11 +213,9 @@ class JaxRunner:
             self._late = step, late
         else:
             step.outputs = outputs.replace(logits=None)
-            outputs.token_ids.copy_to_host_async()
-            outputs.is_finite.copy_to_host_async()
+            batch.bring(outputs.token_ids, outputs.is_finite)
         sequences = [chunk.sequence for chunk, _ in plan.outputs()]
         self._feed = batch.Feed(outputs.token_ids, dict(zip(sequences, rows, strict=True)))
-        outputs.is_sound.copy_to_host_async()
         wanted = inputs.wants_logprobs[rows].tolist()
         prompts = [one for one in _prompt_places(plan, self.config.prefill_tile) if one[1]]  # type: ignore[arg-type]
         asked = []
@@ -225,8 +223,7 @@ class JaxRunner:
             asked = [outputs.logprobs, outputs.ranks]
             if any(sequence.request.params.logprobs for sequence in sequences):
                 asked += [outputs.likeliest_ids, outputs.likeliest_logprobs]
-        for array in asked + (jax.tree.leaves(outputs.prompt) if prompts else []):
-            array.copy_to_host_async()
+        batch.bring(outputs.is_sound, *asked, *(jax.tree.leaves(outputs.prompt) if prompts else ()))
         result = functools.partial(self._result, step, rows, sequences, wanted, prompts)
         if self.drafter is not None and proposals is not None:
             result = self.drafter.with_proposals(result, proposals)
@@ -248,8 +245,7 @@ class JaxRunner:
         (step, late), self._late = self._late, None
         step.outputs = self._chooser.choose(late, step.outputs)  # type: ignore[union-attr]
         self._feed = self._feed._replace(token_ids=step.outputs.token_ids)
-        step.outputs.token_ids.copy_to_host_async()
-        step.outputs.is_finite.copy_to_host_async()
+        batch.bring(step.outputs.token_ids, step.outputs.is_finite)
 
     def clean(self, pages: Seq[int]) -> None:
         """See `Runner.clean`."""
