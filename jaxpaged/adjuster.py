@@ -76,7 +76,9 @@ class Adjuster:
         """Those of a step whose rows keep their logits. They stay on the device, so that such a step sends nothing there."""
         if num_rows not in self._plain:
             self._plain[num_rows] = jax.device_put(_nothing(num_rows, self.max_drafts))
-        return self._plain[num_rows].replace(marks=self.marks)  # type: ignore[attr-defined]
+        if self._plain[num_rows].marks is not self.marks:
+            self._plain[num_rows] = self._plain[num_rows].replace(marks=self.marks)  # type: ignore[attr-defined]
+        return self._plain[num_rows]
 
     def adjustments(self, plan: StepPlan, rows: Seq[int], num_rows: int, feed: Feed) -> Adjustments:
         """Those of a step, whose marks are brought up to date.

@@ -5,6 +5,7 @@ The only place that knows both what a plan means and how a compiled step wants i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
@@ -14,10 +15,10 @@ import numpy as np
 
 from jaxpaged.config import Bucket
 from jaxpaged.host.plan import Chunk, StepPlan
-from jaxpaged.host.request import Sequence
-from jaxpaged.model.attention import PagedTokens
-from jaxpaged.model.sampler import SamplingInputs
-from jaxpaged.model.step import StepInputs
+from jaxpaged.host.request import Drawing, Sequence
+from jaxpaged.model.adjust import Adjustments
+from jaxpaged.model.packed import Layout
+from jaxpaged.model.step import PackedInputs, StepInputs
 
 
 class Feed(NamedTuple):
@@ -40,85 +41,111 @@ def fit(plan: StepPlan, buckets: Seq[Bucket], tile: int) -> Bucket:
     raise ValueError(f"no bucket holds {plan.num_rows} decode rows and {num_tiles} prefill tiles; the largest is {buckets[-1]}")
 
 
-def pad(
-    plan: StepPlan, bucket: Bucket, feed: Feed, *, tile: int, page_size: int, max_blocks_per_seq: int
-) -> tuple[StepInputs, list[int]]:
-    """The step's inputs in the bucket's shapes, and the row of the outputs of each of `plan.outputs()`.
+def bring(*arrays: jax.Array) -> None:
+    """Let these be on their way to the host while it does something else. On a CPU they will be there without."""
+    if jax.default_backend() != "cpu":
+        for array in arrays:
+            array.copy_to_host_async()
+
+
+class Padded(NamedTuple):
+    """A step's inputs in the shapes of a bucket."""
+
+    inputs: StepInputs
+    rows: list[int]  # of the outputs, that of each of `plan.outputs()`
+    words: np.ndarray  # int32 [N], which the inputs' arrays but `previous` are views of
+    layout: Layout
+
+    def whole(self, adjustments: Adjustments | None, extra: Mapping[str, np.ndarray] | None) -> StepInputs:
+        """The inputs with the rest of what a step takes."""
+        return self.inputs.replace(adjustments=adjustments, extra=extra)  # type: ignore[attr-defined]
+
+    def packed(self, adjustments: Adjustments | None, extra: Mapping[str, np.ndarray] | None) -> PackedInputs:
+        """The same as it goes to the device."""
+        return PackedInputs(self.words, self.inputs.previous, adjustments, extra, self.layout)  # type: ignore[arg-type]
+
+
+def pad(plan: StepPlan, bucket: Bucket, feed: Feed, *, tile: int, page_size: int, max_blocks_per_seq: int) -> Padded:
+    """The step's inputs.
 
     Padding is zeros: token 0 at position 0, slot 0 of the null page, a length of 0, and greedy sampling.
     """
-    D, C, M = bucket.decode_rows, bucket.prefill_tiles, max_blocks_per_seq
-    token_ids, positions, slots = (np.zeros(D + C * tile, np.int32) for _ in range(3))
-    tables, lens, sample_at = np.zeros((D + C, M), np.int32), np.zeros(D + C, np.int32), np.zeros(D + C, np.int32)
-    sampling = SamplingInputs(
-        temperature=np.zeros(D + C, np.float32),  # type: ignore[arg-type]
-        top_k=np.zeros(D + C, np.int32),  # type: ignore[arg-type]
-        top_p=np.ones(D + C, np.float32),  # type: ignore[arg-type]
-        min_p=np.zeros(D + C, np.float32),  # type: ignore[arg-type]
-        seeds=np.zeros((D + C, 2), np.uint32),  # type: ignore[arg-type]
-    )
-    beam_temperature, wants_logprobs, fed = np.zeros(D + C, np.float32), np.zeros(D + C, bool), np.zeros(D, np.int32)
-    prompt_targets = np.zeros(C * tile, np.int32)
-    sampling_rows = []
+    layout = StepInputs.layout(bucket.decode_rows, bucket.prefill_tiles, tile, max_blocks_per_seq)
+    words, arrays = layout.new()
+    arrays["top_p"].fill(1.0)
+    rows: list[int] = []
+    if plan.decodes:
+        rows += _put_decodes(plan.decodes, arrays, feed, page_size)
+    if plan.prefills:
+        rows += _put_tiles(plan.prefills, arrays, bucket.decode_rows, tile, page_size)
+    return Padded(StepInputs.of(arrays, feed.token_ids), rows, words, layout)
 
-    def place(row: int, at: int, chunk: Chunk, known: Seq[int], start: int, end: int) -> None:
-        """Tokens [start, end) of the chunk's sequence go to places at, at + 1, ...; their table and length to `row`."""
-        pages = np.asarray(chunk.sequence.pages, np.int32)
-        count = end - start
-        places = np.arange(start, end)
-        token_ids[at : at + len(known)] = known
-        slots[at : at + count] = pages[places // page_size] * page_size + places % page_size
-        tables[row, : len(pages)] = pages
-        lens[row] = end
-        if chunk.samples and end >= chunk.end - len(chunk.drafts):
-            sample_at[row] = at + count - 1
-            _set_sampling(sampling, beam_temperature, row, chunk)
-            wants_logprobs[row] = chunk.sequence.request.params.wants_logprobs
-            sampling_rows.append(row)
 
-    row = 0
-    for chunk in plan.decodes:
-        if chunk.start == len(chunk.sequence.tokens):  # its token is the pending one
-            fed[row] = 1 + feed.rows[chunk.sequence]
-        # Drafts are rows of the same pages: all of them are written before any is attended to, and each sees those before it.
-        for position in range(chunk.start, chunk.end):
-            token_id = chunk.token(position)
-            place(row, row, chunk, () if token_id is None else (token_id,), position, position + 1)
-            positions[row] = position
-            row += 1
-    row, at = D, D
-    for chunk in plan.prefills:
-        for start in range(chunk.start, chunk.end, tile):
-            end = min(start + tile, chunk.end)
-            place(row, at, chunk, chunk.sequence.tokens[start:end], start, end)
-            if wanted := prompt_targets_of(chunk, start, end):
-                prompt_targets[at - D : at - D + len(wanted)] = np.asarray(wanted, np.int32) + 1
-            # A tile's padding keeps counting, so that its first position alone tells all of them.
-            positions[at : at + tile] = np.arange(start, start + tile)
-            row, at = row + 1, at + tile
+def _put_decodes(chunks: Seq[Chunk], arrays: dict[str, np.ndarray], feed: Feed, page_size: int) -> list[int]:
+    """A row for each token of each chunk, from the first on; they are returned.
 
-    tokens = PagedTokens(token_ids, positions, slots, tables[:D], lens[:D], tables[D:], lens[D:])  # type: ignore[arg-type]
-    asked = beam_temperature, wants_logprobs, prompt_targets
-    inputs = StepInputs(tokens, fed, feed.token_ids, sample_at, sampling, *asked)  # type: ignore[arg-type]
-    return inputs, sampling_rows
+    Drafts are rows of the same pages: all of them are written before any is attended to, and each sees those before it.
+    """
+    sequences, num_drafts = [chunk.sequence for chunk in chunks], [len(chunk.drafts) for chunk in chunks]
+    starts = np.array([chunk.start for chunk in chunks], np.int32)
+    is_known = [start < len(sequence.tokens) for sequence, start in zip(sequences, starts.tolist(), strict=True)]
+    first = [chunk.sequence.tokens[chunk.start] if known else 0 for chunk, known in zip(chunks, is_known, strict=True)]
+    M = arrays["tables"].shape[1]
+    num_pages = np.array([len(sequence.pages) for sequence in sequences])
+    pages = np.fromiter(itertools.chain.from_iterable(sequence.pages for sequence in sequences), np.int32, num_pages.sum())
+    tables = np.zeros((len(chunks), M), np.int32)
+    tables[np.arange(M) < num_pages[:, None]] = pages
+    drawings = [sequence.drawing for sequence in sequences]
+    if any(num_drafts):
+        counts = np.array(num_drafts) + 1
+        rows_before = np.cumsum(counts) - counts  # and so the first row of each
+        positions = np.arange(counts.sum()) - np.repeat(rows_before - starts, counts)
+        token_ids = [token for one, chunk in zip(first, chunks, strict=True) for token in (one, *chunk.drafts)]
+        tables = np.repeat(tables, counts, axis=0)
+        drawings = [drawing for drawing, count in zip(drawings, counts, strict=True) for _ in range(count)]
+    else:
+        rows_before, positions, token_ids = range(len(chunks)), starts, first
+    count = len(token_ids)
+    if not all(is_known):  # the token that the host does not know is the pending one
+        for row, known, sequence in zip(rows_before, is_known, sequences, strict=True):
+            arrays["fed"][row] = 0 if known else 1 + feed.rows[sequence]
+    rows = np.arange(count)
+    arrays["token_ids"][:count] = token_ids
+    arrays["positions"][:count] = positions
+    arrays["tables"][:count] = tables
+    arrays["slots"][:count] = tables[rows, positions // page_size] * page_size + positions % page_size
+    arrays["lens"][:count] = positions + 1
+    arrays["sample_at"][:count] = rows
+    for name, values in zip(Drawing._fields, zip(*drawings, strict=True), strict=True):
+        arrays[name][:count] = values
+    return rows.tolist()
+
+
+def _put_tiles(chunks: Seq[Chunk], arrays: dict[str, np.ndarray], num_rows: int, tile: int, page_size: int) -> list[int]:
+    """Tiles for the tokens of each chunk, after so many rows; those that sample are returned."""
+    sampling, row, at = [], num_rows, num_rows
+    for chunk in chunks:
+        start, end, num_tiles = chunk.start, chunk.end, -(-chunk.num_tokens // tile)
+        last, after = row + num_tiles - 1, at + chunk.num_tokens
+        pages, places = np.asarray(chunk.sequence.pages, np.int32), np.arange(start, end)
+        arrays["token_ids"][at:after] = chunk.sequence.tokens[start:end]
+        arrays["slots"][at:after] = pages[places // page_size] * page_size + places % page_size
+        # A tile's padding keeps counting, so that its first position alone tells all of them.
+        arrays["positions"][at : at + num_tiles * tile] = np.arange(start, start + num_tiles * tile)
+        arrays["tables"][row : last + 1, : len(pages)] = pages
+        arrays["lens"][row : last + 1] = np.minimum(np.arange(start, end, tile) + tile, end)
+        if wanted := prompt_targets_of(chunk, start, end):
+            arrays["prompt_targets"][at - num_rows : at - num_rows + len(wanted)] = np.asarray(wanted, np.int32) + 1
+        if chunk.samples:
+            arrays["sample_at"][last] = after - 1
+            for name, value in zip(Drawing._fields, chunk.sequence.drawing, strict=True):
+                arrays[name][last] = value
+            sampling.append(last)
+        row, at = last + 1, at + num_tiles * tile
+    return sampling
 
 
 def prompt_targets_of(chunk: Chunk, start: int, end: int) -> list[int]:
     """The tokens after those from `start` to `end` whose log-probabilities are wanted: of the prompt, by the output that asks."""
     sequence = chunk.sequence
     return sequence.tokens[start + 1 : min(end + 1, sequence.num_prompt)] if sequence.needs_prompt_logprobs else []
-
-
-def _set_sampling(sampling: SamplingInputs, beam_temperature: np.ndarray, row: int, chunk: Chunk) -> None:
-    params, seed = chunk.sequence.request.params, chunk.sequence.seed
-    arrays: dict[str, np.ndarray] = vars(sampling)  # type: ignore[assignment]
-    if params.use_beam_search:  # it draws no token, and as for sampling 0 leaves the logits as they are
-        beam_temperature[row] = params.temperature or 1.0
-        return
-    if params.logprobs:
-        beam_temperature[row] = 1.0
-    arrays["temperature"][row] = params.temperature
-    arrays["top_k"][row] = params.top_k
-    arrays["top_p"][row] = params.top_p
-    arrays["min_p"][row] = params.min_p
-    arrays["seeds"][row] = seed >> 32, seed & 0xFFFFFFFF

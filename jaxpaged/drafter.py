@@ -16,6 +16,7 @@ from weakref import WeakSet
 import jax
 import numpy as np
 
+from jaxpaged.batch import bring
 from jaxpaged.config import Bucket, ConfigError, EngineConfig, ModelConfig
 from jaxpaged.host.plan import Chunk, StepPlan
 from jaxpaged.host.request import Sequence
@@ -154,7 +155,7 @@ class Drafter:
     def with_proposals(self, result: Callable[[], Any], found: jax.Array) -> Callable[[], Any]:
         """What waits for the result of the step that `inputs` was for last, and for what it proposed, `found`, too."""
         if self._asked:
-            found.copy_to_host_async()
+            bring(found)
         take = functools.partial(self._take, found, self._asked, self._num_asked)
 
         def wait() -> Any:

@@ -39,9 +39,10 @@ from jaxpaged.model import duel as model_duel
 from jaxpaged.model import processors
 from jaxpaged.model import step as model_step
 from jaxpaged.model import weights as model_weights
+from jaxpaged.model.adjust import Adjustments
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.draft import DraftInputs
-from jaxpaged.model.step import PromptLogprobs, StepInputs, StepOutputs
+from jaxpaged.model.step import PackedInputs, PromptLogprobs, StepOutputs
 from jaxpaged.model.weights import Weights
 from jaxpaged.offload.transfer import Offload
 from jaxpaged.structured.chooser import Chooser, Late
@@ -146,7 +147,7 @@ class JaxRunner:
         self._compile_s: list[float] = []  # of each of them
         self.num_places = self.num_padding = 0  # token places of the steps that ran, and those that held none
         sizes = {"tile": config.prefill_tile, "page_size": config.block_size, "max_blocks_per_seq": config.max_blocks_per_seq}
-        self._pad = functools.partial(batch.pad, **sizes)  # type: ignore[arg-type]
+        self._sizes: dict[str, Any] = sizes
         num_rows = self.buckets[-1].decode_rows + self.buckets[-1].prefill_tiles
         self._feed = batch.Feed(np.zeros(num_rows, np.int32), {})
         limits = {"num_sequences": config.max_num_seqs, "max_model_len": config.max_model_len, "num_fed": num_rows}
@@ -174,7 +175,7 @@ class JaxRunner:
             options = {"config": draft.model, "backend": attention_backend(config, draft.model)}
             options |= {"max_drafts": self.drafter.max_drafts, "few": FEW_ON_CPU if jax.default_backend() == "cpu" else 0}
             step = functools.partial(model_draft.step_and_propose, step=step, **options)  # type: ignore[arg-type]
-        self._jitted = jax.jit(step, donate_argnums=1)
+        self._jitted = jax.jit(model_step.of_packed(step), donate_argnums=1)
         # A step copies at most one page of each sequence; few sizes, so that a step of two copies does not move 256 null pages.
         limit: int = config.max_num_seqs  # type: ignore[assignment]
         self._copy_sizes = [*itertools.takewhile(lambda size: size < limit, (4**i for i in itertools.count(1))), limit]
@@ -199,32 +200,33 @@ class JaxRunner:
         if plan.copies:
             self._copy(plan.copies)
         bucket = batch.fit(plan, self.buckets, self.config.prefill_tile)  # type: ignore[arg-type]
-        inputs, rows = self._pad(plan, bucket, self._feed)
+        padded = batch.pad(plan, bucket, self._feed, **self._sizes)
+        inputs, rows = padded.inputs, padded.rows
         num_places = bucket.decode_rows + bucket.prefill_tiles * self.config.prefill_tile  # type: ignore[operator]
         self.num_places += num_places
         self.num_padding += num_places - plan.num_tokens
         if bucket not in self.compiled:  # enforce_eager
             self.compiled[bucket] = self._compile(bucket)
         adjustments = self.adjuster.adjustments(plan, rows, len(inputs.sample_at), self._feed)
-        inputs = inputs.replace(adjustments=adjustments, extra=self._extra(plan, rows, len(inputs.sample_at)))  # type: ignore[attr-defined]
+        extra = self._extra(plan, rows, len(inputs.sample_at))
         drafting = None
         if self.drafter is not None:
             drafting = self.drafter.inputs(plan, bucket, rows)
-        outputs, proposals = self._run(bucket, inputs, drafting)
+        outputs, proposals = self._run(bucket, padded.packed(adjustments, extra), drafting)
         if self.duel is not None:
             outputs, evidence = outputs
             self.duel.record(plan, inputs, rows, evidence, self.cache)
         step = _Step(outputs)
-        late = self._chooser.late(plan, rows, inputs) if self._chooser is not None else None
+        late = None
+        if self._chooser is not None and self._chooser.matchers.is_used:
+            late = self._chooser.late(plan, rows, padded.whole(adjustments, extra))
         if late is not None:
             self._late = step, late
         else:
             step.outputs = outputs.replace(logits=None)
-            outputs.token_ids.copy_to_host_async()
-            outputs.is_finite.copy_to_host_async()
+            batch.bring(outputs.token_ids, outputs.is_finite)
         sequences = [chunk.sequence for chunk, _ in plan.outputs()]
         self._feed = batch.Feed(outputs.token_ids, dict(zip(sequences, rows, strict=True)))
-        outputs.is_sound.copy_to_host_async()
         wanted = inputs.wants_logprobs[rows].tolist()
         prompts = [one for one in _prompt_places(plan, self.config.prefill_tile) if one[1]]  # type: ignore[arg-type]
         asked = []
@@ -232,14 +234,13 @@ class JaxRunner:
             asked = [outputs.logprobs, outputs.ranks]
             if any(sequence.request.params.logprobs for sequence in sequences):
                 asked += [outputs.likeliest_ids, outputs.likeliest_logprobs]
-        for array in asked + (jax.tree.leaves(outputs.prompt) if prompts else []):
-            array.copy_to_host_async()
+        batch.bring(outputs.is_sound, *asked, *(jax.tree.leaves(outputs.prompt) if prompts else ()))
         result = functools.partial(self._result, step, rows, sequences, wanted, prompts)
         if self.drafter is not None and proposals is not None:
             result = self.drafter.with_proposals(result, proposals)
         return lambda: _with_faults(result(), np.asarray(outputs.is_sound), plan, bucket.decode_rows, self.config.prefill_tile)  # type: ignore[arg-type]
 
-    def _run(self, bucket: Bucket, inputs: StepInputs, drafting: DraftInputs | None) -> tuple[Any, jax.Array | None]:
+    def _run(self, bucket: Bucket, inputs: PackedInputs, drafting: DraftInputs | None) -> tuple[Any, jax.Array | None]:
         """Run a step on the pages: its outputs, and what the draft model proposes where there is one."""
         if self.drafter is None:
             outputs, self.cache = self.compiled[bucket](self.weights, self.cache, inputs)
@@ -255,8 +256,7 @@ class JaxRunner:
         (step, late), self._late = self._late, None
         step.outputs = self._chooser.choose(late, step.outputs)  # type: ignore[union-attr]
         self._feed = self._feed._replace(token_ids=step.outputs.token_ids)
-        step.outputs.token_ids.copy_to_host_async()
-        step.outputs.is_finite.copy_to_host_async()
+        batch.bring(step.outputs.token_ids, step.outputs.is_finite)
 
     def clean(self, pages: Seq[int]) -> None:
         """See `Runner.clean`."""
@@ -349,8 +349,8 @@ class JaxRunner:
             return None
         moves, self.cache = self.offload.measure(self.cache)
         bucket = max(self.compiled, key=lambda bucket: (bucket.prefill_tiles, -bucket.decode_rows))
-        inputs = self._padding(bucket)
-        seconds = []
+        padded, rest = self._padding(bucket)
+        inputs, seconds = padded.packed(*rest), []
         for _ in range(MEASURED_STEPS):
             started = time.perf_counter()
             outputs, _ = self._run(bucket, inputs, self.drafter.padding(bucket) if self.drafter is not None else None)
@@ -366,7 +366,8 @@ class JaxRunner:
         started = time.perf_counter()
         by_rows = {bucket.decode_rows + bucket.prefill_tiles: bucket for bucket in self.buckets}
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as executor:
-            deque(executor.map(self._chooser.compile, map(self._padding, by_rows.values())), maxlen=0)
+            paddings = map(self._padding, by_rows.values())
+            deque(executor.map(self._chooser.compile, [padded.whole(*rest) for padded, rest in paddings]), maxlen=0)
         logger.info("Compiled %d choices by a grammar in %.1f s.", len(by_rows), time.perf_counter() - started)
 
     def stats(self) -> dict[str, int | float]:
@@ -382,7 +383,8 @@ class JaxRunner:
 
     def _compile(self, bucket: Bucket) -> jax.stages.Compiled:
         started = time.perf_counter()
-        arguments = self.weights, self.cache, self._padding(bucket)
+        padded, rest = self._padding(bucket)
+        arguments = self.weights, self.cache, padded.packed(*rest)
         if self.drafter is not None:
             of_draft = self.drafter.weights, self.drafter.cache, self.drafter.padding(bucket)
             arguments = tuple(zip(arguments, of_draft, strict=True))
@@ -390,11 +392,11 @@ class JaxRunner:
         self._compile_s.append(time.perf_counter() - started)
         return compiled
 
-    def _padding(self, bucket: Bucket) -> StepInputs:
-        """A step of nothing."""
-        inputs, _ = self._pad(StepPlan((), ()), bucket, self._feed)
-        R = len(inputs.sample_at)
-        return inputs.replace(adjustments=self.adjuster.plain(R), extra=self._extra(StepPlan((), ()), [], R))  # type: ignore[attr-defined]
+    def _padding(self, bucket: Bucket) -> tuple[batch.Padded, tuple[Adjustments, dict[str, np.ndarray] | None]]:
+        """A step of nothing, and the rest of what it takes."""
+        padded = batch.pad(StepPlan((), ()), bucket, self._feed, **self._sizes)
+        R = len(padded.inputs.sample_at)
+        return padded, (self.adjuster.plain(R), self._extra(StepPlan((), ()), [], R))
 
     def _extra(self, plan: StepPlan, rows: Seq[int], num_rows: int) -> dict[str, np.ndarray] | None:
         """The numbers of `extra_args` that logits processors ask for, for each row of a step; None without processors."""

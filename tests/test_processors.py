@@ -168,7 +168,8 @@ def test_without_processors_the_step_is_the_same_program() -> None:
     """Options that are not set leave no trace in what is compiled."""
     with new_engine() as engine:
         runner = engine.runner
-        inputs = runner._padding(runner.buckets[0])  # type: ignore[attr-defined]
+        padded, rest = runner._padding(runner.buckets[0])  # type: ignore[attr-defined]
+        inputs = padded.whole(*rest)
         options = {"config": MODEL, "backend": "xla"}
         plain = jax.make_jaxpr(lambda *given: model_step.step(*given, **options))(runner.weights, runner.cache, inputs)  # type: ignore[attr-defined]
         named = jax.make_jaxpr(lambda *given: model_step.step(*given, **options, logprobs_mode="raw_logprobs", processors=()))(

@@ -57,11 +57,11 @@ TEMPORARY_SHARE = 0.05
 def arguments(config: ModelConfig, bucket: Bucket) -> dict[str, Any]:
     """The shapes of a step's arguments."""
     feed = Feed(np.zeros(bucket.decode_rows + bucket.prefill_tiles, np.int32), {})
-    inputs, _ = pad(StepPlan((), ()), bucket, feed, tile=TILE, page_size=PAGE_SIZE, max_blocks_per_seq=8192 // PAGE_SIZE)
+    padded = pad(StepPlan((), ()), bucket, feed, tile=TILE, page_size=PAGE_SIZE, max_blocks_per_seq=8192 // PAGE_SIZE)
     return {
         "weights": jax.eval_shape(functools.partial(weights.init, config, dtype="bfloat16"), jax.random.key(0)),
         "cache": jax.eval_shape(functools.partial(init_cache, config, NUM_PAGES, PAGE_SIZE, "bfloat16")),
-        "inputs": inputs,
+        "inputs": padded.inputs,
     }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpaged import batch
 from jaxpaged.bench.decode import SHAPE_135M
 from jaxpaged.bench.ratios import spread
 from jaxpaged.bench.step_times import full_plan
@@ -56,17 +57,22 @@ def measure(engine: Engine, rows: int, turns: int, steps: int) -> dict[str, Any]
     plan = full_plan(engine, bucket, CONTEXT)
     if plan is None:
         raise RuntimeError(f"the pool has too few pages for {rows} rows of {CONTEXT} tokens")
-    inputs, _ = runner._pad(plan, bucket, runner._feed)
-    inputs = inputs.replace(adjustments=runner.adjuster.plain(rows))  # type: ignore[attr-defined]
+    padded = batch.pad(plan, bucket, runner._feed, **runner._sizes)
+    rest = runner.adjuster.plain(rows), None
+    inputs = padded.whole(*rest)
     backend = attention_backend(engine.config, engine.model)
     jitted = jax.jit(functools.partial(bare, config=engine.model, backend=backend), donate_argnums=1)
-    ways = {"whole": runner._compile(bucket), "bare": jitted.lower(runner.weights, runner.cache, inputs).compile()}
+    ways = {
+        "whole": (runner._compile(bucket), padded.packed(*rest)),
+        "bare": (jitted.lower(runner.weights, runner.cache, inputs).compile(), inputs),
+    }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(turns + 1):
         for way in ways if turn % 2 else reversed(ways):
             started = time.perf_counter()
             for _ in range(steps):
-                outputs, runner.cache = ways[way](runner.weights, runner.cache, inputs)
+                run, given = ways[way]
+                outputs, runner.cache = run(runner.weights, runner.cache, given)
                 jax.block_until_ready(outputs)
             if turn:  # the first is a warm-up
                 seconds[way].append((time.perf_counter() - started) / steps)

@@ -431,6 +431,18 @@ class Request:
         return BeamGroup(params.n, self.max_len - len(self.prompt_token_ids), self.stop_ids, **options)
 
 
+class Drawing(NamedTuple):
+    """How the tokens of a sequence are drawn, as a row of the step has it. The defaults are greedy."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seeds: tuple[int, int] = (0, 0)  # high and low half
+    beam_temperature: float = 0.0  # what divides the logits of a beam; 1 where the likeliest are wanted
+    wants_logprobs: bool = False
+
+
 @dataclass(eq=False)
 class Sequence:
     """One output of a request with its tokens and pages, owned by the scheduler; or one beam of it, an output to be.
@@ -524,6 +536,15 @@ class Sequence:
     def seed(self) -> int:
         """64 unsigned bits, another for each of the request's outputs."""
         return (self.request.seed + self.index) % 2**64
+
+    @cached_property
+    def drawing(self) -> Drawing:
+        """How its tokens are drawn, in every step."""
+        params, halves = self.request.params, divmod(self.seed, 2**32)
+        if params.use_beam_search:  # it draws no token, and as for sampling 0 leaves the logits as they are
+            return Drawing(beam_temperature=params.temperature or 1.0, wants_logprobs=params.wants_logprobs)
+        numbers = params.temperature, params.top_k, params.top_p, params.min_p, halves
+        return Drawing(*numbers, 1.0 if params.logprobs else 0.0, params.wants_logprobs)
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -18,6 +19,7 @@ from jaxpaged.model.adjust import Adjustments
 from jaxpaged.model.attention import ROW_TILE, PagedAttention, PagedTokens
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.choice import Rows, choose
+from jaxpaged.model.packed import Layout
 from jaxpaged.model.sampler import SamplingInputs, likeliest, logprobs_of
 from jaxpaged.model.transformer import forward, logits
 from jaxpaged.model.weights import Weights
@@ -40,6 +42,33 @@ class StepInputs:
     adjustments: Adjustments | None = None  # of the logits that tokens are chosen by; None for a step that never changes them
     extra: Mapping[str, jax.Array] | None = None  # name -> float32 [R], for logits processors; None where there are none
 
+    @classmethod
+    @functools.cache
+    def layout(cls, D: int, C: int, T: int, M: int) -> Layout:
+        """Of all that the host says anew in each step."""
+        X, R = D + C * T, D + C
+        return Layout(
+            (
+                *(("token_ids", (X,), "int32"), ("positions", (X,), "int32"), ("slots", (X,), "int32")),
+                *(("tables", (R, M), "int32"), ("lens", (R,), "int32"), ("fed", (D,), "int32"), ("sample_at", (R,), "int32")),
+                *(("temperature", (R,), "float32"), ("top_k", (R,), "int32"), ("top_p", (R,), "float32")),
+                *(("min_p", (R,), "float32"), ("seeds", (R, 2), "uint32")),
+                *(("beam_temperature", (R,), "float32"), ("wants_logprobs", (R,), "bool"), ("prompt_targets", (C * T,), "int32")),
+            )
+        )
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Any], previous: Any, **others: Any) -> StepInputs:
+        """From the arrays of `layout`, on the host or on the device."""
+        D = len(arrays["fed"])
+        tables, lens = arrays["tables"], arrays["lens"]
+        places = {name: arrays[name] for name in ("token_ids", "positions", "slots")}
+        of_rows = {"row_tables": tables[:D], "row_lens": lens[:D], "tile_tables": tables[D:], "tile_lens": lens[D:]}
+        tokens = PagedTokens(**places, **of_rows)
+        sampling = SamplingInputs(*(arrays[name] for name in ("temperature", "top_k", "top_p", "min_p", "seeds")))
+        asked = (arrays[name] for name in ("beam_temperature", "wants_logprobs", "prompt_targets"))
+        return cls(tokens, arrays["fed"], previous, arrays["sample_at"], sampling, *asked, **others)
+
     def rows(self) -> Rows:
         """What there is to know of the rows that may sample."""
         positions, last = self.tokens.positions[self.sample_at] + 1, self.fed_tokens().token_ids[self.sample_at]
@@ -51,6 +80,34 @@ class StepInputs:
         ids = self.tokens.token_ids
         taken = self.previous[jnp.maximum(self.fed - 1, 0)]
         return self.tokens.replace(token_ids=ids.at[: len(self.fed)].set(jnp.where(self.fed > 0, taken, ids[: len(self.fed)])))  # type: ignore[attr-defined]
+
+
+@flax.struct.dataclass
+class PackedInputs:
+    """The same as the engine sends them: what is new in one array."""
+
+    words: jax.Array  # int32 [N], as `layout` has them
+    previous: jax.Array
+    adjustments: Adjustments | None
+    extra: Mapping[str, jax.Array] | None
+    layout: Layout = flax.struct.field(pytree_node=False)
+
+    def unpack(self) -> StepInputs:
+        """On the device."""
+        arrays = self.layout.unpack(self.words)
+        return StepInputs.of(arrays, self.previous, adjustments=self.adjustments, extra=self.extra)
+
+
+def of_packed(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step that takes `PackedInputs` wherever its inputs have `StepInputs`."""
+
+    def run(weights: Any, cache: Any, inputs: Any) -> Any:
+        def is_packed(one: Any) -> bool:
+            return isinstance(one, PackedInputs)
+
+        return step(weights, cache, jax.tree.map(lambda one: one.unpack() if is_packed(one) else one, inputs, is_leaf=is_packed))
+
+    return run
 
 
 @flax.struct.dataclass

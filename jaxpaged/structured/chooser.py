@@ -39,8 +39,6 @@ class Chooser:
 
     def late(self, plan: StepPlan, rows: Seq[int], inputs: StepInputs) -> Late | None:
         """What is to be chosen late of a step; None when it has chosen everything itself."""
-        if not self.matchers.is_used:
-            return None
         outputs = zip(rows, plan.outputs(), strict=True)
         chunks = [(row, chunk) for row, (chunk, num_drafts) in outputs if not num_drafts and is_constrained(chunk.sequence)]
         return Late(chunks, inputs) if chunks else None

@@ -284,8 +284,8 @@ class PaddedFakeRunner(FakeTiers):
             return lambda: ([], [])
         bucket = self.batch.fit(plan, self.buckets, self.tile)
         options = {"tile": self.tile, "page_size": self.page_size, "max_blocks_per_seq": self.max_blocks_per_seq}
-        inputs, rows = self.batch.pad(plan, bucket, self.feed, **options)
-        token_ids = self._step(inputs, bucket)
+        padded = self.batch.pad(plan, bucket, self.feed, **options)
+        rows, token_ids = padded.rows, self._step(padded.inputs, bucket)
         result = [token_ids[row] for row in rows], [True] * len(rows)
         self.feed.token_ids[:] = np.resize(token_ids, len(self.feed.token_ids))
         self.feed = self.feed._replace(rows=dict(zip((chunk.sequence for chunk, _ in plan.outputs()), rows, strict=True)))
