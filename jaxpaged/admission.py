@@ -35,7 +35,7 @@ class QueueOptions:
     max_queued_requests: int = 256
     max_queued_tokens: int = 262_144
     num_text_threads: int = 4
-    max_stream_events_per_s: int = 2_500
+    max_stream_events_per_s: int = 1_500
     stall_s: float = 30.0
 
     def __post_init__(self) -> None:

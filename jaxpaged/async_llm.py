@@ -20,7 +20,7 @@ from jaxpaged.embedder import Embedder, PoolingParams
 from jaxpaged.engine import Engine
 from jaxpaged.engine_thread import EngineThread, Observer
 from jaxpaged.growing import GrowingRequest
-from jaxpaged.host.request import SamplingParams
+from jaxpaged.host.request import RequestError, SamplingParams
 from jaxpaged.loading import load
 from jaxpaged.outputs import EmbeddingRequestOutput, RequestOutput
 from jaxpaged.pacing import Pacer
@@ -174,8 +174,13 @@ class AsyncLLM:
         is_left = threading.Event()
         try:
             async with asyncio.timeout(self._time_left(ticket, timeout_s)):
-                params = SamplingParams(max_tokens=1)
-                checked = [await self._checked(prompt, params, f"embd-{next(self._ids)}", 0, "") for prompt in prompts]
+                checked: list[Checked] = []
+                for place, prompt in enumerate(prompts):
+                    try:
+                        name = f"embd-{next(self._ids)}"
+                        checked.append(await self._checked(prompt, SamplingParams(max_tokens=1), name, 0, ""))
+                    except RequestError as error:
+                        raise RequestError(f"prompts[{place}]: {error}" if len(prompts) > 1 else str(error)) from None
                 ids = [one.request.prompt_token_ids for one in checked]
                 ticket.resize(sum(map(len, ids)))
                 embed = functools.partial(self._embedder.embed, ids, pooling_params, is_wanted=lambda: not is_left.is_set())

@@ -22,6 +22,7 @@ from jaxpaged.model.attention import PagedTokens
 from jaxpaged.model.pooling import TileStates, tile_states
 from jaxpaged.runner import attention_backend
 
+_LEAST_TILES = 4  # of a call: a shape less to compile is worth the padding
 POOLING_TYPES = ("LAST", "MEAN")
 
 
@@ -101,7 +102,7 @@ class Embedder:
 
     def _embed(self, prompts: list[Seq[int]], params: PoolingParams) -> list[np.ndarray]:
         counts = [self._num_tiles(prompt) for prompt in prompts]
-        size = 1 << (sum(counts) - 1).bit_length()
+        size = max(_LEAST_TILES, 1 << (sum(counts) - 1).bit_length())
         tokens = self._tokens(prompts, size)
         try:
             if size not in self._compiled:

@@ -34,7 +34,10 @@ async def answer(service: Service, asked: Asked) -> Response:
     lengths = [max(1, len(prompt) // 4) if isinstance(prompt, str) else len(prompt) for prompt in prompts]
     timeout_s = service.timeout_s(body)
     ticket = llm.admit(len(prompts), sum(lengths))
-    outputs = await unless_left(asked.receive, llm.embed(prompts, params, ticket=ticket, timeout_s=timeout_s))
+    try:
+        outputs = await unless_left(asked.receive, llm.embed(prompts, params, ticket=ticket, timeout_s=timeout_s))
+    finally:
+        ticket.release()  # here too: where the client has left already, the work does not even begin
 
     def told() -> bytes:
         vectors = [output.outputs.embedding for output in outputs]

@@ -28,6 +28,7 @@ _SOURCES = {
     "logprobs": ("top_logprobs",),
     "prompt_logprobs": ("logprobs",),
 }
+_TOO_LONG = re.compile(r"(prompts?\[\d+\]: )?prompt has ")
 _FIELD = re.compile(r"([a-z_]+)[\w.\[\]]*(?=: )")
 
 
@@ -84,7 +85,7 @@ def _refusal(error: RequestError, given: Collection[str], prompt: str | None) ->
     names = (found[1], *_SOURCES.get(found[1], ())) if found else ()
     param = next((name for name in names if name in given), None)
     code = getattr(error, "code", None)
-    if text.startswith("prompt has "):
+    if _TOO_LONG.match(text):
         code = "context_length_exceeded"
     if param is None and text.startswith(("prompt", "chat template", "the model has no chat template")):
         param = prompt

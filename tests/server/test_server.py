@@ -364,6 +364,9 @@ def test_embeddings_are_of_length_1_and_the_same_however_they_are_asked(server: 
             with pytest.raises(openai.BadRequestError) as refused:
                 client.post("/embeddings", body={"input": "x", field: value}, cast_to=object)
             assert refused.value.param == field
+        with pytest.raises(openai.BadRequestError, match=r"prompts\[1\]") as refused:
+            client.embeddings.create(input=["x", "a " * 2000], model="demo")
+        assert (refused.value.param, refused.value.code) == ("input", "context_length_exceeded")
     wait_until(lambda: is_empty(server.llm))
 
 
