@@ -369,7 +369,7 @@ def test_a_process_that_cannot_start_is_said(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(TemplateError, match=r"^its process did not start \(No such file"):
             process.render("x", {}, NOW)
         patch.setattr(sys, "executable", "/bin/false")
-        with pytest.raises(TemplateError, match=r"^its process did not start \(EOFError\)$"):
+        with pytest.raises(TemplateError, match=r"^its process did not start$"):
             process.render("x", {}, NOW)
     assert process.render("x", {}, NOW) == "x"
     process.close()

@@ -51,8 +51,8 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """OpenAI's object."""
-        message = " ".join(str(self).split())[:MAX_MESSAGE_LEN]
+        """OpenAI's object. What a client has sent may be quoted in it, and is not to turn a terminal's text around."""
+        message = "".join(one if one.isprintable() else "?" for one in " ".join(str(self).split()))[:MAX_MESSAGE_LEN]
         return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
 
 

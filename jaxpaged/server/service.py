@@ -52,7 +52,7 @@ class Service:
 
     def check_room(self, method: str, path: str) -> None:
         """Refuse what would wait where nothing more may, before its body is read. Raises QueueFullError."""
-        if method == "POST" and path in self.queued_paths:
+        if method == "POST" and path in self.queued_paths and self.llm.is_ready:  # else it is told that it drains
             self.llm.admission.check()
 
     def now(self) -> int:

@@ -119,10 +119,8 @@ def disconnects(server: Running, count: int, *, at_a_time: int = 10, seed: int =
             num_gone += at_a_time
     finally:
         left.undo()
-    print(
-        f"    {num_gone} clients have left, {left.num_ended} of them before the end: out after at most {left.num_steps} steps and {worst_s:.3f} s",
-        flush=True,
-    )
+    early = f"{left.num_ended} of them before the end"
+    print(f"    {num_gone} clients have left, {early}: out after at most {left.num_steps} steps and {worst_s:.3f} s", flush=True)
     assert left.num_steps <= MOST_STEPS and worst_s <= MOST_S
     assert left.num_ended > num_gone / 3, "who left was served to the end"
     return num_gone
