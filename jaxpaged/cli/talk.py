@@ -119,11 +119,20 @@ class Remote:
             while (delta := self._runner.run(_next(found))) is not None:
                 yield delta
         finally:
-            self._runner.run(found.aclose())  # type: ignore[arg-type]
+            self._runner.run(_end(found))
 
 
 async def _next(found: AsyncGenerator[Delta, None]) -> Delta | None:
     return await anext(found, None)
+
+
+async def _end(found: AsyncGenerator[Delta, None]) -> None:
+    # A signal may have come where the wait was not cancelled by it: then the wait still holds the generator.
+    waiting = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await found.aclose()
 
 
 # --- flags ---
