@@ -96,20 +96,24 @@ class Admission:
           QueueFullError: it would be too much.
         """
         with self._lock:
-            outputs, tokens = self.num_outputs + num_outputs, self.num_tokens + num_tokens
-            is_full = outputs > self.max_queued_requests or tokens > self.max_queued_tokens
-            if self.num_outputs and is_full:
-                self.num_refused["max_queued_requests" if outputs > self.max_queued_requests else "max_queued_tokens"] += 1
-                queued = f"{self.num_outputs:,} requests with {self.num_tokens:,} tokens wait"
-                limits = f"max_queued_requests {self.max_queued_requests:,}, max_queued_tokens {self.max_queued_tokens:,}"
-                raise QueueFullError(f"the queue is full: {queued}, the limits are {limits}", self.retry_after_s)
-            self.num_outputs, self.num_tokens = outputs, tokens
+            self._check(num_outputs, num_tokens)
+            self.num_outputs, self.num_tokens = self.num_outputs + num_outputs, self.num_tokens + num_tokens
         return Ticket(self, num_outputs, num_tokens, self._clock())
 
     def check(self) -> None:
         """Raises QueueFullError where not even the smallest request would be let in."""
-        if self.num_outputs >= self.max_queued_requests or (self.num_outputs and self.num_tokens >= self.max_queued_tokens):
-            raise QueueFullError("the queue is full", self.retry_after_s)
+        with self._lock:
+            self._check(1, 1)
+
+    def _check(self, num_outputs: int, num_tokens: int) -> None:
+        limits = {"max_queued_requests": self.max_queued_requests, "max_queued_tokens": self.max_queued_tokens}
+        sums = self.num_outputs + num_outputs, self.num_tokens + num_tokens
+        reached = [name for (name, limit), count in zip(limits.items(), sums, strict=True) if count > limit]
+        if self.num_outputs and reached:
+            self.num_refused[reached[0]] += 1
+            queued = f"{self.num_outputs:,} requests with {self.num_tokens:,} tokens wait"
+            told = ", ".join(f"{name} {limit:,}" for name, limit in limits.items())
+            raise QueueFullError(f"the queue is full: {queued}, the limits are {told}", self.retry_after_s)
 
     def split(self, ticket: Ticket, num_tokens: list[int]) -> list[Ticket]:
         """One ticket for each of several parts that a request has, of as many outputs each, in place of the whole one."""

@@ -45,7 +45,7 @@ class Guard:
         check_room: Callable[[str, str], None] = lambda method, path: None,
         make_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     ):
-        """`check_room` raises where a request of a method and a path is not to be read."""
+        """`check_room` raises where a request of a method and a path, that of a route, is not to be read."""
         self._app, self._options, self._check_room, self._make_id = app, options, check_room, make_id
         self._digests = [_digest(key.encode()) for key in options.all_keys()]
         self._num_held_bytes = 0  # of all bodies whose requests are not answered
@@ -73,7 +73,7 @@ class Guard:
         try:
             scope.setdefault("state", {}).update(request_id=request_id, tenant=self._tenant(scope, headers))
             self._check_headers(scope, headers)
-            self._check_room(scope["method"], scope["path"])
+            self._make_sure_of_room(scope)
             await self._app(scope, self._limited(receive, held), sending)
         except (ConnectionError, ClientDisconnect):
             return  # there is nobody to tell
@@ -85,6 +85,13 @@ class Guard:
         finally:
             patient.close()
             self._num_held_bytes -= held[0]
+
+    def _make_sure_of_room(self, scope: dict[str, Any]) -> None:
+        try:
+            self._check_room(scope["method"], scope["path"])
+        except Exception:
+            scope["refused_path"] = scope["path"]  # nobody will look for its route
+            raise
 
     def _tenant(self, scope: dict[str, Any], headers: dict[str, bytes]) -> str:
         """Whose request it is. Raises ApiError when it is nobody's."""

@@ -78,7 +78,7 @@ class Watching:
 
     def _ended(self, scope: dict[str, Any], account: Account) -> None:
         seconds = time.perf_counter() - account.began_s
-        route = getattr(scope.get("route"), "path", None)
+        route = getattr(scope.get("route"), "path", scope.get("refused_path"))
         self._metrics.http(scope["method"], route, account.status, seconds)
         if route in QUIET and account.status < 400:
             return

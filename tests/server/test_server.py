@@ -20,6 +20,7 @@ import pytest
 from jaxpaged.async_llm import AsyncLLM
 from jaxpaged.growing import GrowingRequest
 from jaxpaged.host.request import SamplingParams
+from jaxpaged.server.guard import OPEN_PATHS
 from jaxpaged.server.options import ServerOptions
 
 for name in ("fastapi", "uvicorn", "httptools", "httpx2"):
@@ -571,7 +572,8 @@ def test_a_client_that_leaves_frees_its_pages(server: Running, how: str, monkeyp
         assert time.monotonic() - left_s < 2
 
 
-def test_a_key_protects_everything_but_live(model: AsyncLLM) -> None:
+def test_a_key_protects_everything_but_the_open_paths(model: AsyncLLM) -> None:
+    assert OPEN_PATHS == ("/live", "/ui")
     keys = ("k" * 16, "another-key-of-20-chars")
     with running(model, api_key=keys) as server:
         routes = {route.path for route in server.server.config.app.routes}
@@ -586,7 +588,7 @@ def test_a_key_protects_everything_but_live(model: AsyncLLM) -> None:
                 for path in (*routes, "/nowhere", "/live/../v1/models", "//live", "/LIVE", "/live/"):
                     for method in ("GET", "POST", "OPTIONS", "HEAD", "PUT", "PROPFIND"):
                         answer = client.request(method, path)
-                        expected = {200, 405} if path == "/live" else {401}
+                        expected = {200, 405} if path in OPEN_PATHS else {401}
                         assert answer.status_code in expected, (method, path, answer.status_code)
         for key in keys:
             with server.client(authorization=f"Bearer {key}") as client:
