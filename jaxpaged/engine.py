@@ -287,7 +287,9 @@ class Engine:
         are. What runs is set back when it is to be others than before.
         """
         if request_ids != self.scheduler.only:
+            self._eyes.changing()
             self.scheduler.only = request_ids
+            self._eyes.singled_out(request_ids)
             if request_ids is not None:
                 self._set_back()
 

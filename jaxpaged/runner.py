@@ -147,7 +147,7 @@ class JaxRunner:
         self._compile_s: list[float] = []  # of each of them
         self.num_places = self.num_padding = 0  # token places of the steps that ran, and those that held none
         sizes = {"tile": config.prefill_tile, "page_size": config.block_size, "max_blocks_per_seq": config.max_blocks_per_seq}
-        self._sizes: dict[str, Any] = sizes
+        self._pad = functools.partial(batch.pad, **sizes)  # type: ignore[arg-type]
         num_rows = self.buckets[-1].decode_rows + self.buckets[-1].prefill_tiles
         self._feed = batch.Feed(np.zeros(num_rows, np.int32), {})
         limits = {"num_sequences": config.max_num_seqs, "max_model_len": config.max_model_len, "num_fed": num_rows}
@@ -200,7 +200,7 @@ class JaxRunner:
         if plan.copies:
             self._copy(plan.copies)
         bucket = batch.fit(plan, self.buckets, self.config.prefill_tile)  # type: ignore[arg-type]
-        padded = batch.pad(plan, bucket, self._feed, **self._sizes)
+        padded = self._pad(plan, bucket, self._feed)
         inputs, rows = padded.inputs, padded.rows
         num_places = bucket.decode_rows + bucket.prefill_tiles * self.config.prefill_tile  # type: ignore[operator]
         self.num_places += num_places
@@ -394,7 +394,7 @@ class JaxRunner:
 
     def _padding(self, bucket: Bucket) -> tuple[batch.Padded, tuple[Adjustments, dict[str, np.ndarray] | None]]:
         """A step of nothing, and the rest of what it takes."""
-        padded = batch.pad(StepPlan((), ()), bucket, self._feed, **self._sizes)
+        padded = self._pad(StepPlan((), ()), bucket, self._feed)
         R = len(padded.inputs.sample_at)
         return padded, (self.adjuster.plain(R), self._extra(StepPlan((), ()), [], R))
 

@@ -26,7 +26,7 @@ from jaxpaged.host.plan import StepPlan
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.model import transformer
 from jaxpaged.model.cache import KVCache
-from jaxpaged.model.step import StepOutputs, forward_paged
+from jaxpaged.model.step import StepOutputs, forward_paged, of_packed
 from jaxpaged.runner import JaxRunner, attention_backend
 
 
@@ -80,7 +80,7 @@ class KeepingRunner(JaxRunner):
     def __init__(self, config: EngineConfig, model: ModelConfig, weights, *, num_pages: int):
         super().__init__(config, model, weights, num_pages=num_pages)
         options = {"config": model, "backend": attention_backend(config, model), "max_logprobs": config.max_logprobs}
-        self._jitted = jax.jit(functools.partial(step_with_logits, **options), donate_argnums=1)
+        self._jitted = jax.jit(of_packed(functools.partial(step_with_logits, **options)), donate_argnums=1)
         self.duel = Keeper()  # type: ignore[assignment]
 
     def submit(self, plan: StepPlan):

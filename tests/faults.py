@@ -68,8 +68,8 @@ class Ward:
         """`pad` that puts the sick token where it belongs."""
 
         def padded(plan, bucket, feed):
-            inputs, rows = pad(plan, bucket, feed)
-            at = bucket.decode_rows
+            found = pad(plan, bucket, feed)
+            inputs, at = found.inputs, bucket.decode_rows
             for row, chunk in enumerate(plan.decodes):
                 if self.is_sick(chunk, chunk.start):
                     inputs.tokens.token_ids[row], inputs.fed[row] = SICK, 0
@@ -78,7 +78,7 @@ class Ward:
                 if chunk.start <= place < chunk.end and self.is_sick(chunk, place):
                     inputs.tokens.token_ids[at + place - chunk.start] = SICK
                 at += -(-chunk.num_tokens // TILE) * TILE
-            return inputs, rows
+            return found
 
         return padded
 

@@ -147,7 +147,7 @@ class WatchedRunner(JaxRunner):
     def submit(self, plan: StepPlan):
         if self.plants_nan:
             self.cache = plant_nan(self.cache, self, self.scheduler)
-        padded = batch.pad(plan, batch.fit(plan, self.buckets, self.config.prefill_tile), self._feed, **self._sizes)
+        padded = self._pad(plan, batch.fit(plan, self.buckets, self.config.prefill_tile), self._feed)
         self.logits.append(np.asarray(_logits(self.weights, self.cache, padded.inputs))[padded.rows].tobytes())
         return super().submit(plan)
 

@@ -15,7 +15,6 @@ import statistics
 import time
 from typing import Any
 
-from jaxpaged import batch
 from jaxpaged.bench.stopwatch import Stopwatch
 from jaxpaged.engine import Engine
 from jaxpaged.host.request import SamplingParams
@@ -37,7 +36,7 @@ def measure(engine: Engine, num_seqs: int, num_steps: int, prompt_len: int) -> d
         runner: Any = engine.runner
         watch.watch(engine.scheduler, "plan", "plan")
         watch.watch(engine.scheduler, "commit", "commit")
-        watch.watch(batch, "pad", "pad")
+        watch.watch(runner, "_pad", "pad")
         watch.watch(runner.adjuster, "adjustments", "options")
         watch.watch(runner, "_run", "dispatch")
         watch.watch(runner, "submit", "submit", lambda wait: watch.timed(wait, "wait"))

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpaged import batch
 from jaxpaged.bench.decode import SHAPE_135M
 from jaxpaged.bench.ratios import spread
 from jaxpaged.bench.step_times import full_plan
@@ -57,7 +56,7 @@ def measure(engine: Engine, rows: int, turns: int, steps: int) -> dict[str, Any]
     plan = full_plan(engine, bucket, CONTEXT)
     if plan is None:
         raise RuntimeError(f"the pool has too few pages for {rows} rows of {CONTEXT} tokens")
-    padded = batch.pad(plan, bucket, runner._feed, **runner._sizes)
+    padded = runner._pad(plan, bucket, runner._feed)
     rest = runner.adjuster.plain(rows), None
     inputs = padded.whole(*rest)
     backend = attention_backend(engine.config, engine.model)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -91,6 +91,12 @@ class Eyes:
         """The prefix cache has been emptied."""
         if self._recorder is not None:
             self._recorder.cache_was_reset()
+        self._end()
+
+    def singled_out(self, request_ids: Collection[str] | None) -> None:
+        """See `Engine.single_out`."""
+        if self._recorder is not None:
+            self._recorder.singled_out(request_ids)
         self._end()
 
     def planned(self, plan: StepPlan | None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxpaged.observe.recording import Recording, Segment
-from jaxpaged.observe.records import Admission, Decision, Kind, RecordingError, readable, unwords
+from jaxpaged.observe.records import Admission, Decision, Kind, RecordingError, readable, sets_back, unwords
 
 FREE, SHARED = -1, -2
 _MAX_CELLS = 1200  # of the picture, either way; more would be less than a pixel each
@@ -41,7 +41,7 @@ class PoolTimeline:
                 self._take(admitted.row, admitted.pages)
             elif frame.kind in (Kind.PREEMPT, Kind.FINISH):
                 self.owners.subtract(self.rows.pop(unwords(frame.payload[:4])[0], ()))
-            elif frame.kind is Kind.FAIL:
+            elif sets_back(frame):
                 self.rows.clear()
                 self.owners.clear()
             elif frame.kind is Kind.PLAN:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,13 @@ class Recorder:
         text = f"{type(error).__name__}: {error}"[:MAX_ERROR]
         self._put(Kind.FAIL, json.dumps({"stage": stage, "error": text}).encode())
         self._encoder.failed()
+
+    def singled_out(self, request_ids: Iterable[str] | None) -> None:
+        """These alone are to run, and what runs is set back; or all may."""
+        self._put(Kind.ONLY, json.dumps(request_ids if request_ids is None else sorted(request_ids)).encode())
+        if request_ids is not None:
+            self._encoder.failed()
+        self._settle()
 
     # --- the ring ---
 

@@ -41,6 +41,7 @@ class Kind(enum.IntEnum):
     STOP = 7
     SEGMENT = 8
     DRAFTS = 9
+    ONLY = 10
     DECISION = 16
     ADMIT = 17
     PREEMPT = 18
@@ -305,6 +306,11 @@ class Decision:
         return cls(num_free, num_cached, num_running, num_waiting, copies, tuple(decodes), tuple(prefills), transfers)
 
 
+def sets_back(frame: Frame) -> bool:
+    """Whether all that runs begins again from there."""
+    return frame.kind is Kind.FAIL or (frame.kind is Kind.ONLY and frame.payload != b"null")
+
+
 def note_names(frame: Frame, names: dict[int, str]) -> None:
     """Keep the names of rows up to date."""
     if frame.kind is Kind.ADMIT:
@@ -312,7 +318,7 @@ def note_names(frame: Frame, names: dict[int, str]) -> None:
         names[admitted.row] = admitted.name
     elif frame.kind in (Kind.PREEMPT, Kind.FINISH):
         names.pop(unwords(frame.payload[:4])[0], None)
-    elif frame.kind is Kind.FAIL:
+    elif sets_back(frame):
         names.clear()
 
 
@@ -349,6 +355,8 @@ def _describe(frame: Frame, names: dict[int, str]) -> list[str]:
     if kind is Kind.FETCHED:
         key, ok = unpack_fetched(payload)
         return [f"fetched  key {key.hex()}{'' if ok else ': a miss'}"]
+    if kind is Kind.ONLY:
+        return [f"only     {'all' if payload == b'null' else _list(json.loads(payload))}"]
     if kind is Kind.FAIL:
         failure = json.loads(payload)
         return [f"failed in {failure['stage']}: {failure['error']}"]
@@ -374,6 +382,6 @@ def _describe_plan(plan: Decision, names: dict[int, str]) -> list[str]:
     return [*lines, f"state    {counts}"]
 
 
-def _list(numbers: tuple[int, ...], limit: int = 12) -> str:
+def _list(numbers: Sequence[object], limit: int = 12) -> str:
     shown = " ".join(map(str, numbers[:limit]))
     return f"{shown} ... ({len(numbers)})" if len(numbers) > limit else shown or "none"

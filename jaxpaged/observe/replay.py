@@ -178,6 +178,12 @@ class Replay:
         elif kind is Kind.COMMIT:
             scheduler.commit(self._encoder.in_flight[0], *unpack_commit(frame.payload))
             self._encoder.committed()
+        elif kind is Kind.ONLY:
+            only = json.loads(frame.payload)
+            scheduler.only = only if only is None else frozenset(only)
+            if only is not None:
+                self._encoder.failed()
+                scheduler.rewind()
         elif kind is Kind.FAIL:
             stage = json.loads(frame.payload)["stage"]
             if stage == "plan":

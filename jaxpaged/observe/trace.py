@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpaged.observe.recording import Recording, Segment
-from jaxpaged.observe.records import Admission, Decision, Kind, RecordingError, Work, readable, unpack_request, unwords
+from jaxpaged.observe.records import Admission, Decision, Kind, RecordingError, Work, readable, sets_back, unpack_request, unwords
 
 _ENGINE, _REQUESTS = 1, 2  # the trace's two processes
 
@@ -77,11 +77,11 @@ class _Tracer:
                 case Kind.RESET:
                     yield self._instant("prefix cache reset", now)
                 case Kind.FAIL:
-                    failure = json.loads(frame.payload)
-                    self.in_flight = []
-                    for row in sorted(self.staying):
-                        yield from self._leave(row, "set back", now)
-                    yield self._instant(f"failed: {failure['error']}", now)
+                    yield self._instant(f"failed: {json.loads(frame.payload)['error']}", now)
+            if sets_back(frame):
+                self.in_flight = []
+                for row in sorted(self.staying):
+                    yield from self._leave(row, "set back", now)
 
     def _at(self, time_s: float) -> float:
         return (time_s - self.start_s) * 1e6

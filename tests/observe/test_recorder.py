@@ -25,7 +25,7 @@ from jaxpaged.host.policies import POLICIES
 from jaxpaged.host.request import RequestError
 from jaxpaged.host.scheduler import Scheduler
 from jaxpaged.observe import Difference, Recording, RecordingError, Replay, picture, recording, save_trace, state
-from jaxpaged.observe.records import FRAME, Decision, Kind, note_names, pack_request, unpack_request, words
+from jaxpaged.observe.records import FRAME, Decision, Kind, describe, note_names, pack_request, unpack_request, words
 
 
 @pytest.fixture(scope="module")
@@ -397,6 +397,29 @@ def test_work_goes_on_after_a_failed_step(tmp_path: Path) -> None:
             num_failed += 1
     assert num_failed == 3
     assert Replay(saved(engine, tmp_path)).run(check=True) is None
+
+
+def test_who_is_singled_out_after_a_failed_step_is_recorded(tmp_path: Path) -> None:
+    engine = new_engine(runner=Flaky(41, PAGE, at={9}))
+    for number in range(6):
+        engine.add_request([number] * 20, SamplingParams(max_tokens=12, ignore_eos=True), request_id=f"r{number}")
+    only: list[frozenset[str] | None] = [frozenset({"r0", "r1"}), frozenset({"r1"}), None]
+    while engine.has_unfinished:
+        try:
+            engine.step()
+        except OSError:
+            engine.single_out(only.pop(0))
+        else:
+            if len(only) < 3 and only and engine.num_steps % 3 == 0:
+                engine.single_out(only.pop(0))
+    assert not only
+    recording = saved(engine, tmp_path)
+    assert sum(frame.kind is Kind.ONLY for frame in recording.frames) == 3
+    assert Replay(recording).run(check=True) is None
+    assert [line for frame in recording.frames for line in describe(frame, {}) if line.startswith("only")][1:] == [
+        "only     r1",
+        "only     all",
+    ]
 
 
 @pytest.mark.parametrize("method", ["plan", "commit"])
