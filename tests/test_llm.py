@@ -214,12 +214,12 @@ BAD_PROMPTS = [
 
 @pytest.mark.parametrize("bad, problem", BAD_PROMPTS, ids=range(len(BAD_PROMPTS)))
 def test_a_bad_prompt_is_named_and_nothing_is_queued(llm: LLM, bad: Any, problem: str):
-    before = llm.stats()
+    before = llm.engine.counts()
     for call in (llm.generate, llm.stream):
         with pytest.raises(RequestError, match=problem) as error:
             call(["hello", bad, "world"], GREEDY)
         assert str(error.value).startswith("prompts[1]: ") and "\n" not in str(error.value)
-    assert llm.stats() == before
+    assert llm.engine.counts() == before
 
 
 def test_bad_parameters_are_named(llm: LLM):
