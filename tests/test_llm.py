@@ -223,7 +223,7 @@ def test_a_bad_prompt_is_named_and_nothing_is_queued(llm: LLM, bad: Any, problem
 
 
 def test_bad_parameters_are_named(llm: LLM):
-    before = llm.stats()
+    before = llm.engine.counts()
     with pytest.raises(RequestError, match="got 2 for 3 prompts"):
         llm.generate(["a", "b", "c"], [GREEDY, GREEDY])
     with pytest.raises(RequestError, match="expected SamplingParams"):
@@ -235,7 +235,7 @@ def test_bad_parameters_are_named(llm: LLM):
             llm.chat(bad)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="got int"):
         llm.generate(3)  # type: ignore[arg-type]
-    assert llm.stats() == before
+    assert llm.engine.counts() == before
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
