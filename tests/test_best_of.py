@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
