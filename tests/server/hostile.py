@@ -10,11 +10,13 @@ import copy
 import http.client
 import io
 import json
+import os
 import random
 import re
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 MESSAGES = [{"role": "user", "content": "Sort these words: pear, apple, fig"}]
@@ -333,7 +335,8 @@ ALSO = {
     "echo": {"max_tokens"},
 }
 LEAKS = re.compile(
-    rb"0x[0-9a-f]{6,}|/home|/tmp/|/usr/|/work|site-packages|\.py\b|Traceback|line \d+, in |\b[A-Za-z]+(Error|Exception|Warning)\b"
+    re.escape(os.fsencode(Path(__file__).parents[2]))
+    + rb"|0x[0-9a-f]{6,}|/home|/tmp/|/usr/|site-packages|\.py\b|Traceback|line \d+, in |\b[A-Za-z]+(Error|Exception|Warning)\b"
     rb"|\b(jaxpaged|uvicorn|starlette|fastapi|pydantic|httptools|asyncio|tokenizers|jinja2|llguidance|numpy|jax)\.[a-z_]+"
     rb"|<[a-z_.]+ (object|function|method)|object at |NoneType|__main__"
 )
