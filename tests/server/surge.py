@@ -44,6 +44,7 @@ class Seen:
 def process() -> Iterator[tuple[tuple[str, int], int]]:
     """The real command with a short queue: its address and process id."""
     flags = [f"--{name.replace('_', '-')}={str(value).strip('(),')}" for name, value in ENGINE.items()]
+    flags += ["--no-access-log"]  # nobody reads what it says
     command = [sys.executable, "-m", "jaxpaged", "serve", "--port", "0", "--max-queued-requests", str(MOST_QUEUED), *flags]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as one:
