@@ -9,10 +9,12 @@ import argparse
 import asyncio
 import dataclasses
 import sys
+import threading
 import time
-from collections.abc import AsyncGenerator, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, Protocol
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from jaxpaged.cli.generate import LEFT_OUT, SAMPLING_TITLE, counted, open_llm, with_defaults
 from jaxpaged.cli.options import Parser, UsageError, add_fields, add_verbose, given_fields, set_up_logging
@@ -32,6 +34,7 @@ _OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 512, "decode_row_bucket
 _SERVER_FLAGS = ("model_name", "api_key_file", "header")
 
 Messages = list[dict[str, str]]
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -79,14 +82,20 @@ class InProcess:
 
 
 class Remote:
-    """A server. Its loop runs while a piece is waited for, and not otherwise."""
+    """A server.
+
+    The client's loop has a thread of its own, where no signal comes: Ctrl-C ends the wait for a piece, here, and the answer
+    is left by a call of its own. In a loop on the main thread the interrupt surfaces between any two callbacks.
+    """
 
     def __init__(self, url: str, sent: dict[str, str], model: str | None, body: dict[str, Any]):
         """Raises ConfigError for an address that is none, UsageError where no server answers."""
         self._client, self._body = Client(url, headers=sent, bounded=True), body
-        self._runner = asyncio.Runner()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="jaxpaged-client", daemon=True)
+        self._thread.start()
         try:
-            name = model or self._runner.run(models(self._client))[0]["id"]
+            name = model or self._wait(models, self._client)[0]["id"]
         except BaseException as error:
             self.close()
             if isinstance(error, HttpError):
@@ -109,17 +118,23 @@ class Remote:
             self._client.close()
             await asyncio.sleep(0)  # for the connections to end
 
-        self._runner.run(close())
-        self._runner.close()
+        self._wait(close)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def _deltas(self, path: str, body: dict[str, Any]) -> Generator[Delta, None, None]:
         found = deltas(self._client, path, body)
         try:
-            # Ctrl-C cancels the wait, which ends the answer: the server sees the connection close.
-            while (delta := self._runner.run(_next(found))) is not None:
+            while (delta := self._wait(_next, found)) is not None:
                 yield delta
         finally:
-            self._runner.run(_end(found))
+            self._wait(_end, found)
+
+    def _wait(self, work: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
+        ended: SimpleQueue[asyncio.Task[T]] = SimpleQueue()  # a future's lock may break where an interrupt comes
+        self._loop.call_soon_threadsafe(lambda: self._loop.create_task(work(*args)).add_done_callback(ended.put))
+        return ended.get().result()
 
 
 async def _next(found: AsyncGenerator[Delta, None]) -> Delta | None:
@@ -127,7 +142,7 @@ async def _next(found: AsyncGenerator[Delta, None]) -> Delta | None:
 
 
 async def _end(found: AsyncGenerator[Delta, None]) -> None:
-    # A signal may have come where the wait was not cancelled by it: then the wait still holds the generator.
+    # Where the wait for a piece was given up, its task still holds the generator.
     waiting = asyncio.all_tasks() - {asyncio.current_task()}
     for task in waiting:
         task.cancel()
@@ -207,11 +222,15 @@ def lines(sign: str = "> ") -> Iterator[str]:
             yield line.strip()
 
 
-def show(answer: Generator[Delta, None, None], *, has_stats: bool) -> str:
-    """Print an answer while it grows; its text. Ctrl-C ends the answer where someone sits there, else the program."""
+def show(ask: Callable[[], Generator[Delta, None, None]], *, has_stats: bool) -> str:
+    """Print an answer while it grows; its text. Ctrl-C ends the answer where someone sits there, else the program.
+
+    Args:
+      ask: makes the answer; it may refuse itself.
+    """
     text, usage, first_s, started_s = "", None, 0.0, time.perf_counter()
     try:
-        with closing(answer):
+        with closing(ask()) as answer:
             for delta in answer:
                 usage = delta.usage or usage
                 if delta.text:
@@ -232,23 +251,19 @@ def show(answer: Generator[Delta, None, None], *, has_stats: bool) -> str:
     return text
 
 
-def try_show(answer: Any, *, has_stats: bool, hint: str = "") -> str | None:
-    """`show`, for the middle of a conversation: None where the answer was refused, which has been said then.
-
-    Args:
-      answer: makes the answer; it may refuse itself.
-    """
+def try_show(ask: Callable[[], Generator[Delta, None, None]], *, has_stats: bool, hint: str = "") -> str | None:
+    """`show`, for the middle of a conversation: None where the answer was refused, which has been said then."""
     try:
-        return show(answer(), has_stats=has_stats)
+        return show(ask, has_stats=has_stats)
     except (RequestError, HttpError) as error:
         print(f"jaxpaged: error: {harmless(' '.join(str(error).split()))}{hint}", file=sys.stderr)
         return None
 
 
-def quick(answer: Any, *, has_stats: bool) -> int:
+def quick(ask: Callable[[], Generator[Delta, None, None]], *, has_stats: bool) -> int:
     """One answer; the exit code. Raises RequestError, UsageError."""
     try:
-        show(answer(), has_stats=has_stats)
+        show(ask, has_stats=has_stats)
     except HttpError as error:
         raise UsageError(harmless(str(error))) from None
     return 0
