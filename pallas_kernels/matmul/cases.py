@@ -96,7 +96,7 @@ def make(case: Case) -> Call:
 
 
 def define(call: Call) -> tuple[np.ndarray]:
-    """Each formula in float64, of rows normalised and rounded as the contract says."""
+    """Each formula in float64, nothing rounded."""
     return (_compute(call, np.float64, lambda out: out),)
 
 
