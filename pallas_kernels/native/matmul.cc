@@ -41,10 +41,10 @@ struct Widened {  // any weight, by rows of floats
   using Numbers = Vec;
   static constexpr int kStep = kLanes;
   template <typename Q>
-  static Numbers Of(const Q* p) {
+  static INLINE Numbers Of(const Q* p) {
     return Load(p);
   }
-  static void Add(Lanes& sum, Numbers x, Numbers w) { sum += x * w; }
+  static INLINE void Add(Lanes& sum, Numbers x, Numbers w) { sum += x * w; }
 };
 
 #ifdef __AVX512BF16__
@@ -56,8 +56,8 @@ struct Paired {
   using Lanes = Vec;
   using Numbers = __m512bh;
   static constexpr int kStep = 2 * kLanes;
-  static Numbers Of(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
-  static void Add(Lanes& sum, Numbers x, Numbers w) {
+  static INLINE Numbers Of(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static INLINE void Add(Lanes& sum, Numbers x, Numbers w) {
     sum = reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), x, w));
   }
 };
@@ -65,7 +65,7 @@ struct Paired {
 
 // The last numbers of a row, zeros after them.
 template <typename K, typename P>
-inline typename K::Numbers Last(const P* p, int64_t count) {
+INLINE typename K::Numbers Last(const P* p, int64_t count) {
   P padded[K::kStep] = {};
   std::memcpy(padded, p, count * sizeof(P));
   return K::Of(padded);
@@ -78,22 +78,22 @@ inline void Tile(const typename K::Row* x, const typename K::Weight* const* w, i
   const int64_t whole = D / K::kStep * K::kStep;
   for (int64_t d = 0; d < whole; d += K::kStep) {
     typename K::Numbers rows[NR];
-    for (int r = 0; r < NR; ++r) rows[r] = K::Of(x + r * D + d);
-    for (int f = 0; f < kOutputs; ++f) {
+    UNROLL for (int r = 0; r < NR; ++r) rows[r] = K::Of(x + r * D + d);
+    UNROLL for (int f = 0; f < kOutputs; ++f) {
       if (kAhead) __builtin_prefetch(reinterpret_cast<const char*>(w[f] + d) + kAheadBytes);
       const typename K::Numbers column = K::Of(w[f] + d);
-      for (int r = 0; r < NR; ++r) K::Add(sums[r][f], rows[r], column);
+      UNROLL for (int r = 0; r < NR; ++r) K::Add(sums[r][f], rows[r], column);
     }
   }
   if (whole < D) {
     typename K::Numbers rows[NR];
-    for (int r = 0; r < NR; ++r) rows[r] = Last<K>(x + r * D + whole, D - whole);
-    for (int f = 0; f < kOutputs; ++f) {
+    UNROLL for (int r = 0; r < NR; ++r) rows[r] = Last<K>(x + r * D + whole, D - whole);
+    UNROLL for (int f = 0; f < kOutputs; ++f) {
       const typename K::Numbers column = Last<K>(w[f] + whole, D - whole);
-      for (int r = 0; r < NR; ++r) K::Add(sums[r][f], rows[r], column);
+      UNROLL for (int r = 0; r < NR; ++r) K::Add(sums[r][f], rows[r], column);
     }
   }
-  for (int r = 0; r < NR; ++r) StoreSums(out + r * out_stride, sums[r]);
+  UNROLL for (int r = 0; r < NR; ++r) StoreSums(out + r * out_stride, sums[r]);
 }
 
 template <typename K, bool kAhead, int NR = kRows>

@@ -12,6 +12,10 @@
 #include <immintrin.h>
 #endif
 
+// For what keeps arrays of vectors in registers: a call, or a loop that stays one, would put all of them into memory.
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+
 namespace {
 
 struct BFloat16 {
@@ -73,23 +77,23 @@ inline float ExpNonPositive(float x) {
 constexpr int kLanes = 16;
 typedef float Vec __attribute__((vector_size(64)));
 
-inline Vec Load(const float* p) {
+INLINE Vec Load(const float* p) {
   Vec x;
   std::memcpy(&x, p, sizeof x);
   return x;
 }
 #if defined(__AVX512BW__) && defined(__AVX512VL__)  // GCC 12 makes sixteen scalar conversions of what is one instruction
-inline Vec Load(const BFloat16* p) {
+INLINE Vec Load(const BFloat16* p) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return reinterpret_cast<Vec>(_mm512_slli_epi32(wide, 16));
 }
-inline Vec Load(const Half* p) {
+INLINE Vec Load(const Half* p) {
   return reinterpret_cast<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
-inline Vec Load(const Int8* p) {
+INLINE Vec Load(const Int8* p) {
   return reinterpret_cast<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
 }
-inline Vec Load(const Float8* p) {
+INLINE Vec Load(const Float8* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   // The sign arrives in bits 15 and 14; the mask keeps one of them.
   const __m256i kept = _mm256_set1_epi16(static_cast<int16_t>(0xbf80));
@@ -101,16 +105,16 @@ inline Vec Load(const Float8* p) {
 }
 #else
 template <typename P>
-inline Vec Load(const P* p) {
+INLINE Vec Load(const P* p) {
   Vec x;
   for (int i = 0; i < kLanes; ++i) x[i] = ToFloat(p[i]);
   return x;
 }
 #endif
-inline void Store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
+INLINE void Store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
 
 // The sums of four vectors' lanes.
-inline void StoreSums(float* target, const Vec* x) {
+INLINE void StoreSums(float* target, const Vec* x) {
 #ifdef __AVX512F__  // together they take half the shuffles of four sums, each of which would be as dear as a head of 64
   const auto fold = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
@@ -121,7 +125,7 @@ inline void StoreSums(float* target, const Vec* x) {
   y = _mm512_add_ps(y, _mm512_permute_ps(y, 0xb1));
   _mm_storeu_ps(target, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, y)));
 #else
-  for (int j = 0; j < 4; ++j) {
+  UNROLL for (int j = 0; j < 4; ++j) {
     float total = 0.0f;
     for (int i = 0; i < kLanes; ++i) total += x[j][i];
     target[j] = total;
