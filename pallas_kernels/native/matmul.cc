@@ -71,15 +71,15 @@ INLINE typename K::Numbers Last(const P* p, int64_t count) {
   return K::Of(padded);
 }
 
-// NR rows, `stride` numbers apart, times four outputs: out[r * out_stride + f].
-template <typename K, int NR, bool kAhead>
+// NR rows, `stride` numbers apart, times NF outputs: out[r * out_stride + f].
+template <typename K, int NR, bool kAhead, int NF = kOutputs>
 inline void Tile(const typename K::Row* x, const typename K::Weight* const* w, int64_t D, float* out, int64_t out_stride) {
-  typename K::Lanes sums[NR][kOutputs] = {};
+  typename K::Lanes sums[NR][NF] = {};
   const int64_t whole = D / K::kStep * K::kStep;
   for (int64_t d = 0; d < whole; d += K::kStep) {
     typename K::Numbers rows[NR];
     UNROLL for (int r = 0; r < NR; ++r) rows[r] = K::Of(x + r * D + d);
-    UNROLL for (int f = 0; f < kOutputs; ++f) {
+    UNROLL for (int f = 0; f < NF; ++f) {
       if (kAhead) __builtin_prefetch(reinterpret_cast<const char*>(w[f] + d) + kAheadBytes);
       const typename K::Numbers column = K::Of(w[f] + d);
       UNROLL for (int r = 0; r < NR; ++r) K::Add(sums[r][f], rows[r], column);
@@ -88,12 +88,13 @@ inline void Tile(const typename K::Row* x, const typename K::Weight* const* w, i
   if (whole < D) {
     typename K::Numbers rows[NR];
     UNROLL for (int r = 0; r < NR; ++r) rows[r] = Last<K>(x + r * D + whole, D - whole);
-    UNROLL for (int f = 0; f < kOutputs; ++f) {
+    UNROLL for (int f = 0; f < NF; ++f) {
       const typename K::Numbers column = Last<K>(w[f] + whole, D - whole);
       UNROLL for (int r = 0; r < NR; ++r) K::Add(sums[r][f], rows[r], column);
     }
   }
-  UNROLL for (int r = 0; r < NR; ++r) StoreSums(out + r * out_stride, sums[r]);
+  UNROLL for (int r = 0; r < NR; ++r)
+    UNROLL for (int f = 0; f < NF; f += kOutputs) StoreSums(out + r * out_stride + f, sums[r] + f);
 }
 
 template <typename K, bool kAhead, int NR = kRows>
@@ -148,8 +149,10 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
   using Weight = typename K::Weight;
   const int num_halves = c.is_gated ? 2 : 1;
   const int64_t num_bytes = c.D * static_cast<int64_t>(sizeof(Weight)) * num_halves;
-  const int64_t width = std::clamp<int64_t>(kBlockBytes / num_bytes / kOutputs * kOutputs, kOutputs, kMaxWidth);
-  const int64_t num_held = last - first <= kHeldRows ? last - first : kRows;
+  const bool is_few = last - first <= kHeldRows;
+  const int64_t num_held = is_few ? last - first : kRows;
+  const int64_t fitting = std::clamp<int64_t>(kBlockBytes / num_bytes / kOutputs * kOutputs, kOutputs, kMaxWidth);
+  const int64_t width = is_few ? kMaxWidth : fitting;
   const auto* x = static_cast<const typename K::Row*>(c.x);
   alignas(64) float sums[2][kHeldRows * kMaxWidth];
 
@@ -159,7 +162,13 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
       const int64_t stop = std::min(held + num_held, last);
       for (int half = 0; half < num_halves; ++half)
         for (int64_t f = 0; f < count; f += kOutputs) {
-          const Weight* w[kOutputs];
+          const Weight* w[2 * kOutputs];
+          if (last - first == 1 && f + 2 * kOutputs <= count) {
+            for (int i = 0; i < 2 * kOutputs; ++i) w[i] = static_cast<const Weight*>(c.weight) + (half * c.F + at + f + i) * c.D;
+            Tile<K, 1, true, 2 * kOutputs>(x + first * c.D, w, c.D, sums[half] + f, width);
+            f += kOutputs;
+            continue;
+          }
           for (int i = 0; i < kOutputs; ++i)  // past the last output stands the last one again
             w[i] = static_cast<const Weight*>(c.weight) + (half * c.F + at + std::min<int64_t>(f + i, count - 1)) * c.D;
           for (int64_t r = held; r < stop; r += kRows) {
