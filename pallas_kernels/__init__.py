@@ -9,6 +9,7 @@ G = N/K, H head size, L layers, X tokens or pages of one call.
 
 from pallas_kernels.copy_pages import copy_pages
 from pallas_kernels.gather_pages import gather_pages
+from pallas_kernels.matmul import matmul
 from pallas_kernels.merge_states import merge_states
 from pallas_kernels.paged_decode_attention import paged_decode_attention
 from pallas_kernels.paged_prefill_attention import paged_prefill_attention
@@ -20,6 +21,7 @@ from pallas_kernels.write_kv_pages import write_kv_pages
 __all__ = [
     "copy_pages",
     "gather_pages",
+    "matmul",
     "merge_states",
     "paged_decode_attention",
     "paged_prefill_attention",

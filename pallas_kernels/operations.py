@@ -39,6 +39,7 @@ NAMES = (
     "paged_prefill_attention",
     "merge_states",
     "sample_logits",
+    "matmul",
     "quantized_matmul",
     "write_kv_pages",
     "copy_pages",

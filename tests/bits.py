@@ -48,7 +48,7 @@ Bits = dict[tuple[str, int, int], Row]
 def step_with_logits(weights, cache, inputs, *, config, backend, max_logprobs):
     """`jaxpaged.model.step.step`, which also returns the logits."""
     hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), config=config, backend=backend)
-    scores = transformer.logits(weights, config, hidden[inputs.sample_at])
+    scores = transformer.logits(weights, config, hidden[inputs.sample_at], backend=transformer.products_of(backend))
     outputs = StepOutputs.of(scores, inputs, max_logprobs)
     return (outputs.told(weights, hidden, inputs, max_logprobs, config=config), scores), cache
 

@@ -35,7 +35,7 @@ def bare(
 ) -> tuple[tuple[jax.Array, jax.Array], KVCache]:
     """A step that can do nothing but be greedy."""
     hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), config=config, backend=backend)
-    scores = sampled_logits(weights, hidden, inputs, config=config)
+    scores = sampled_logits(weights, hidden, inputs, config=config, backend=backend)
     return (jnp.argmax(scores, axis=-1).astype(jnp.int32), jnp.all(jnp.isfinite(scores), axis=-1)), cache
 
 

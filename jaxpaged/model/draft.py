@@ -20,7 +20,7 @@ from jaxpaged.model.attention import PagedTokens
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.sampler import SamplingInputs, sample
 from jaxpaged.model.step import StepInputs, StepOutputs, forward_paged
-from jaxpaged.model.transformer import logits
+from jaxpaged.model.transformer import logits, products_of
 from jaxpaged.model.weights import Weights
 from pallas_kernels.backends import Backend
 
@@ -192,7 +192,7 @@ def propose(
     attend = functools.partial(forward_paged, config=config, backend=backend)
 
     def draw(hidden: jax.Array, positions: jax.Array) -> jax.Array:
-        return sample(logits(weights, config, hidden), known.sampling, positions + 1)
+        return sample(logits(weights, config, hidden, backend=products_of(backend)), known.sampling, positions + 1)
 
     def first(cache: KVCache) -> tuple[jax.Array, jax.Array, KVCache]:
         """The tiles, and of each sequence two tokens where two are not known, or else the last."""

@@ -17,7 +17,7 @@ from jaxpaged.config import ModelConfig
 from jaxpaged.model.attention import PagedAttention, PagedTokens
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.step import StepInputs, StepOutputs, sampled_logits
-from jaxpaged.model.transformer import forward
+from jaxpaged.model.transformer import forward, products_of
 from jaxpaged.model.weights import Weights
 from pallas_kernels.backends import Backend
 
@@ -66,9 +66,9 @@ def step(
     tokens = inputs.fed_tokens()
     how: dict[str, Any] = {"config": config, "batch_invariant": batch_invariant}
     attention, opponent = (PagedAttention(tokens, backend=name, **how) for name in (backend, rival))
-    run = functools.partial(
-        forward, weights, config, tokens.token_ids, tokens.positions, tiles=tokens.row_tiles(batch_invariant=batch_invariant)
-    )
+    of_rows = {"tiles": tokens.row_tiles(batch_invariant=batch_invariant), "backend": products_of(backend)}
+    run = functools.partial(forward, weights, config, tokens.token_ids, tokens.positions, **of_rows)
+    how["backend"] = backend
     hidden, (cache, errors, queries) = run(_Duellists(attention, opponent), (cache, (), ()))
     scores = sampled_logits(weights, hidden, inputs, **how)
     outputs = StepOutputs.of(scores, inputs, max_logprobs, **of_tokens).told(weights, hidden, inputs, max_logprobs, **how)

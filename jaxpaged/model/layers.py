@@ -6,33 +6,33 @@ Each takes arrays and returns arrays; sums and products accumulate in float32 wh
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxpaged.config import ModelConfig, RopeConfig
+from pallas_kernels import matmul
+from pallas_kernels.backends import Backend
+from pallas_kernels.matmul.norm import rms_norm
+
+if TYPE_CHECKING:
+    from jaxpaged.model.weights import Layer
+
+__all__ = ["apply_rope", "gated_mlp", "linear", "rms_norm", "rope_frequencies", "rope_tables"]
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis, computed in float32, in x's dtype. Source: arXiv 1910.07467."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    # transformers rounds to x's dtype before the scale; the same order here keeps bfloat16 logits comparable.
-    return x32.astype(x.dtype) * scale
-
-
-def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def linear(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, backend: Backend = "xla", **options: Any
+) -> jax.Array:
     """x [..., I] times weight [O..., I] transposed, plus bias: [..., O...], in x's dtype with float32 sums.
 
-    float32 is asked for explicitly: XLA's CPU backend has a fast path for a bfloat16 product only when the result is float32.
+    `options` are those of `pallas_kernels.matmul`, which says what `backend` may be; only "xla" can be differentiated.
     """
-    out_shape = weight.shape[:-1]
-    flat = weight.reshape(-1, weight.shape[-1])
-    y = lax.dot_general(x, flat, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    if bias is not None:
-        y = y + bias.reshape(-1).astype(jnp.float32)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], *out_shape)
+    out_shape = weight.shape[:-1] if not options.get("is_gated") else (weight.shape[-2],)
+    flat, rows = weight.reshape(-1, weight.shape[-1]), x.reshape(-1, x.shape[-1])
+    out = matmul(rows, flat, None if bias is None else bias.reshape(-1), backend=backend, **options)
+    return out.reshape(*x.shape[:-1], *out_shape)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> jax.Array:
@@ -68,7 +68,7 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def gated_mlp(x: jax.Array, layer) -> jax.Array:
-    """down(silu(gate(x)) * up(x)). Source: SwiGLU, arXiv 2002.05202."""
-    gate_up = linear(x, layer.gate_up, layer.gate_up_bias)  # [X, 2, F]
-    return linear(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], layer.down, layer.down_bias)
+def gated_mlp(x: jax.Array, layer: Layer, *, backend: Backend = "xla", residual: jax.Array | None = None, **norm: Any) -> jax.Array:
+    """down(silu(gate(x)) * up(x)), plus the residual; `norm` and `eps` are of a norm of x. Source: SwiGLU, arXiv 2002.05202."""
+    gated = linear(x, layer.gate_up, layer.gate_up_bias, is_gated=True, backend=backend, **norm)
+    return linear(gated, layer.down, layer.down_bias, residual=residual, backend=backend)

@@ -21,7 +21,7 @@ from jaxpaged.model.cache import KVCache
 from jaxpaged.model.choice import Rows, choose
 from jaxpaged.model.packed import Layout
 from jaxpaged.model.sampler import SamplingInputs, likeliest, logprobs_of
-from jaxpaged.model.transformer import forward, logits
+from jaxpaged.model.transformer import forward, logits, products_of
 from jaxpaged.model.weights import Weights
 from pallas_kernels.backends import Backend
 from pallas_kernels.row_tiles import RowTiles
@@ -128,6 +128,7 @@ class PromptLogprobs:
         inputs: StepInputs,
         max_logprobs: int,
         *,
+        backend: Backend = "auto",
         batch_invariant: bool = False,
     ) -> PromptLogprobs | None:
         """What follows from the hidden states [X, D] of a step's tokens; None in a step without tiles.
@@ -143,7 +144,8 @@ class PromptLogprobs:
         def compute(tile: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
             states, targets = tile
             is_wanted = targets > 0
-            scores = logits(weights, config, states, tiles=RowTiles.of(is_wanted, ROW_TILE) if batch_invariant else None)
+            row_tiles = RowTiles.of(is_wanted, ROW_TILE) if batch_invariant else None
+            scores = logits(weights, config, states, tiles=row_tiles, backend=products_of(backend))
             best = likeliest(scores, jnp.ones(T, jnp.float32), count)
             return *logprobs_of(scores, jnp.maximum(targets - 1, 0), is_wanted), *best
 
@@ -189,10 +191,12 @@ class StepOutputs:
         max_logprobs: int,
         *,
         config: ModelConfig,
+        backend: Backend = "auto",
         batch_invariant: bool = False,
     ) -> StepOutputs:
         """The same, with what follows from the hidden states [X, D] of all tokens."""
-        prompt = PromptLogprobs.of(weights, config, hidden, inputs, max_logprobs, batch_invariant=batch_invariant)
+        how: dict[str, Any] = {"backend": backend, "batch_invariant": batch_invariant}
+        prompt = PromptLogprobs.of(weights, config, hidden, inputs, max_logprobs, **how)
         return self.replace(prompt=prompt, is_sound=inputs.tokens.is_finite(hidden))  # type: ignore[attr-defined]
 
 
@@ -211,8 +215,8 @@ def step(
 
     `of_tokens` are the options of `choose`.
     """
-    how: dict[str, Any] = {"config": config, "batch_invariant": batch_invariant}
-    hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), backend=backend, **how)
+    how: dict[str, Any] = {"config": config, "backend": backend, "batch_invariant": batch_invariant}
+    hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), **how)
     outputs = StepOutputs.of(sampled_logits(weights, hidden, inputs, **how), inputs, max_logprobs, **of_tokens)
     return outputs.told(weights, hidden, inputs, max_logprobs, **how), cache
 
@@ -228,17 +232,23 @@ def forward_paged(
 ) -> tuple[jax.Array, KVCache]:
     """Hidden states [X, D] of a step's tokens, and the cache with their keys and values written."""
     attention = PagedAttention(tokens, config, backend, batch_invariant)
-    tiles = tokens.row_tiles(batch_invariant=batch_invariant)
-    return forward(weights, config, tokens.token_ids, tokens.positions, attention, cache, tiles=tiles)
+    how: dict[str, Any] = {"tiles": tokens.row_tiles(batch_invariant=batch_invariant), "backend": products_of(backend)}
+    return forward(weights, config, tokens.token_ids, tokens.positions, attention, cache, **how)
 
 
 def sampled_logits(
-    weights: Weights, hidden: jax.Array, inputs: StepInputs, *, config: ModelConfig, batch_invariant: bool = False
+    weights: Weights,
+    hidden: jax.Array,
+    inputs: StepInputs,
+    *,
+    config: ModelConfig,
+    backend: Backend = "auto",
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Logits, float32 [R, V], of the rows that may sample, from the hidden states [X, D] of a step's tokens."""
     is_real = inputs.tokens.is_real[inputs.sample_at]
     tiles = RowTiles.of(is_real, ROW_TILE) if batch_invariant else None
-    return logits(weights, config, hidden[inputs.sample_at], tiles=tiles)
+    return logits(weights, config, hidden[inputs.sample_at], tiles=tiles, backend=products_of(backend))
 
 
 def prefill(
@@ -274,7 +284,7 @@ def prefill(
         tile_lens=jnp.where(lens > 0, start + lens, 0),
     )
     hidden, cache = forward_paged(weights, cache, tokens, config=config, backend=backend)
-    return logits(weights, config, hidden).reshape(B, T, -1), cache
+    return logits(weights, config, hidden, backend=products_of(backend)).reshape(B, T, -1), cache
 
 
 def decode(
@@ -305,7 +315,7 @@ def decode(
         tile_lens=jnp.zeros(0, jnp.int32),
     )
     hidden, cache = forward_paged(weights, cache, tokens, config=config, backend=backend)
-    return logits(weights, config, hidden), cache
+    return logits(weights, config, hidden, backend=products_of(backend)), cache
 
 
 def _slots(block_tables: jax.Array, positions: jax.Array, is_real: jax.Array, page_size: int) -> jax.Array:

@@ -10,12 +10,12 @@ import functools
 from typing import Any, Protocol, TypeVar
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from jaxpaged.config import ModelConfig
 from jaxpaged.model.layers import apply_rope, gated_mlp, linear, rms_norm, rope_tables
 from jaxpaged.model.weights import Layer, Weights
+from pallas_kernels import matmul
+from pallas_kernels.backends import Backend
 from pallas_kernels.row_tiles import RowTiles, by_rows
 
 State = TypeVar("State")
@@ -39,6 +39,7 @@ def forward(
     state: State,
     *,
     tiles: RowTiles | None = None,
+    backend: Backend = "xla",
 ) -> tuple[jax.Array, State]:
     """Hidden states after the final norm, [X, D], and the state after the last layer.
 
@@ -46,40 +47,44 @@ def forward(
       token_ids: int32 [X], tokens of any number of sequences in any order; only `attend` relates them to each other.
       positions: int32 [X], each token's place in its own sequence.
       tiles: those that tokens are computed in, so that a token's bits depend on that token and on `attend` alone.
+      backend: of the matrix products; only "xla" can be differentiated.
     """
     x = weights.embed[token_ids]
     cos, sin = by_rows(tiles, functools.partial(rope_tables, config), positions)
     for index, layer in enumerate(weights.layers):
-        q, k, v = by_rows(tiles, functools.partial(_project, layer, config), x, cos, sin)
+        q, k, v = by_rows(tiles, functools.partial(_project, layer, config, backend), x, cos, sin)
         attended, state = attend(index, q, k, v, state)
-        x = by_rows(tiles, functools.partial(_combine, layer, config), x, attended)
+        x = by_rows(tiles, functools.partial(_combine, layer, config, backend), x, attended)
     return by_rows(tiles, lambda x: rms_norm(x, weights.norm, config.rms_norm_eps), x), state
 
 
 def _project(
-    layer: Layer, config: ModelConfig, x: jax.Array, cos: jax.Array, sin: jax.Array
+    layer: Layer, config: ModelConfig, backend: Backend, x: jax.Array, cos: jax.Array, sin: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [X, D] -> q [X, N, H], k [X, K, H], v [X, K, H]; q and k normalised where the model says so, then rotated."""
     X, G, H = x.shape[0], config.group_size, config.head_dim
-    x = rms_norm(x, layer.attention_norm, config.rms_norm_eps)
-    qkv = linear(x, layer.qkv, layer.qkv_bias)  # [X, K, G+2, H]
+    norm = {"norm": layer.attention_norm, "eps": config.rms_norm_eps}
+    qkv = linear(x, layer.qkv, layer.qkv_bias, backend=backend, **norm)  # [X, K, G+2, H]
     q, k, v = qkv[:, :, :G].reshape(X, -1, H), qkv[:, :, G], qkv[:, :, G + 1]
     if config.qk_norm:
         q, k = rms_norm(q, layer.q_norm, config.rms_norm_eps), rms_norm(k, layer.k_norm, config.rms_norm_eps)  # type: ignore[arg-type]
     return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
 
-def _combine(layer: Layer, config: ModelConfig, x: jax.Array, attended: jax.Array) -> jax.Array:
+def _combine(layer: Layer, config: ModelConfig, backend: Backend, x: jax.Array, attended: jax.Array) -> jax.Array:
     """x [X, D] with what attention [X, N, H] and then the MLP add to it."""
-    x = x + linear(attended.reshape(x.shape[0], -1), layer.o, layer.o_bias)
-    return x + gated_mlp(rms_norm(x, layer.mlp_norm, config.rms_norm_eps), layer)
+    x = linear(attended.reshape(x.shape[0], -1), layer.o, layer.o_bias, residual=x, backend=backend)
+    return gated_mlp(x, layer, norm=layer.mlp_norm, eps=config.rms_norm_eps, residual=x, backend=backend)
 
 
-def logits(weights: Weights, config: ModelConfig, hidden: jax.Array, *, tiles: RowTiles | None = None) -> jax.Array:
-    """Scores of the next token: hidden [R, D] -> float32 [R, V]; `tiles` as in `forward`."""
+def logits(
+    weights: Weights, config: ModelConfig, hidden: jax.Array, *, tiles: RowTiles | None = None, backend: Backend = "xla"
+) -> jax.Array:
+    """Scores of the next token: hidden [R, D] -> float32 [R, V]; `tiles` and `backend` as in `forward`."""
     head = weights.embed if weights.lm_head is None else weights.lm_head
+    return by_rows(tiles, lambda hidden: matmul(hidden, head, out_dtype="float32", backend=backend), hidden)
 
-    def score(hidden: jax.Array) -> jax.Array:
-        return lax.dot_general(hidden, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
-    return by_rows(tiles, score, hidden)
+def products_of(backend: Backend) -> Backend:
+    """The backend of matrix products in a step whose attention has this one: C++ goes with C++, all others with XLA's."""
+    return backend if backend in ("auto", "native") else "xla"

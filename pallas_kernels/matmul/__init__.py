@@ -1,0 +1,95 @@
+"""x times the transpose of a weight, with what a transformer does before and after it."""
+
+from __future__ import annotations
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import backends
+from pallas_kernels.native import matmul as native
+
+__all__ = ["matmul"]
+
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
+def matmul(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    norm: jax.Array | None = None,
+    eps: float = 0.0,
+    is_gated: bool = False,
+    residual: jax.Array | None = None,
+    out_dtype: str | None = None,
+    backend: backends.Backend = "auto",
+) -> jax.Array:
+    """Multiply rows by the transpose of a weight: [X, D] times [F, D] gives [X, F], with float32 sums.
+
+    In this order: each row is normalised, x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, times `norm`; the product;
+    the bias; of a gated weight silu(first half of the outputs) * second half; the residual; the result's dtype. What comes after
+    the product may be rounded to that dtype in between or not.
+
+    >>> import jax.numpy as jnp
+    >>> matmul(jnp.ones((3, 64)), jnp.ones((8, 64)), norm=jnp.ones(64), is_gated=True).shape
+    (3, 4)
+
+    Args:
+      x: [X, D], of float32, bfloat16 or float16.
+      weight: [F, D], or [2F, D] when gated, of float32, bfloat16 or float16. The native backend counts subnormal numbers of a
+        bfloat16 product, those below 1.2e-38, as 0.
+      bias: [F], or [2F] when gated.
+      norm: [D] of x's dtype, the scale of a norm of the rows; None for rows as they are.
+      eps: of that norm.
+      residual: [X, F] of the result's dtype, added to it.
+      out_dtype: "float32" or x's dtype, which it is when left out.
+      backend: of "native" a row's bits depend on that row and the weight alone, not on the number of rows.
+
+    Returns:
+      [X, F].
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit each other.
+      NotImplementedError: the named backend cannot run here; the message says why.
+    """
+    dtype = jnp.dtype(out_dtype or x.dtype)
+    _check(x, weight, bias, norm, residual, is_gated, dtype)
+    choice = backends.choose("matmul", backend, native=native.unavailable)
+    module = native if choice.name == "native" else importlib.import_module(f"pallas_kernels.matmul.{choice.name}")
+    return module.matmul(x, weight, bias, norm, residual, eps=eps, is_gated=is_gated, out_dtype=dtype)
+
+
+def _check(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    norm: jax.Array | None,
+    residual: jax.Array | None,
+    is_gated: bool,
+    dtype: jnp.dtype,
+) -> None:
+    def refuse(what: str) -> None:
+        raise ValueError(f"matmul: {what}")
+
+    if x.ndim != 2 or weight.ndim != 2:
+        refuse(f"x and weight have {x.ndim} and {weight.ndim} axes, expected 2 and 2")
+    for name, array in (("x", x), ("weight", weight)):
+        if array.dtype.name not in _FLOATS:
+            refuse(f"{name} of {array.dtype} is not supported; {', '.join(_FLOATS)} are")
+    (X, D), num_outputs = x.shape, weight.shape[0]
+    if weight.shape[1] != D:
+        refuse(f"weight is {list(weight.shape)}, expected [F, {D}] for x of [{X}, {D}]")
+    if is_gated and num_outputs % 2:
+        refuse(f"a gated weight has {num_outputs} outputs, expected an even number")
+    if bias is not None and bias.shape != (num_outputs,):
+        refuse(f"bias is {list(bias.shape)}, expected [{num_outputs}]")
+    if norm is not None and (norm.shape != (D,) or norm.dtype != x.dtype):
+        refuse(f"norm is {norm.dtype}{list(norm.shape)}, expected {x.dtype}[{D}] as x")
+    if dtype not in (jnp.float32, x.dtype):
+        refuse(f"out_dtype {dtype.name!r}, expected 'float32' or x's dtype, {x.dtype.name!r}")
+    result = (X, num_outputs // (2 if is_gated else 1))
+    if residual is not None and (residual.shape != result or residual.dtype != dtype):
+        refuse(f"residual is {residual.dtype}{list(residual.shape)}, expected {dtype}{list(result)} as the result")

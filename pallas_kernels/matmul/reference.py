@@ -1,0 +1,33 @@
+"""The definition, one formula after the other in float32."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def matmul(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    norm: jax.Array | None,
+    residual: jax.Array | None,
+    *,
+    eps: float,
+    is_gated: bool,
+    out_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """See the contract in `pallas_kernels.matmul`."""
+    rows = x.astype(jnp.float32)
+    if norm is not None:
+        rows = rows / jnp.sqrt(jnp.mean(rows**2, axis=-1, keepdims=True) + eps)
+        rows = (rows.astype(x.dtype) * norm).astype(jnp.float32)
+    out = jnp.einsum("xd,fd->xf", rows, weight.astype(jnp.float32), precision="highest")
+    if bias is not None:
+        out += bias.astype(jnp.float32)
+    if is_gated:
+        gate, up = jnp.split(out, 2, axis=-1)
+        out = jax.nn.silu(gate) * up
+    if residual is not None:
+        out += residual.astype(jnp.float32)
+    return out.astype(out_dtype)

@@ -1,0 +1,46 @@
+"""Matrix products on a CPU, in C++, called by XLA on its own threads.
+
+XLA's CPU backend widens a whole weight of bfloat16 for one row, and reads weights of float32 at half of what memory gives.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.native import building
+
+_SOURCE = Path(__file__).with_name("matmul.cc")
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why this backend cannot run here, or None when it can. Builds and registers it at the first call."""
+    return building.register(_SOURCE, {"Matmul": _target("Matmul")}, building.MATH, "matrix products")
+
+
+def _target(name: str) -> str:
+    return f"pallas_kernels.{name}"
+
+
+def matmul(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    norm: jax.Array | None,
+    residual: jax.Array | None,
+    *,
+    eps: float,
+    is_gated: bool,
+    out_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """See the contract in `pallas_kernels.matmul`."""
+    num_outputs = weight.shape[0] // (2 if is_gated else 1)
+    call = jax.ffi.ffi_call(_target("Matmul"), jax.ShapeDtypeStruct((x.shape[0], num_outputs), out_dtype))
+    absent = jnp.zeros(0, jnp.float32)
+    optional = (absent if bias is None else bias.astype(jnp.float32), *(absent if a is None else a for a in (norm, residual)))
+    return call(x, weight, *optional, eps=np.float32(eps), is_gated=is_gated)
