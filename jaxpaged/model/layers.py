@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpaged.config import ModelConfig, RopeConfig
+from jaxpaged.model.quantization import QuantizedMatrix
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -22,17 +23,28 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return x32.astype(x.dtype) * scale
 
 
-def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """x [..., I] times weight [O..., I] transposed, plus bias: [..., O...], in x's dtype with float32 sums.
+def product(x: jax.Array, matrix: jax.Array | QuantizedMatrix) -> jax.Array:
+    """x [..., I] times a matrix [O..., I] transposed: float32 [..., prod(O)].
 
     float32 is asked for explicitly: XLA's CPU backend has a fast path for a bfloat16 product only when the result is float32.
     """
-    out_shape = weight.shape[:-1]
-    flat = weight.reshape(-1, weight.shape[-1])
-    y = lax.dot_general(x, flat, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    if isinstance(matrix, QuantizedMatrix):
+        return matrix.times(x)
+    flat = matrix.reshape(-1, matrix.shape[-1])
+    return lax.dot_general(x, flat, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def linear(x: jax.Array, weight: jax.Array | QuantizedMatrix, bias: jax.Array | None = None) -> jax.Array:
+    """x [..., I] times weight [O..., I] transposed, plus bias: [..., O...], in x's dtype with float32 sums."""
+    y = product(x, weight)
     if bias is not None:
         y = y + bias.reshape(-1).astype(jnp.float32)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], *out_shape)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], *weight.shape[:-1])
+
+
+def lookup(matrix: jax.Array | QuantizedMatrix, indices: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Rows of a matrix [V, D], in `dtype`."""
+    return matrix.take(indices, dtype) if isinstance(matrix, QuantizedMatrix) else matrix[indices].astype(dtype)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> jax.Array:

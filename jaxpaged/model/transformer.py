@@ -11,10 +11,9 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxpaged.config import ModelConfig
-from jaxpaged.model.layers import apply_rope, gated_mlp, linear, rms_norm, rope_tables
+from jaxpaged.model.layers import apply_rope, gated_mlp, linear, lookup, product, rms_norm, rope_tables
 from jaxpaged.model.weights import Layer, Weights
 from pallas_kernels.row_tiles import RowTiles, by_rows
 
@@ -47,7 +46,7 @@ def forward(
       positions: int32 [X], each token's place in its own sequence.
       tiles: those that tokens are computed in, so that a token's bits depend on that token and on `attend` alone.
     """
-    x = weights.embed[token_ids]
+    x = lookup(weights.embed, token_ids, weights.norm.dtype)  # the norms are never quantised
     cos, sin = by_rows(tiles, functools.partial(rope_tables, config), positions)
     for index, layer in enumerate(weights.layers):
         q, k, v = by_rows(tiles, functools.partial(_project, layer, config), x, cos, sin)
@@ -78,8 +77,4 @@ def _combine(layer: Layer, config: ModelConfig, x: jax.Array, attended: jax.Arra
 def logits(weights: Weights, config: ModelConfig, hidden: jax.Array, *, tiles: RowTiles | None = None) -> jax.Array:
     """Scores of the next token: hidden [R, D] -> float32 [R, V]; `tiles` as in `forward`."""
     head = weights.embed if weights.lm_head is None else weights.lm_head
-
-    def score(hidden: jax.Array) -> jax.Array:
-        return lax.dot_general(hidden, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-    return by_rows(tiles, score, hidden)
+    return by_rows(tiles, lambda hidden: product(hidden, head), hidden)
