@@ -580,6 +580,11 @@ class EngineConfig:
             prefill_tile_buckets=self.prefill_tile_buckets or _default_tiles(max_tiles, on_cpu),
         )
 
+    @property
+    def weights_dtype(self) -> str:
+        """What the weights are kept as, in words. For resolved options."""
+        return self.dtype if self.quantization is None else f"{self.quantization}, {self.dtype}"
+
     def marks_bytes(self, model: ModelConfig) -> int:
         """What the marks of tokens that penalties count take on the device; see jaxpaged/adjuster.py. For resolved options."""
         return self.max_num_seqs * model.vocab_size * 4  # type: ignore[operator]

@@ -433,10 +433,9 @@ class JaxRunner:
         page_bytes = kv_cache.page_bytes(model, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
         analyses = [compiled.memory_analysis() for compiled in self.compiled.values()]
         temporary_bytes = max((analysis.temp_size_in_bytes for analysis in analyses if analysis is not None), default=0)
-        kind = config.dtype if config.quantization is None else f"{config.quantization}, {config.dtype}"
         pages = f"KV pages ({self.num_pages:,} x {page_bytes:,} bytes, {config.kv_cache_dtype})"
         rows = [
-            (f"weights ({kind})", model_weights.num_bytes(model, config.dtype, config.quantization)),
+            (f"weights ({config.weights_dtype})", model_weights.num_bytes(model, config.dtype, config.quantization)),
             (pages, self.num_pages * page_bytes),
             (f"marks for penalties ({config.max_num_seqs:,} sequences)", config.marks_bytes(model)),
             ("temporaries of the largest step", temporary_bytes),
@@ -448,7 +447,7 @@ class JaxRunner:
             draft = self.drafter.model
             draft_bytes = kv_cache.page_bytes(draft, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
             num_bytes = model_weights.num_bytes(draft, config.dtype, config.quantization)
-            rows.append((f"weights of the draft model ({kind})", num_bytes))
+            rows.append((f"weights of the draft model ({config.weights_dtype})", num_bytes))
             rows.append((f"its KV pages ({self.num_pages:,} x {draft_bytes:,} bytes)", self.num_pages * draft_bytes))
         for what, size in rows:
             logger.info("%-60s %12s", what, f"{size / 2**20:,.1f} MiB")
