@@ -31,7 +31,7 @@ def check_quantization(value: object) -> None:
     allowed = (*QUANTIZATIONS, COMPRESSED_TENSORS)
     if value is None or (isinstance(value, str) and value in allowed):
         return
-    hint = nearest(value, allowed) if isinstance(value, str) else ""
+    hint = nearest(value.lower(), allowed) if isinstance(value, str) else ""
     raise ConfigError(f"quantization: got {value!r}, expected one of {', '.join(allowed)}{hint}")
 
 

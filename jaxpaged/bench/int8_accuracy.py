@@ -1,8 +1,8 @@
 """What rounding costs a model's answers: `python -m jaxpaged.bench.int8_accuracy`.
 
-The same held-out text goes through the model's paged forward pass in float32, in bfloat16, and quantised in each of the two; every
-token is predicted from the text before it, not from what was predicted. What is told is next to float32: how far the distributions
-are apart, and how often another token is the likeliest. Knows no engine: accuracy does not depend on batches and pages.
+The same held-out text goes through the model's paged forward pass in float32, in bfloat16, and quantised in each of the two;
+every token is predicted from the text before it, not from what was predicted. What is told is next to float32: how far the
+distributions are apart, and how often another token is the likeliest. Knows no engine: accuracy is not a matter of batches.
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ def measure(model: str | None, rows: np.ndarray) -> list[dict[str, Any]]:
     checkpoint = open_model(model)
     length = rows.shape[1] - 1
     weights = {name: checkpoints.load(checkpoint, dtype, quantization=kind) for name, (dtype, kind) in VARIANTS.items()}
-    functions = {
-        name: logprobs_of(weights[name], checkpoint.config, length, dtype) for name, (dtype, _) in VARIANTS.items()
-    }
+    functions = {name: logprobs_of(weights[name], checkpoint.config, length, dtype) for name, (dtype, _) in VARIANTS.items()}
     told: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in VARIANTS}
     for row in rows:
         found = {name: function(jnp.asarray(row[:-1])) for name, function in functions.items()}
@@ -111,8 +109,8 @@ def measure(model: str | None, rows: np.ndarray) -> list[dict[str, Any]]:
 
 @jax.jit
 def differences(exact: jax.Array, other: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
-    """Of log-probabilities [T, V], for each place: the loss of the target, KL(exact || other) in nats, whether the likeliest token
-    is the same, and how far the target's log-probability is from the exact one.
+    """Of log-probabilities [T, V], for each place: the loss of the target, KL(exact || other) in nats, whether the likeliest
+    token is the same, and how far the target's log-probability is from the exact one.
     """
     at = targets[:, None]
     lost, lost_exact = (-jnp.take_along_axis(one, at, axis=1)[:, 0] for one in (other, exact))
@@ -136,7 +134,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m jaxpaged.bench.int8_accuracy", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", help="as for jaxpaged serve (the model that comes with jaxpaged)")
-    parser.add_argument("--text", type=Path, help="a file of documents with empty lines between them (the bundled model's held-out text)")
+    parser.add_argument(
+        "--text", type=Path, help="a file of documents with empty lines between them (the bundled model's held-out text)"
+    )
     parser.add_argument("--rows", type=int, default=64, help="texts (%(default)s)")
     parser.add_argument("--length", type=int, default=511, help="tokens of each that are predicted (%(default)s)")
     parser.add_argument("--json", type=Path, help="write the results here")
