@@ -1,4 +1,4 @@
-"""Which quantisations there are, and which one a checkpoint says it already has. Knows the JSON of compressed-tensors, no arrays."""
+"""Which quantisations there are, and which one a checkpoint says that it has. Knows compressed-tensors' JSON. Refuses arrays."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _SCHEMES = {
 }
 _DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}  # what compressed-tensors leaves out
 _SUPPORTED = (
-    f"supported is {COMPRESSED_TENSORS} with format int-quantized: int8 weights, symmetric, one scale per channel, int8 activations,"
-    " symmetric, dynamic per token; or load the original weights with quantization int8"
+    f"supported is {COMPRESSED_TENSORS} with format int-quantized: int8 weights, symmetric, one scale per channel, int8"
+    " activations, symmetric, dynamic per token; or load the original weights with quantization int8"
 )
 
 

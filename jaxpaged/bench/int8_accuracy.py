@@ -134,9 +134,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m jaxpaged.bench.int8_accuracy", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", help="as for jaxpaged serve (the model that comes with jaxpaged)")
-    parser.add_argument(
-        "--text", type=Path, help="a file of documents with empty lines between them (the bundled model's held-out text)"
-    )
+    of_text = "a file of documents with empty lines between them (the bundled model's held-out text)"
+    parser.add_argument("--text", type=Path, help=of_text)
     parser.add_argument("--rows", type=int, default=64, help="texts (%(default)s)")
     parser.add_argument("--length", type=int, default=511, help="tokens of each that are predicted (%(default)s)")
     parser.add_argument("--json", type=Path, help="write the results here")

@@ -10,7 +10,6 @@ import functools
 from typing import Any, Protocol, TypeVar
 
 import jax
-import jax.numpy as jnp
 
 from jaxpaged.config import ModelConfig
 from jaxpaged.model.layers import apply_rope, gated_mlp, linear, lookup, product, rms_norm, rope_tables

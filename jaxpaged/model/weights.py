@@ -211,7 +211,7 @@ def to_hf(weights: Weights, config: ModelConfig) -> Iterator[tuple[str, np.ndarr
 
 
 def quantize(weights: Weights, config: ModelConfig) -> Weights:
-    """The same with all matrices as `QuantizedMatrix`; those that are already stay what they are. Makes new arrays beside the old."""
+    """The same with all matrices as `QuantizedMatrix`, in new arrays; what is one already stays what it is."""
 
     def leaf(parameter: Parameter) -> Any:
         found = get(weights, parameter.path)
