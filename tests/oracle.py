@@ -36,9 +36,8 @@ def logits(tensors: Tensors, config: ModelConfig, token_ids: list[int], rows: Ro
     for index in range(config.num_layers):
         layer = f"model.layers.{index}."
         x = x + _attention(tensors, config, index, _norm(x, tensors[layer + "input_layernorm.weight"], config.rms_norm_eps), rows)
-        x = x + _mlp(
-            tensors, config, index, _norm(x, tensors[layer + "post_attention_layernorm.weight"], config.rms_norm_eps), rows
-        )
+        normed = _norm(x, tensors[layer + "post_attention_layernorm.weight"], config.rms_norm_eps)
+        x = x + _mlp(tensors, config, index, normed, rows)
     x = _norm(x, tensors["model.norm.weight"], config.rms_norm_eps)
     return rows(x) @ tensors["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"].T
 
