@@ -80,6 +80,9 @@ def convert(
         notes = recover(target, disk)
         checkpoint = open_checkpoint(source, revision=revision)
         notes += checkpoint.warnings
+        if checkpoint.config.quantization is not None:
+            where = checkpoint.directory / "config.json"
+            raise CheckpointError(f"{where}: quantization_config: a quantised checkpoint is not converted, it loads as it is")
         tensors = open_tensors(checkpoint)
         try:
             job = _Job(checkpoint, tensors, layout, dtype, allow_nonfinite, max_shard_bytes)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxpaged.errors import ConfigError, nearest
+from jaxpaged.quantization_config import COMPRESSED_TENSORS, check_quantization, quantization_of
 from jaxpaged.speculative_config import SpeculativeConfig
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -140,6 +141,7 @@ class ModelConfig:
     hf_fused: bool = False  # the checkpoint holds qkv_proj and gate_up_proj (Phi-3) instead of five matrices
     windows: tuple[int, ...] = ()  # per layer; 0 sees the whole context, w > 0 the last w tokens, itself included
     dtype: str = "bfloat16"  # as saved in the checkpoint
+    quantization: str | None = None  # likewise; `dtype` is then that of what is not quantised
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -167,8 +169,7 @@ class ModelConfig:
         architectures = values.get("architectures")
         if architectures and family["architecture"] not in architectures:
             raise fields.fail("architectures", f"got {architectures!r}, expected {family['architecture']}")
-        if values.get("quantization_config"):
-            raise fields.fail("quantization_config", "quantised checkpoints are not supported yet; load the original weights")
+        quantization = quantization_of(values.get("quantization_config"), where)
         activation = values.get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise fields.fail("hidden_act", f"got {activation!r}, supported is silu")
@@ -216,6 +217,7 @@ class ModelConfig:
             hf_fused=family.get("fused", False),
             windows=_windows(fields, family.get("sliding_window"), num_layers),
             dtype=dtype,
+            quantization=quantization,
             bos_token_id=_token_ids(fields, "bos_token_id", vocab_size)[0] if values.get("bos_token_id") is not None else None,
             eos_token_ids=_token_ids(fields, "eos_token_id", vocab_size),
         )
@@ -272,6 +274,11 @@ class EngineConfig:
       tokenizer: directory or hub id of the tokenizer; None is the model's own.
       revision: branch, tag or commit of a hub id.
       dtype: of weights and activations; auto is the checkpoint's.
+      quantization: of the weights, while they are loaded; of a draft model too. int8 keeps each matrix, the embedding included,
+        as int8 numbers with one float32 scale per output, and rounds each token's activations to int8 with a scale of their own
+        where they meet one (w8a8, dynamic per token); all else is `dtype`. What it costs a model's answers is measured by
+        `python -m jaxpaged.bench.int8_accuracy`. A checkpoint that llm-compressor has made so is loaded so without being asked;
+        compressed-tensors is vLLM's name for that. None is what the checkpoint has.
       max_model_len: tokens of a prompt and its output together; auto is the model's limit.
       block_size: tokens of one page; auto is 16 on a CPU, 64 on a GPU.
       max_num_seqs: sequences in one step; auto is 32 on a CPU, 256 on a GPU.
@@ -348,6 +355,7 @@ class EngineConfig:
     tokenizer: str | None = None
     revision: str | None = None
     dtype: str = "auto"
+    quantization: str | None = None
     max_model_len: int | None = None
     block_size: int | None = None
     max_num_seqs: int | None = None
@@ -410,6 +418,7 @@ class EngineConfig:
             if value not in ("auto", *FLOAT_DTYPES):
                 raise ConfigError(f"{name}: got {value!r}, expected one of auto, {', '.join(FLOAT_DTYPES)}")
             object.__setattr__(self, name, value)
+        check_quantization(self.quantization)
         paths = ("compilation_cache_dir", "compare_dir", "recording_dir", "debug_socket", "offload_dir")
         for name in ("model", "tokenizer", "revision", "compare_with", *paths):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
@@ -552,11 +561,15 @@ class EngineConfig:
                 f"max_num_batched_tokens: got {max_tokens}, expected at least max_num_seqs {max_num_seqs} (one token each)"
             )
         dtype = model.dtype if self.dtype == "auto" else self.dtype
+        if self.quantization == COMPRESSED_TENSORS and model.quantization is None:
+            raise ConfigError(f"quantization: got {COMPRESSED_TENSORS!r}, the checkpoint is not quantised; int8 quantises it")
+        quantization = model.quantization or self.quantization
         tile = self.prefill_tile or (16 if on_cpu else 64)
         max_tiles, max_rows = -(-max_tokens // tile), self._rows_of(max_num_seqs, max_tokens)
         return dataclasses.replace(
             self,
             dtype=dtype,
+            quantization=quantization,
             kv_cache_dtype=dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype,
             max_model_len=max_model_len,
             block_size=self.block_size or (16 if on_cpu else 64),
@@ -567,6 +580,11 @@ class EngineConfig:
             decode_row_buckets=self.decode_row_buckets or _default_rows(max_num_seqs, dtype, on_cpu, max_rows),
             prefill_tile_buckets=self.prefill_tile_buckets or _default_tiles(max_tiles, on_cpu),
         )
+
+    @property
+    def weights_dtype(self) -> str:
+        """What the weights are kept as, in words. For resolved options."""
+        return self.dtype if self.quantization is None else f"{self.quantization}, {self.dtype}"
 
     def marks_bytes(self, model: ModelConfig) -> int:
         """What the marks of tokens that penalties count take on the device; see jaxpaged/adjuster.py. For resolved options."""

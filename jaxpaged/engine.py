@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from jaxpaged.config import MAX_SURE_DRAFTS, EngineConfig, ModelConfig, nearest
+from jaxpaged.config import MAX_SURE_DRAFTS, ConfigError, EngineConfig, ModelConfig, nearest
 from jaxpaged.drafter import Draft, check_draft
 from jaxpaged.duel import Duel
 from jaxpaged.host import scheduler
@@ -26,6 +26,9 @@ from jaxpaged.host.pages import PagePool
 from jaxpaged.host.plan import StepPlan
 from jaxpaged.host.preemption import SwapCosts
 from jaxpaged.host.request import FinishReason, Likelihood, Request, RequestError, SamplingParams, Sequence, TokenEvent
+from jaxpaged.model import weights as model_weights
+from jaxpaged.model.quantization import QuantizedMatrix
+from jaxpaged.model.weights import Weights
 from jaxpaged.observe import eyes
 from jaxpaged.runner import JaxRunner, Result, Runner, plan_memory, use_compilation_cache
 from jaxpaged.speculative import Proposer
@@ -82,7 +85,7 @@ class Engine:
         cls,
         config: EngineConfig,
         model: ModelConfig,
-        weights,
+        weights: Weights,
         *,
         draft: Draft | None = None,
         use_tqdm: bool = False,
@@ -93,6 +96,7 @@ class Engine:
 
         Args:
           weights: `jaxpaged.model.weights.Weights` of `config.dtype`; the engine owns them from here and `close` deletes them.
+            With `config.quantization` those that are not quantised yet are; `jaxpaged.checkpoint.load` does it one by one.
           draft: the draft model with its weights, likewise, where `config.speculation` is by one.
           grammars: of the model's tokenizer, for requests with structured_outputs.
 
@@ -102,6 +106,8 @@ class Engine:
         config = config.resolved(model, jax.default_backend())
         if draft is not None:
             check_draft(draft.model, model)
+        weights = _as_asked(weights, model, config)
+        draft = draft._replace(weights=_as_asked(draft.weights, draft.model, config)) if draft is not None else None
         use_compilation_cache(config.compilation_cache_dir)
         num_pages = plan_memory(config, model, draft.model if draft is not None else None)
         runner = JaxRunner(config, model, weights, num_pages=num_pages, draft=draft, grammars=grammars)
@@ -444,6 +450,28 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _as_asked(weights: Weights, model: ModelConfig, config: EngineConfig) -> Weights:
+    """The weights that a resolved `quantization` means; float matrices that it replaces are deleted.
+
+    Raises:
+      ConfigError: they are quantised, and the options do not say so.
+    """
+    if config.quantization is None:
+        if any(map(_is_quantized, jax.tree.leaves(weights, is_leaf=_is_quantized))):
+            raise ConfigError("quantization: got None, the weights are quantised; expected int8")
+        return weights
+    found = model_weights.quantize(weights, model)
+    kept = {id(array) for array in jax.tree.leaves(jax.block_until_ready(found))}
+    for array in jax.tree.leaves(weights):
+        if id(array) not in kept:
+            array.delete()
+    return found
+
+
+def _is_quantized(leaf: object) -> bool:
+    return isinstance(leaf, QuantizedMatrix)
 
 
 def _with_likelihoods(events: list[TokenEvent], plan: StepPlan, likelihoods: Seq[Likelihood | None]) -> list[TokenEvent]:

@@ -57,7 +57,7 @@ def load(model: str | os.PathLike[str] | None = None, *, use_tqdm: bool = True, 
     default_params = _default_params(checkpoint)
 
     started = time.perf_counter()
-    how: dict[str, Any] = {"allow_nonfinite": config.allow_nonfinite, "use_tqdm": use_tqdm}
+    how: dict[str, Any] = {"allow_nonfinite": config.allow_nonfinite, "use_tqdm": use_tqdm, "quantization": resolved.quantization}
     weights = checkpoints.load(checkpoint, resolved.dtype, **how)
     draft = None
     if draft_checkpoint is not None:
@@ -72,18 +72,25 @@ def load(model: str | os.PathLike[str] | None = None, *, use_tqdm: bool = True, 
 
 
 def load_weights(
-    model: str | os.PathLike[str] | None = None, dtype: str = "float32", *, revision: str | None = None
+    model: str | os.PathLike[str] | None = None,
+    dtype: str = "float32",
+    *,
+    quantization: str | None = None,
+    revision: str | None = None,
 ) -> tuple[Weights, ModelConfig]:
     """The parameters of a model as a pytree of arrays, and its shape: what `prefill` and `decode` take.
 
     Args:
-      model: as for `LLM`.
+      model, quantization: as for `LLM`.
 
     Raises:
+      ConfigError: there is no such dtype or quantization.
       CheckpointError: the model cannot be found or loaded.
     """
-    checkpoint = open_model(None if model is None else os.fspath(model), revision)
-    return checkpoints.load(checkpoint, dtype), checkpoint.config
+    options = EngineConfig(model=None if model is None else os.fspath(model), dtype=dtype, quantization=quantization)
+    checkpoint = open_model(options.model, revision)
+    quantization = options.resolved(checkpoint.config, jax.default_backend()).quantization
+    return checkpoints.load(checkpoint, dtype, quantization=quantization), checkpoint.config
 
 
 def open_model(model: str | None, revision: str | None = None) -> Checkpoint:

@@ -435,7 +435,7 @@ class JaxRunner:
         temporary_bytes = max((analysis.temp_size_in_bytes for analysis in analyses if analysis is not None), default=0)
         pages = f"KV pages ({self.num_pages:,} x {page_bytes:,} bytes, {config.kv_cache_dtype})"
         rows = [
-            (f"weights ({config.dtype})", model_weights.num_bytes(model, config.dtype)),
+            (f"weights ({config.weights_dtype})", model_weights.num_bytes(model, config.dtype, config.quantization)),
             (pages, self.num_pages * page_bytes),
             (f"marks for penalties ({config.max_num_seqs:,} sequences)", config.marks_bytes(model)),
             ("temporaries of the largest step", temporary_bytes),
@@ -446,7 +446,8 @@ class JaxRunner:
         if self.drafter is not None:
             draft = self.drafter.model
             draft_bytes = kv_cache.page_bytes(draft, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
-            rows.append((f"weights of the draft model ({config.dtype})", model_weights.num_bytes(draft, config.dtype)))
+            num_bytes = model_weights.num_bytes(draft, config.dtype, config.quantization)
+            rows.append((f"weights of the draft model ({config.weights_dtype})", num_bytes))
             rows.append((f"its KV pages ({self.num_pages:,} x {draft_bytes:,} bytes)", self.num_pages * draft_bytes))
         for what, size in rows:
             logger.info("%-60s %12s", what, f"{size / 2**20:,.1f} MiB")
@@ -584,7 +585,7 @@ def _spare_bytes(config: EngineConfig, models: Seq[ModelConfig]) -> int:
         return min(_CPU_POOL_BYTES, free // 4)
     share = config.gpu_memory_utilization or 0.92
     # The weights are on the device already when this is asked on a GPU; a twentieth is left for the step's temporaries.
-    weight_bytes = sum(model_weights.num_bytes(model, config.dtype) for model in models)
+    weight_bytes = sum(model_weights.num_bytes(model, config.dtype, config.quantization) for model in models)
     spare = min(total * share - weight_bytes, free) - config.marks_bytes(models[0])
     return int(spare * 0.95)
 

@@ -7,44 +7,58 @@ that a mistake in the engine's formulas is not made twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from jaxpaged.config import ModelConfig, RopeConfig
 
 Tensors = Mapping[str, np.ndarray]
+Rows = Callable[[np.ndarray], np.ndarray]
+"""What becomes of the rows [X, I] that a matrix is about to multiply."""
 
 
-def logits(tensors: Tensors, config: ModelConfig, token_ids: list[int]) -> np.ndarray:
+def exact(x: np.ndarray) -> np.ndarray:
+    """Nothing."""
+    return x
+
+
+def int8(x: np.ndarray) -> np.ndarray:
+    """Each row in steps of a 127th of its largest number."""
+    scales = np.abs(x).max(axis=-1, keepdims=True) / 127
+    return np.rint(x / scales) * scales
+
+
+def logits(tensors: Tensors, config: ModelConfig, token_ids: list[int], rows: Rows = exact) -> np.ndarray:
     """Scores of the next token after each prefix of `token_ids`: float64 [len(token_ids), V]."""
     tensors = {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items()}
     x = tensors["model.embed_tokens.weight"][token_ids]
     for index in range(config.num_layers):
         layer = f"model.layers.{index}."
-        x = x + _attention(tensors, config, index, _norm(x, tensors[layer + "input_layernorm.weight"], config.rms_norm_eps))
-        x = x + _mlp(tensors, config, index, _norm(x, tensors[layer + "post_attention_layernorm.weight"], config.rms_norm_eps))
+        x = x + _attention(tensors, config, index, _norm(x, tensors[layer + "input_layernorm.weight"], config.rms_norm_eps), rows)
+        normed = _norm(x, tensors[layer + "post_attention_layernorm.weight"], config.rms_norm_eps)
+        x = x + _mlp(tensors, config, index, normed, rows)
     x = _norm(x, tensors["model.norm.weight"], config.rms_norm_eps)
-    return x @ tensors["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"].T
+    return rows(x) @ tensors["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"].T
 
 
 def _norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps) * weight
 
 
-def _linear(tensors: Tensors, name: str, x: np.ndarray, has_bias: bool) -> np.ndarray:
-    y = x @ tensors[name + ".weight"].T
+def _linear(tensors: Tensors, name: str, x: np.ndarray, has_bias: bool, rows: Rows) -> np.ndarray:
+    y = rows(x) @ tensors[name + ".weight"].T
     return y + tensors[name + ".bias"] if has_bias else y
 
 
-def _attention(tensors: Tensors, config: ModelConfig, index: int, x: np.ndarray) -> np.ndarray:
+def _attention(tensors: Tensors, config: ModelConfig, index: int, x: np.ndarray, rows: Rows) -> np.ndarray:
     N, K, H, T = config.num_heads, config.num_kv_heads, config.head_dim, len(x)
     prefix = f"model.layers.{index}.self_attn."
     if config.hf_fused:
-        fused = _linear(tensors, prefix + "qkv_proj", x, config.qkv_bias)
+        fused = _linear(tensors, prefix + "qkv_proj", x, config.qkv_bias, rows)
         q, k, v = fused[:, : N * H], fused[:, N * H : (N + K) * H], fused[:, (N + K) * H :]
     else:
-        q, k, v = (_linear(tensors, prefix + part, x, config.qkv_bias) for part in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = (_linear(tensors, prefix + part, x, config.qkv_bias, rows) for part in ("q_proj", "k_proj", "v_proj"))
     q, k, v = q.reshape(T, N, H), k.reshape(T, K, H), v.reshape(T, K, H)
     if config.qk_norm:
         q = _norm(q, tensors[prefix + "q_norm.weight"], config.rms_norm_eps)
@@ -60,7 +74,7 @@ def _attention(tensors: Tensors, config: ModelConfig, index: int, x: np.ndarray)
             scores = k[first : t + 1, head] @ q[t, n] / math.sqrt(H)
             weights = np.exp(scores - scores.max())
             out[t, n] = weights / weights.sum() @ v[first : t + 1, head]
-    return _linear(tensors, prefix + "o_proj", out.reshape(T, N * H), config.o_bias)
+    return _linear(tensors, prefix + "o_proj", out.reshape(T, N * H), config.o_bias, rows)
 
 
 def _rotate(x: np.ndarray, rope: RopeConfig) -> np.ndarray:
@@ -94,10 +108,10 @@ def _frequency(rope: RopeConfig, i: int, head_dim: int) -> float:
     return frequency
 
 
-def _mlp(tensors: Tensors, config: ModelConfig, index: int, x: np.ndarray) -> np.ndarray:
+def _mlp(tensors: Tensors, config: ModelConfig, index: int, x: np.ndarray, rows: Rows) -> np.ndarray:
     prefix = f"model.layers.{index}.mlp."
     if config.hf_fused:
-        gate, up = np.split(_linear(tensors, prefix + "gate_up_proj", x, config.mlp_bias), 2, axis=-1)
+        gate, up = np.split(_linear(tensors, prefix + "gate_up_proj", x, config.mlp_bias, rows), 2, axis=-1)
     else:
-        gate, up = (_linear(tensors, prefix + part, x, config.mlp_bias) for part in ("gate_proj", "up_proj"))
-    return _linear(tensors, prefix + "down_proj", gate / (1 + np.exp(-gate)) * up, config.mlp_bias)
+        gate, up = (_linear(tensors, prefix + part, x, config.mlp_bias, rows) for part in ("gate_proj", "up_proj"))
+    return _linear(tensors, prefix + "down_proj", gate / (1 + np.exp(-gate)) * up, config.mlp_bias, rows)

@@ -57,7 +57,7 @@ FIELDS: list[tuple[str, Any, str]] = [
     ("model_type", 3, "got 3"),
     ("model_type", None, "supported are llama"),
     ("architectures", ["LlamaForSequenceClassification"], "expected LlamaForCausalLM"),
-    ("quantization_config", {"quant_method": "awq"}, "quantised checkpoints are not supported"),
+    ("quantization_config", {"quant_method": "awq"}, "quant_method: got 'awq'; supported is compressed-tensors"),
     ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}, "got 'yarn'"),
     ("rope_scaling", {"rope_type": "linear", "factor": 0}, "factor: got 0"),
     ("rope_scaling", {"rope_type": "linear"}, "factor: missing"),

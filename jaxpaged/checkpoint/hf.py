@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxpaged.checkpoint.files import CheckpointError, listed, read_json, regular_file, shown
-from jaxpaged.checkpoint.safetensors import DTYPES, MAX_TENSORS, SafetensorsFile, Tensor
+from jaxpaged.checkpoint.safetensors import DTYPES, INT8, MAX_TENSORS, SafetensorsFile, Tensor
 from jaxpaged.config import ModelConfig, nearest
 from jaxpaged.model.weights import Parameter, declare
 
@@ -23,6 +23,8 @@ _MAX_INDEX_BYTES = 2**25
 _PLAIN_NAME = re.compile(r"[^/\\\x00-\x1f]+\.safetensors")
 _FOREIGN = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".ckpt")
 _BLOCK = 2**22  # elements compared at once
+
+_SCALE = "_scale"  # after a quantised matrix's name: what each of its rows is to be multiplied by, [out, 1]
 
 # What old writers saved beside the parameters although it is computed from the configuration.
 _IGNORED = (".rotary_emb.inv_freq",)
@@ -59,6 +61,8 @@ class HfTensors:
 
     def _check(self, config: ModelConfig) -> None:
         declared = {name: shape for parameter in declare(config) for name, shape in parameter.parts}
+        quantised = self._quantised(config)
+        declared |= {name + _SCALE: (declared[name][0], 1) for name in quantised}
         found = {name for name in self._where if not name.endswith(_IGNORED)}
         if config.tie_word_embeddings:
             found.discard("lm_head.weight")
@@ -68,7 +72,7 @@ class HfTensors:
         for name, shape in declared.items():
             file, tensor = self._where[name]
             where = f"{file.reader.path}: {name}"
-            if tensor.dtype not in DTYPES:
+            if tensor.dtype not in DTYPES and name not in quantised:
                 hint = "; quantised checkpoints are not supported, load the original weights" if "8" in tensor.dtype else ""
                 raise CheckpointError(f"{where}: dtype {tensor.dtype}, supported are {', '.join(DTYPES)}{hint}")
             if tensor.shape != shape:
@@ -76,6 +80,16 @@ class HfTensors:
                 raise CheckpointError(f"{where}: shape {list(tensor.shape)}{hint}, config.json asks for {list(shape)}")
         if config.tie_word_embeddings and "lm_head.weight" in self._where:
             self._check_tied()
+
+    def _quantised(self, config: ModelConfig) -> set[str]:
+        """Matrices that a quantised checkpoint holds as int8, each with its scales beside it. Raises CheckpointError."""
+        if config.quantization is None:
+            return set()
+        matrices = [name for parameter in declare(config) if parameter.is_matrix for name, _ in parameter.parts]
+        found = {name for name in matrices if name in self._where and self._where[name][1].dtype == INT8}
+        if not found:
+            raise CheckpointError(f"{self._directory}: config.json has a quantization_config, but no tensor is {INT8}")
+        return found
 
     def _check_tied(self) -> None:
         """A second copy of a tied embedding is allowed if it is equal."""
@@ -107,7 +121,21 @@ class HfTensors:
         if len({tensor.dtype for tensor in tensors}) > 1:
             names = ", ".join(f"{tensor.name} is {tensor.dtype}" for tensor in tensors)
             raise CheckpointError(f"{self._directory}: {parameter.name}: made of different dtypes ({names}); name the one wanted")
-        return DTYPES[tensors[0].dtype]
+        return DTYPES.get(tensors[0].dtype, np.dtype(np.int8))
+
+    def is_int8(self, parameter: Parameter) -> bool:
+        """Whether the checkpoint holds a matrix quantised. Raises CheckpointError for one that is so in part."""
+        return self.dtype(parameter) == np.int8
+
+    def read_int8(self, parameter: Parameter) -> tuple[np.ndarray, np.ndarray]:
+        """A quantised matrix: its numbers [O..., I] as saved and its scales, float32 [O...]."""
+        values, scales = [], []
+        for name, _ in parameter.parts:
+            file, tensor = self._where[name]
+            values.append(file.read(tensor))
+            file, tensor = self._where[name + _SCALE]
+            scales.append(file.read(tensor).astype(np.float32))
+        return parameter.pack(values), parameter.pack(scales)[..., 0]
 
     def read(self, parameter: Parameter, dtype: np.dtype) -> np.ndarray:
         """One parameter, packed from its tensors, at `dtype`. Uses at most twice its size."""

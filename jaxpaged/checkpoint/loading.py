@@ -16,7 +16,8 @@ from jaxpaged.checkpoint.files import CheckpointError
 from jaxpaged.checkpoint.hf import HfTensors
 from jaxpaged.checkpoint.orbax import DTYPES, OrbaxTensors
 from jaxpaged.config import FLOAT_DTYPES, ConfigError
-from jaxpaged.model.weights import Parameter, Weights, build, declare
+from jaxpaged.model.quantization import QuantizedMatrix, quantized
+from jaxpaged.model.weights import Parameter, Weights, build, num_bytes
 
 
 def open_tensors(checkpoint: Checkpoint, *, verify: bool = True) -> HfTensors | OrbaxTensors:
@@ -30,6 +31,7 @@ def load(
     checkpoint: Checkpoint,
     dtype: str,
     *,
+    quantization: str | None = None,
     allow_nonfinite: bool = False,
     verify: bool = True,
     use_tqdm: bool = False,
@@ -38,8 +40,10 @@ def load(
     """All parameters at `dtype`, or an error: never a part.
 
     Parameters are read one after the other; beside the weights themselves, memory holds at most two copies of one parameter.
+    Matrices are quantised as they come, from the numbers as they are saved: only one at a time is there in floats.
 
     Args:
+      quantization: "int8" quantises what the checkpoint has not quantised; None does where the checkpoint has some.
       allow_nonfinite: accept NaN, infinities and matrices of zeros.
       verify: compare the bytes of an orbax directory with their digests.
       place: puts one parameter on its devices; by default on jax's default device.
@@ -51,15 +55,24 @@ def load(
         raise ConfigError(f"dtype: got {dtype!r}, supported are {', '.join(FLOAT_DTYPES)}")
     place = place or (lambda _, array: jax.device_put(array))
     tensors = open_tensors(checkpoint, verify=verify)
-    total = sum(parameter.size for parameter in declare(checkpoint.config)) * DTYPES[dtype].itemsize
+    quantization = quantization or checkpoint.config.quantization
+    total = num_bytes(checkpoint.config, dtype, quantization)
     progress = tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not use_tqdm)
 
-    def leaf(parameter: Parameter) -> jax.Array:
-        array = tensors.read(parameter, DTYPES[dtype])
+    def leaf(parameter: Parameter) -> jax.Array | QuantizedMatrix:
+        is_quantised = quantization is not None and parameter.is_matrix
+        progress.update(parameter.num_bytes(dtype, quantization))
+        if is_quantised and isinstance(tensors, HfTensors) and tensors.is_int8(parameter):
+            values, scales = tensors.read_int8(parameter)
+            if not allow_nonfinite:
+                check_values(scales, parameter, tensors.source(parameter))
+            return QuantizedMatrix(place(parameter, values), place(parameter, scales))
+        array = tensors.read(parameter, tensors.dtype(parameter) if is_quantised else DTYPES[dtype])
         if not allow_nonfinite:
             check_values(array, parameter, tensors.source(parameter))
-        progress.update(array.nbytes)
-        return place(parameter, array)
+        placed = place(parameter, array)
+        # Waited for, or the floats of many would be there at once.
+        return jax.block_until_ready(quantized(placed)) if is_quantised else placed
 
     try:
         weights = build(checkpoint.config, leaf)

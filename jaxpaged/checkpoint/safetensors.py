@@ -21,6 +21,7 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 65_536
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+INT8 = "I8"  # of quantised checkpoints
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E5M2FNUZ": 1, "F8_E4M3FNUZ": 1, "U16": 2, "I16": 2,
@@ -62,11 +63,11 @@ class SafetensorsFile:
         """The tensor in memory of its own.
 
         Raises:
-          CheckpointError: its dtype is not float32, bfloat16 or float16.
+          CheckpointError: its dtype is not float32, bfloat16, float16 or int8.
         """
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in (*DTYPES, INT8):
             raise CheckpointError(f"{self.reader.path}: {tensor.name}: dtype {tensor.dtype}, supported are {', '.join(DTYPES)}")
-        array = np.empty(tensor.shape, DTYPES[tensor.dtype])
+        array = np.empty(tensor.shape, DTYPES.get(tensor.dtype, np.int8))
         if array.size:
             self.reader.fill(array.reshape(-1).view(np.uint8).data, tensor.begin)
         return array

@@ -151,7 +151,8 @@ def _introduce(console: Console, llm: LLM) -> None:
     num_parameters = weights.num_bytes(llm.model_config, "float32") // 4
     device = jax.devices()[0]
     name = llm.config.model or "the bundled model"
-    console.print(f"{name}: {num_parameters:,} parameters, {llm.config.dtype}, on {device.device_kind or device.platform}")
+    kind = llm.config.weights_dtype
+    console.print(f"{name}: {num_parameters:,} parameters, {kind}, on {device.device_kind or device.platform}")
     console.print(f"Loaded in {llm.load_s:.1f} s, compiled {len(llm.config.buckets())} steps in {llm.warm_up_s:.1f} s.")
     num_pages = llm.engine.pool.num_usable
     console.print(

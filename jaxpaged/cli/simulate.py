@@ -25,14 +25,14 @@ from jaxpaged.cli.options import (
     set_up_logging,
     whole_number,
 )
-from jaxpaged.config import DTYPE_BYTES, ConfigError, EngineConfig, ModelConfig, nearest
+from jaxpaged.config import ConfigError, EngineConfig, ModelConfig, nearest
 from jaxpaged.simulate import cost, memory, report, sharing
 from jaxpaged.simulate.arrivals import Arrival, random_traffic
 from jaxpaged.simulate.gpus import GPUS, Gpu, named_gpu
 from jaxpaged.simulate.lengths import DATASETS, Fixed, Lengths, LogNormal, Uniform
 from jaxpaged.simulate.random_model import KINSHIP, OPEN_SHARE, RandomModel
 from jaxpaged.simulate.run import OPTIONS, build_scheduler, simulate
-from jaxpaged.simulate.shapes import MODELS, named_model, num_parameters, plan_pages
+from jaxpaged.simulate.shapes import MODELS, named_model, num_weight_bytes, plan_pages
 from jaxpaged.simulate.trace import read_trace
 
 logger = logging.getLogger("jaxpaged")
@@ -183,7 +183,7 @@ def _machine(given: dict[str, Any], experiment: str) -> _Machine:
     max_len: int = config.max_model_len  # type: ignore[assignment]
     num_tokens = (num_pages - 1) * config.block_size  # type: ignore[operator]
     # In the words of an engine that starts; see jaxpaged/runner.py.
-    logger.info("weights (%s): %.1f GiB", config.dtype, num_parameters(model) * DTYPE_BYTES[config.dtype] / 2**30)
+    logger.info("weights (%s): %.1f GiB", config.weights_dtype, num_weight_bytes(model, config) / 2**30)
     logger.info("GPU KV cache size: %s tokens", f"{num_tokens:,}")
     logger.info("Maximum concurrency for %s tokens per request: %.2fx", f"{max_len:,}", num_tokens / max_len)
     return _Machine(gpu, name, model, config, num_pages, costs, assumed)

@@ -56,7 +56,7 @@ def build(config: EngineConfig, model: ModelConfig, pool: PagePool, *, costs: Sw
     )
     num_slots = config.num_host_pages(model)
     if (config.enable_prefix_caching or num_slots) and pool.cache is None:
-        context = f"{model!r} {config.dtype} {config.kv_cache_dtype}"
+        context = f"{model!r} {config.dtype} {config.quantization} {config.kv_cache_dtype}"
         pool.cache = PrefixCache(limits.page_size, context, is_private=not config.enable_prefix_caching)
     if num_slots and pool.tier is None:
         has_disk = config.offload_dir is not None

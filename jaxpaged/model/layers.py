@@ -12,27 +12,48 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.config import ModelConfig, RopeConfig
+from jaxpaged.model.quantization import QuantizedMatrix
 from pallas_kernels import matmul
 from pallas_kernels.backends import Backend
-from pallas_kernels.matmul.norm import rms_norm
+from pallas_kernels.matmul.around import finish, rms_norm
 
 if TYPE_CHECKING:
     from jaxpaged.model.weights import Layer
 
-__all__ = ["apply_rope", "gated_mlp", "linear", "rms_norm", "rope_frequencies", "rope_tables"]
+__all__ = ["apply_rope", "gated_mlp", "linear", "lookup", "rms_norm", "rope_frequencies", "rope_tables"]
 
 
 def linear(
-    x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, backend: Backend = "xla", **options: Any
+    x: jax.Array,
+    weight: jax.Array | QuantizedMatrix,
+    bias: jax.Array | None = None,
+    *,
+    norm: jax.Array | None = None,
+    eps: float = 0.0,
+    is_gated: bool = False,
+    residual: jax.Array | None = None,
+    out_dtype: str | None = None,
+    backend: Backend = "xla",
 ) -> jax.Array:
-    """x [..., I] times weight [O..., I] transposed, plus bias: [..., O...], in x's dtype with float32 sums.
+    """x [X, I] times weight [O..., I] transposed, plus bias: [X, O...], in x's dtype with float32 sums; of a gated weight
+    [2, F, I] the result is [X, F].
 
-    `options` are those of `pallas_kernels.matmul`, which says what `backend` may be; only "xla" can be differentiated.
+    The options are those of `pallas_kernels.matmul`; of the backends only "xla" can be differentiated. Rows of a quantised
+    matrix's product are rounded, so nothing is.
     """
-    out_shape = weight.shape[:-1] if not options.get("is_gated") else (weight.shape[-2],)
-    flat, rows = weight.reshape(-1, weight.shape[-1]), x.reshape(-1, x.shape[-1])
-    out = matmul(rows, flat, None if bias is None else bias.reshape(-1), backend=backend, **options)
-    return out.reshape(*x.shape[:-1], *out_shape)
+    flat_bias = None if bias is None else bias.reshape(-1)
+    if isinstance(weight, QuantizedMatrix):
+        out = weight.times(x if norm is None else rms_norm(x, norm, eps))
+        out = finish(out, flat_bias, residual, is_gated=is_gated, out_dtype=out_dtype or x.dtype)
+    else:
+        how: dict[str, Any] = {"norm": norm, "eps": eps, "is_gated": is_gated, "residual": residual, "out_dtype": out_dtype}
+        out = matmul(x, weight.reshape(-1, weight.shape[-1]), flat_bias, backend=backend, **how)
+    return out.reshape(-1, *weight.shape[1 if is_gated else 0 : -1])
+
+
+def lookup(matrix: jax.Array | QuantizedMatrix, indices: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Rows of a matrix [V, D], in `dtype`."""
+    return matrix.take(indices, dtype) if isinstance(matrix, QuantizedMatrix) else matrix[indices].astype(dtype)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> jax.Array:
@@ -68,7 +89,9 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def gated_mlp(x: jax.Array, layer: Layer, *, backend: Backend = "xla", residual: jax.Array | None = None, **norm: Any) -> jax.Array:
+def gated_mlp(
+    x: jax.Array, layer: Layer, *, backend: Backend = "xla", residual: jax.Array | None = None, **norm: Any
+) -> jax.Array:
     """down(silu(gate(x)) * up(x)), plus the residual; `norm` and `eps` are of a norm of x. Source: SwiGLU, arXiv 2002.05202."""
     gated = linear(x, layer.gate_up, layer.gate_up_bias, is_gated=True, backend=backend, **norm)
     return linear(gated, layer.down, layer.down_bias, residual=residual, backend=backend)

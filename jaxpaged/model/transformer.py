@@ -12,9 +12,8 @@ from typing import Any, Protocol, TypeVar
 import jax
 
 from jaxpaged.config import ModelConfig
-from jaxpaged.model.layers import apply_rope, gated_mlp, linear, rms_norm, rope_tables
+from jaxpaged.model.layers import apply_rope, gated_mlp, linear, lookup, rms_norm, rope_tables
 from jaxpaged.model.weights import Layer, Weights
-from pallas_kernels import matmul
 from pallas_kernels.backends import Backend
 from pallas_kernels.row_tiles import RowTiles, by_rows
 
@@ -49,7 +48,7 @@ def forward(
       tiles: those that tokens are computed in, so that a token's bits depend on that token and on `attend` alone.
       backend: of the matrix products; only "xla" can be differentiated.
     """
-    x = weights.embed[token_ids]
+    x = lookup(weights.embed, token_ids, weights.norm.dtype)  # the norms are never quantised
     cos, sin = by_rows(tiles, functools.partial(rope_tables, config), positions)
     for index, layer in enumerate(weights.layers):
         q, k, v = by_rows(tiles, functools.partial(_project, layer, config, backend), x, cos, sin)
@@ -82,7 +81,7 @@ def logits(
 ) -> jax.Array:
     """Scores of the next token: hidden [R, D] -> float32 [R, V]; `tiles` and `backend` as in `forward`."""
     head = weights.embed if weights.lm_head is None else weights.lm_head
-    return by_rows(tiles, lambda hidden: matmul(hidden, head, out_dtype="float32", backend=backend), hidden)
+    return by_rows(tiles, lambda hidden: linear(hidden, head, out_dtype="float32", backend=backend), hidden)
 
 
 def products_of(backend: Backend) -> Backend:

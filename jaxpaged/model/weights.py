@@ -16,6 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpaged.config import DTYPE_BYTES, ModelConfig
+from jaxpaged.model import quantization as quantizations
+from jaxpaged.model.quantization import QuantizedMatrix, quantized
+
+Matrix = jax.Array | QuantizedMatrix
 
 
 @flax.struct.dataclass
@@ -23,16 +27,16 @@ class Layer:
     """One decoder layer. Matrices are [out, in], as in a HF checkpoint: on a CPU the product is up to 1.7x faster so."""
 
     attention_norm: jax.Array  # [D]
-    qkv: jax.Array  # [K, G+2, H, D]: per key/value head, its G query heads, then key, then value
+    qkv: Matrix  # [K, G+2, H, D]: per key/value head, its G query heads, then key, then value
     qkv_bias: jax.Array | None  # [K, G+2, H]
     q_norm: jax.Array | None  # [H]
     k_norm: jax.Array | None  # [H]
-    o: jax.Array  # [D, N*H]
+    o: Matrix  # [D, N*H]
     o_bias: jax.Array | None  # [D]
     mlp_norm: jax.Array  # [D]
-    gate_up: jax.Array  # [2, F, D]: gate, then up
+    gate_up: Matrix  # [2, F, D]: gate, then up
     gate_up_bias: jax.Array | None  # [2, F]
-    down: jax.Array  # [D, F]
+    down: Matrix  # [D, F]
     down_bias: jax.Array | None  # [D]
 
 
@@ -40,10 +44,10 @@ class Layer:
 class Weights:
     """All parameters, as a plain pytree. The layers are a list: a scan over a stack would copy its slices (TRIED.md)."""
 
-    embed: jax.Array  # [V, D]
+    embed: Matrix  # [V, D]
     layers: list[Layer]
     norm: jax.Array  # [D]
-    lm_head: jax.Array | None  # [V, D]; None when tied to embed
+    lm_head: Matrix | None  # [V, D]; None when tied to embed
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,17 @@ class Parameter:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is one that rows are multiplied by, or looked up in: those are what quantisation is for."""
+        return self.init == "normal"
+
+    def num_bytes(self, dtype: str, quantization: str | None = None) -> int:
+        """Bytes on the device."""
+        if self.is_matrix and quantization is not None:
+            return quantizations.num_bytes(self.shape)
+        return self.size * DTYPE_BYTES[dtype]
+
 
 def declare(config: ModelConfig) -> list[Parameter]:
     """All parameters of a model, in the order of a HF checkpoint."""
@@ -101,7 +116,7 @@ def _declare_layer(config: ModelConfig, index: int) -> list[Parameter]:
         def pack(tensors: list[np.ndarray]) -> np.ndarray:
             if config.hf_fused:
                 tensors = np.split(tensors[0], [N * H, (N + K) * H])
-            q, k, v = (t.reshape(K, -1, H, *tail) for t in tensors)
+            q, k, v = (t.reshape(K, -1, H, *t.shape[1:]) for t in tensors)
             return np.concatenate([q, k, v], axis=1)
 
         def unpack(array: np.ndarray) -> list[np.ndarray]:
@@ -117,7 +132,7 @@ def _declare_layer(config: ModelConfig, index: int) -> list[Parameter]:
 
     def gate_up(name: str, kind: str, tail: tuple[int, ...], axes: tuple[str, ...], init: str) -> Parameter:
         def pack(tensors: list[np.ndarray]) -> np.ndarray:
-            return tensors[0].reshape(2, F, *tail) if config.hf_fused else np.stack(tensors)
+            return tensors[0].reshape(2, F, *tensors[0].shape[1:]) if config.hf_fused else np.stack(tensors)
 
         def unpack(array: np.ndarray) -> list[np.ndarray]:
             return [array.reshape(2 * F, *tail)] if config.hf_fused else [array[0], array[1]]
@@ -195,6 +210,16 @@ def to_hf(weights: Weights, config: ModelConfig) -> Iterator[tuple[str, np.ndarr
             yield hf_name, array
 
 
-def num_bytes(config: ModelConfig, dtype: str) -> int:
-    """Bytes of all parameters at `dtype`."""
-    return sum(parameter.size for parameter in declare(config)) * DTYPE_BYTES[dtype]
+def quantize(weights: Weights, config: ModelConfig) -> Weights:
+    """The same with all matrices as `QuantizedMatrix`, in new arrays; what is one already stays what it is."""
+
+    def leaf(parameter: Parameter) -> Any:
+        found = get(weights, parameter.path)
+        return quantized(found) if parameter.is_matrix and not isinstance(found, QuantizedMatrix) else found
+
+    return build(config, leaf)
+
+
+def num_bytes(config: ModelConfig, dtype: str, quantization: str | None = None) -> int:
+    """Bytes of all parameters at `dtype`, those of matrices as they are quantised."""
+    return sum(parameter.num_bytes(dtype, quantization) for parameter in declare(config))

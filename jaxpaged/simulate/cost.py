@@ -74,7 +74,7 @@ class Roofline:
 
         layers = model.num_layers * shapes.num_layer_parameters(model)
         head = shapes.num_embedding(model)
-        self._weights_s = (layers + head) * DTYPE_BYTES[config.dtype] / self.bytes_per_s
+        self._weights_s = shapes.num_step_bytes(model, config) / self.bytes_per_s
         self._token_s = 2 * layers / self.flops_per_s
         self._sampled_s = 2 * head / self.flops_per_s
         per_layer = 2 * model.num_kv_heads * model.head_dim * DTYPE_BYTES[config.kv_cache_dtype]

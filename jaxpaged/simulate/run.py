@@ -35,7 +35,7 @@ OPTIONS = frozenset(
             "ageing_steps",
             "async_scheduling",
         ),
-        "max_logprobs",
+        *("max_logprobs", "quantization"),
         *(_OPTION_OF.get(limit.name, limit.name) for limit in dataclasses.fields(Limits)),
     }
 ) & {option.name for option in dataclasses.fields(EngineConfig)}

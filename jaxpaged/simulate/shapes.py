@@ -75,6 +75,29 @@ def num_parameters(model: ModelConfig) -> int:
     return heads * num_embedding(model) + model.num_layers * num_layer_parameters(model) + model.hidden_size
 
 
+def num_weight_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Bytes of all parameters; equal to what `jaxpaged.model.weights` counts. For resolved options."""
+    num_tables = 1 if model.tie_word_embeddings else 2
+    return _bytes_of(num_parameters(model), model, config, num_layers=model.num_layers, num_tables=num_tables)
+
+
+def num_step_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Bytes of weights that a step reads: the layers, and the head once."""
+    num_numbers = model.num_layers * num_layer_parameters(model) + num_embedding(model)
+    return _bytes_of(num_numbers, model, config, num_layers=model.num_layers, num_tables=1)
+
+
+def _bytes_of(num_numbers: int, model: ModelConfig, config: EngineConfig, *, num_layers: int, num_tables: int) -> int:
+    """Bytes of so many numbers, among them the matrices of so many layers and so many tables [V, D]."""
+    if config.quantization is None:
+        return num_numbers * DTYPE_BYTES[config.dtype]
+    D, F, H = model.hidden_size, model.intermediate_size, model.head_dim
+    heads, qkv = model.num_heads * H, (model.num_heads + 2 * model.num_kv_heads) * H
+    num_quantised = num_layers * (qkv * D + heads * D + 3 * D * F) + num_tables * num_embedding(model)
+    num_scales = num_layers * (qkv + D + 2 * F + D) + num_tables * model.vocab_size
+    return num_quantised + 4 * num_scales + (num_numbers - num_quantised) * DTYPE_BYTES[config.dtype]
+
+
 def plan_pages(config: EngineConfig, model: ModelConfig, gpu: Gpu) -> int:
     """Pages of the pool that an engine with these resolved options would take on this GPU, the null page included.
 
@@ -88,7 +111,7 @@ def plan_pages(config: EngineConfig, model: ModelConfig, gpu: Gpu) -> int:
         num_pages = config.kv_cache_memory_bytes // page_bytes
         room = f"kv_cache_memory_bytes: got {config.kv_cache_memory_bytes:,}"
     else:
-        weight_bytes = num_parameters(model) * DTYPE_BYTES[config.dtype]
+        weight_bytes = num_weight_bytes(model, config)
         share = config.gpu_memory_utilization or 0.92
         useful = config.max_num_seqs * config.max_blocks_per_seq + 1  # type: ignore[operator]
         # The engine leaves a twentieth for the step's temporaries; see jaxpaged/runner.py.
