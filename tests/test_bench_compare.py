@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from text_model import FAST, write_text_model
 
 from jaxpaged import cli
 from jaxpaged.bench import compare, compare_table, peer
+from jaxpaged.bench.datasets import DatasetOptions, Ids, asks
 from jaxpaged.bench.peers import gguf_file
 from jaxpaged.config import ConfigError
 
@@ -295,3 +297,23 @@ def test_signals_of_the_terminal_are_not_for_peers(monkeypatch: pytest.MonkeyPat
     os.killpg(one.pid, signal.SIGTERM)
     with pytest.raises(peer.PeerError, match="died"):
         one.tokens([[5]], [1])
+
+
+def test_log_uniform_lengths_and_prompts_of_token_ids() -> None:
+    options = DatasetOptions(num_prompts=4000, random_input_len_range=(16, 511), random_output_len_range=(1, 3), seed=3)
+    found = asks(options, Ids(50))
+    lengths = [ask.num_prompt for ask in found]
+    assert min(lengths) == 16 and max(lengths) > 490 and max(lengths) <= 511
+    for low in (16, 32, 64, 128, 256):  # five doublings, each as likely: 800 +- 25
+        assert 690 < sum(low <= length < 2 * low for length in lengths) < 910
+    assert {ask.num_output for ask in found} == {1, 2, 3}
+    ids = [token for ask in found for token in ask.prompt]
+    assert set(ids) == set(range(50)) and all(len(ask.prompt) == ask.num_prompt for ask in found)
+    assert asks(options, Ids(50)) == found != asks(dataclasses.replace(options, seed=4), Ids(50))
+    shared = asks(DatasetOptions(num_prompts=3, random_prefix_len=7, random_input_len=2), Ids(50))
+    assert len({ask.prompt[:7] for ask in shared}) == 1 and len({ask.prompt for ask in shared}) == 3
+    for bounds in ((5,), (0, 5), (6, 5)):
+        with pytest.raises(ConfigError, match="random_input_len_range: got"):
+            DatasetOptions(random_input_len_range=bounds)
+    with pytest.raises(ConfigError, match="tokenizer: missing"):
+        Ids(50).count("a text")
