@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import numpy as np
 import pytest
 from text_model import FAST, write_text_model
 
-from jaxpaged import cli
+from jaxpaged import cli, framed
 from jaxpaged.bench import compare, compare_table, peer
 from jaxpaged.bench.datasets import DatasetOptions, Ids, asks
 from jaxpaged.bench.peers import gguf_file
@@ -114,8 +112,8 @@ def test_a_peer_ends_with_all_that_it_started_when_its_pipe_closes(monkeypatch: 
     one.load()
     process = one._process
     assert process is not None and process.stdin is not None
-    threading.Thread(target=lambda: _quietly(lambda: one.tokens([[5]], [3])), daemon=True).start()
     deadline = time.monotonic() + 20
+    framed.send(process, json.dumps({"do": "run", "prompts": [[5]], "num_outputs": [3]}).encode(), deadline)
     while len(group(process.pid)) < 3 and time.monotonic() < deadline:  # it, the shell's sleeps
         time.sleep(0.05)
     assert len(group(process.pid)) >= 3
@@ -123,12 +121,7 @@ def test_a_peer_ends_with_all_that_it_started_when_its_pipe_closes(monkeypatch: 
     while group(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not group(process.pid)
-    process.wait()
-
-
-def _quietly(do: Any) -> None:
-    with contextlib.suppress(peer.PeerError, ValueError):
-        do()
+    one.close()
 
 
 class Counted:
