@@ -72,6 +72,7 @@ ONLY = {
 ENVIRONMENT = {
     "jaxpaged/runner.py": "os.environ.get('XDG_CACHE_HOME')",  # the desktop standard's variable for the user's cache
     "jaxpaged/cli/collect_env.py": "os.environ.items()",  # prints them for a bug report
+    "jaxpaged/bench/peer.py": "os.environ.copy()",  # what the processes of other engines inherit
     "jaxpaged/templates/child.py": "os.environ.clear()",  # what a template that leaves its sandbox is not to find
     # What its processes inherit: jax takes the folder of its compiler's dumps from the environment alone, when it starts.
     "pallas_kernels/compile_check.py": "os.environ.copy()",

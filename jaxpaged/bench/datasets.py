@@ -16,6 +16,7 @@ from jaxpaged.config import ConfigError, nearest
 from jaxpaged.simulate import lengths
 
 DATASETS = ("random", "sharegpt", "custom", "prefix_repetition")
+Prompt = str | tuple[int, ...]
 _ROUNDS = 12  # in which a text gets the length that was asked for
 # As vLLM's `bench` takes from ShareGPT: what is shorter or longer says little about serving.
 _MIN_TOKENS, _MAX_PROMPT_TOKENS, _MAX_TOTAL_TOKENS = 4, 1024, 2048
@@ -23,9 +24,9 @@ _MIN_TOKENS, _MAX_PROMPT_TOKENS, _MAX_TOTAL_TOKENS = 4, 1024, 2048
 
 @dataclass(frozen=True)
 class Ask:
-    """One request. `num_prompt` is counted here; `num_output` is what it asks for."""
+    """One request, of a text or of token ids. `num_prompt` is counted here; `num_output` is what it asks for."""
 
-    prompt: str
+    prompt: Prompt
     num_prompt: int
     num_output: int
 
@@ -42,6 +43,9 @@ class DatasetOptions:
       random_input_len: tokens of a random prompt, behind its prefix.
       random_output_len: tokens of its answer.
       random_range_ratio: lengths are drawn from (1 - ratio) to (1 + ratio) times these, each as likely.
+      random_input_len_range: N,N: random prompts are from so many to so many tokens long, as often 16 to 32 as 256 to 512
+        (log-uniform), instead of random_input_len; None is off.
+      random_output_len_range: N,N: likewise of the answers, instead of random_output_len; None is off.
       random_prefix_len: tokens in front of each random prompt that all of them share.
       custom_output_len: tokens of an answer where the file does not say; -1 takes what the file says and nothing else.
       sharegpt_output_len: tokens of every answer; None is as long as the one in the file.
@@ -61,6 +65,8 @@ class DatasetOptions:
     random_input_len: int = 1024
     random_output_len: int = 128
     random_range_ratio: float = 0.0
+    random_input_len_range: tuple[int, ...] | None = None
+    random_output_len_range: tuple[int, ...] | None = None
     random_prefix_len: int = 0
     custom_output_len: int = 256
     sharegpt_output_len: int | None = None
@@ -81,6 +87,10 @@ class DatasetOptions:
             _check_whole(f"prefix_repetition_{name}", getattr(self, f"prefix_repetition_{name}"), 1)
         if not 0 <= self.random_range_ratio < 1:
             raise ConfigError(f"random_range_ratio: got {self.random_range_ratio:g}, expected a number in [0, 1)")
+        for name in ("random_input_len_range", "random_output_len_range"):
+            found = getattr(self, name)
+            if found is not None and not (len(found) == 2 and 1 <= found[0] <= found[1]):
+                raise ConfigError(f"{name}: got {','.join(map(str, found))}, expected two whole numbers N,N with 1 <= N <= N")
         if self.custom_output_len == 0:
             raise ConfigError("custom_output_len: got 0, expected a whole number of at least 1, or -1")
         if self.dataset_name == "custom" and self.dataset_path is None:
@@ -97,12 +107,12 @@ class DatasetOptions:
 class Texts(Protocol):
     """Texts of a certain length, and the length of texts."""
 
-    def draw(self, num_tokens: int, rng: random.Random, prefix: str = "") -> str:
-        """A text that is about so long, exactly so where that can be had; `prefix` is its beginning, and counts."""
+    def draw(self, num_tokens: int, rng: random.Random, prefix: Any = "") -> Prompt:
+        """A prompt that is about so long, exactly so where that can be had; `prefix` is its beginning, and counts."""
         ...
 
-    def count(self, text: str) -> int:
-        """Tokens, with those that stand before every prompt."""
+    def count(self, text: Any) -> int:
+        """Tokens, with those that stand before every prompt. Raises ConfigError where texts cannot be read."""
         ...
 
 
@@ -141,6 +151,25 @@ class Words:
         return len(self._tokenizer.encode(text))
 
 
+class Ids:
+    """Random token ids, for a model that has no tokenizer."""
+
+    def __init__(self, num_ids: int):
+        """Ids from 0 to `num_ids` - 1."""
+        self._num_ids = num_ids
+
+    def draw(self, num_tokens: int, rng: random.Random, prefix: Any = "") -> tuple[int, ...]:
+        """See `Texts.draw`."""
+        before = tuple(prefix)
+        return (*before, *(rng.randrange(self._num_ids) for _ in range(max(1, num_tokens - len(before)))))
+
+    def count(self, text: Any) -> int:
+        """See `Texts.count`."""
+        if isinstance(text, str):
+            raise ConfigError("tokenizer: missing, and the dataset is of texts (skip_tokenizer_init is set)")
+        return len(text)
+
+
 def asks(options: DatasetOptions, texts: Texts | None) -> list[Ask]:
     """The requests; the same ones for the same options.
 
@@ -168,22 +197,26 @@ def asks(options: DatasetOptions, texts: Texts | None) -> list[Ask]:
 
 
 class _Uncounted:
-    def draw(self, num_tokens: int, rng: random.Random, prefix: str = "") -> str:
+    def draw(self, num_tokens: int, rng: random.Random, prefix: Any = "") -> str:
         raise ConfigError("tokenizer: missing")
 
-    def count(self, text: str) -> int:
+    def count(self, text: Any) -> int:
         return 0
 
 
 def _random(options: DatasetOptions, texts: Texts, rng: random.Random) -> Iterator[Ask]:
     prefix = texts.draw(options.random_prefix_len, rng) if options.random_prefix_len else ""
 
-    def draw(mean: int) -> int:
+    def distribution(mean: int, bounds: tuple[int, ...] | None) -> lengths.Lengths:
+        if bounds is not None:
+            return lengths.LogUniform(*bounds)
         ratio = options.random_range_ratio
-        return rng.randint(max(1, int(mean * (1 - ratio))), max(1, int(mean * (1 + ratio))))
+        return lengths.Uniform(max(1, int(mean * (1 - ratio))), max(1, int(mean * (1 + ratio))))
 
+    of_prompts = distribution(options.random_input_len, options.random_input_len_range)
+    of_answers = distribution(options.random_output_len, options.random_output_len_range)
     for _ in range(options.num_prompts):
-        num_prompt, num_output = draw(options.random_input_len), draw(options.random_output_len)
+        num_prompt, num_output = of_prompts.draw(rng), of_answers.draw(rng)
         text = texts.draw(options.random_prefix_len + num_prompt, rng, prefix)
         yield Ask(text, texts.count(text), num_output)
 

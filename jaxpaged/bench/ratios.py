@@ -10,5 +10,5 @@ from typing import Any
 def spread(ratios: Seq[float]) -> dict[str, Any]:
     """The median of the turns' ratios, their quartiles, the lowest and the highest."""
     ordered = sorted(ratios)
-    low, middle, high = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else ordered * 3
+    low, middle, high = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
     return {"ratio": middle, "quartiles": [low, high], "lowest": ordered[0], "highest": ordered[-1]}

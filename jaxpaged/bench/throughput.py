@@ -54,7 +54,7 @@ class Offline:
         """See `Side.run`."""
         params = [self._params_of(ask) for ask in asks]
         found = []
-        for output in self._llm.stream([ask.prompt for ask in asks], params):
+        for output in self._llm.stream([_given(ask) for ask in asks], params):
             found.append(_done(output))
             on_end()
         return found
@@ -78,7 +78,7 @@ class Online:
 
         async def one(ask: Ask) -> Done:
             last = None
-            async for output in self._llm.generate(ask.prompt, self._params_of(ask)):
+            async for output in self._llm.generate(_given(ask), self._params_of(ask)):
                 last = output
             on_end()
             return _done(last)
@@ -93,6 +93,10 @@ class Online:
         self._llm.shutdown()
 
 
+def _given(ask: Ask) -> str | list[int]:
+    return ask.prompt if isinstance(ask.prompt, str) else list(ask.prompt)
+
+
 def _done(output: Any) -> Done:
     return Done(len(output.prompt_token_ids), sum(len(one.token_ids) for one in output.outputs))
 
@@ -104,10 +108,15 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     on_end: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """One run under vLLM's keys, with the tokens of prompts and outputs told apart."""
+    """One run: see `numbers_of`."""
     started = clock()
     done = side.run(asks, on_end)
-    seconds = max(clock() - started, 1e-9)
+    return numbers_of(done, clock() - started)
+
+
+def numbers_of(done: Sequence[Done], seconds: float) -> dict[str, Any]:
+    """What was done in so many seconds under vLLM's keys, with the tokens of prompts and outputs told apart."""
+    seconds = max(seconds, 1e-9)
     num_prompt, num_output = sum(one.num_prompt for one in done), sum(one.num_output for one in done)
     return {
         "elapsed_time": seconds,

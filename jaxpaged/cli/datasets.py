@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from jaxpaged.bench.datasets import Ask, DatasetOptions, Words, asks
+from jaxpaged.bench.datasets import Ask, DatasetOptions, Ids, Words, asks
 from jaxpaged.cli.options import Parser, UsageError, add_fields, given_fields, whole_number
 
 # flag -> the field that it sets, of the dataset that is asked
@@ -34,13 +34,16 @@ def dataset_options(arguments: argparse.Namespace, **defaults: Any) -> DatasetOp
     return DatasetOptions(**{**defaults, **given})
 
 
-def drawn(options: DatasetOptions, tokenizer: Any, num_more: int = 0) -> tuple[list[Ask], list[Ask]]:
+def drawn(
+    options: DatasetOptions, tokenizer: Any, num_more: int = 0, *, num_ids: int | None = None
+) -> tuple[list[Ask], list[Ask]]:
     """The requests, and as many more that are not among them.
 
     Args:
       tokenizer: None where none is needed.
+      num_ids: without a tokenizer prompts are of this many token ids.
     """
-    words = Words(tokenizer) if tokenizer is not None else None
+    words = Words(tokenizer) if tokenizer is not None else Ids(num_ids) if num_ids is not None else None
     found = asks(options, words)
     if not num_more:
         return found, []

@@ -48,6 +48,21 @@ class Uniform:
 
 
 @dataclass(frozen=True)
+class LogUniform:
+    """Lengths from `low` to `high`, both included, whose logarithm is uniform: as often from 16 to 32 as from 256 to 512."""
+
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        Uniform(self.low, self.high)
+
+    def draw(self, rng: random.Random) -> int:
+        """See `Lengths.draw`."""
+        return min(self.high, int(math.exp(rng.uniform(math.log(self.low), math.log(self.high + 1)))))
+
+
+@dataclass(frozen=True)
 class LogNormal:
     """Lengths whose logarithm is normal: many short ones, few long ones.
 
