@@ -278,7 +278,7 @@ class EngineConfig:
         as int8 numbers with one float32 scale per output, and rounds each token's activations to int8 with a scale of their own
         where they meet one (w8a8, dynamic per token); all else is `dtype`. What it costs a model's answers is measured by
         `python -m jaxpaged.bench.int8_accuracy`. A checkpoint that llm-compressor has made so is loaded so without being asked;
-        compressed-tensors is vLLM's name for that. None is what the checkpoint has.
+        compressed-tensors is vLLM's name for that; None is what the checkpoint has.
       max_model_len: tokens of a prompt and its output together; auto is the model's limit.
       block_size: tokens of one page; auto is 16 on a CPU, 64 on a GPU.
       max_num_seqs: sequences in one step; auto is 32 on a CPU, 256 on a GPU.
