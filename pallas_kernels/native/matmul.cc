@@ -128,6 +128,11 @@ inline float Silu(float x) {
   return x * (x >= 0.0f ? 1.0f : e) / (1.0f + e);
 }
 
+// A function of its own: within another one GCC 12 does not vectorise it, which makes it five times slower.
+__attribute__((noinline)) void Gate(float* __restrict gate, const float* __restrict up, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) gate[i] = Silu(gate[i]) * up[i];
+}
+
 // Turns sums of outputs [begin, begin + count) into a row's results. `up` are those that a gate is for, or null.
 template <typename Out>
 void Finish(const Call& c, int64_t row, int64_t begin, int64_t count, float* sums, float* up) {
@@ -135,8 +140,7 @@ void Finish(const Call& c, int64_t row, int64_t begin, int64_t count, float* sum
     for (int64_t i = 0; i < count; ++i) sums[i] += c.bias[begin + i];
   if (c.bias && up)
     for (int64_t i = 0; i < count; ++i) up[i] += c.bias[c.F + begin + i];
-  if (up)
-    for (int64_t i = 0; i < count; ++i) sums[i] = Silu(sums[i]) * up[i];
+  if (up) Gate(sums, up, count);
   const int64_t at = row * c.F + begin;
   if (c.residual)
     for (int64_t i = 0; i < count; ++i) sums[i] += ToFloat(static_cast<const Out*>(c.residual)[at + i]);
