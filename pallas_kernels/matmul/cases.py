@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -37,7 +38,7 @@ class Case:
         return "-".join(filter(None, [*parts, "gated" * self.is_gated]))
 
 
-_ALL = {"has_bias": True, "has_norm": True, "has_residual": True}
+_ALL: dict[str, Any] = {"has_bias": True, "has_norm": True, "has_residual": True}
 CHECK = (
     Case(1, 576, 96),
     Case(1, 576, 96, "float32"),
@@ -128,5 +129,7 @@ def cost(case: Case) -> Cost:
     """The weight, the rows and the result once; one product of every row with every output."""
     num_outputs = case.F * (2 if case.is_gated else 1)
     sizes = [np.dtype(DTYPES[name]).itemsize for name in (case.dtype, case.weight or case.dtype, case.out or case.dtype)]
-    num_bytes = case.X * case.D * sizes[0] + num_outputs * case.D * sizes[1] + case.X * case.F * sizes[2] * (1 + case.has_residual)
+    num_bytes = (
+        case.X * case.D * sizes[0] + num_outputs * case.D * sizes[1] + case.X * case.F * sizes[2] * (1 + case.has_residual)
+    )
     return Cost(num_bytes, 2 * case.X * case.D * num_outputs)
