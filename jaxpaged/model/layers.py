@@ -68,7 +68,9 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def gated_mlp(x: jax.Array, layer: Layer, *, backend: Backend = "xla", residual: jax.Array | None = None, **norm: Any) -> jax.Array:
+def gated_mlp(
+    x: jax.Array, layer: Layer, *, backend: Backend = "xla", residual: jax.Array | None = None, **norm: Any
+) -> jax.Array:
     """down(silu(gate(x)) * up(x)), plus the residual; `norm` and `eps` are of a norm of x. Source: SwiGLU, arXiv 2002.05202."""
     gated = linear(x, layer.gate_up, layer.gate_up_bias, is_gated=True, backend=backend, **norm)
     return linear(gated, layer.down, layer.down_bias, residual=residual, backend=backend)

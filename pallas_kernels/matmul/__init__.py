@@ -49,7 +49,7 @@ def matmul(
       eps: of that norm.
       residual: [X, F] of the result's dtype, added to it.
       out_dtype: "float32" or x's dtype, which it is when left out.
-      backend: of "native" a row's bits depend on that row and the weight alone, not on the number of rows. "auto" is "native" on a
+      backend: of "native" a row's bits depend on that row and the weight alone, not on the number of rows. "auto" is it on a
         CPU, but for more than 32 rows times a weight of float32 and more than 128 times one of bfloat16, where "xla" is faster.
 
     Returns:
@@ -63,7 +63,11 @@ def matmul(
     _check(x, weight, bias, norm, residual, is_gated, dtype)
     choice = backends.choose("matmul", backend, native=native.unavailable)
     is_native = choice.name == "native" and (backend != "auto" or x.shape[0] <= _MOST_ROWS.get(weight.dtype.name, x.shape[0]))
-    module = native if is_native else importlib.import_module(f"pallas_kernels.matmul.{'xla' if choice.name == 'native' else choice.name}")
+    module = (
+        native
+        if is_native
+        else importlib.import_module(f"pallas_kernels.matmul.{'xla' if choice.name == 'native' else choice.name}")
+    )
     return module.matmul(x, weight, bias, norm, residual, eps=eps, is_gated=is_gated, out_dtype=dtype)
 
 

@@ -128,5 +128,7 @@ def cost(case: Case) -> Cost:
     """The weight, the rows and the result once; one product of every row with every output."""
     num_outputs = case.F * (2 if case.is_gated else 1)
     sizes = [np.dtype(DTYPES[name]).itemsize for name in (case.dtype, case.weight or case.dtype, case.out or case.dtype)]
-    num_bytes = case.X * case.D * sizes[0] + num_outputs * case.D * sizes[1] + case.X * case.F * sizes[2] * (1 + case.has_residual)
+    num_bytes = (
+        case.X * case.D * sizes[0] + num_outputs * case.D * sizes[1] + case.X * case.F * sizes[2] * (1 + case.has_residual)
+    )
     return Cost(num_bytes, 2 * case.X * case.D * num_outputs)

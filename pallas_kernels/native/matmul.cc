@@ -72,8 +72,9 @@ INLINE typename K::Numbers Last(const P* p, int64_t count) {
 }
 
 // NR rows, `stride` numbers apart, times NF outputs: out[r * out_stride + f].
+// Not inlined: it is the same for every type of result, and most of what there is to compile.
 template <typename K, int NR, bool kAhead, int NF = kOutputs>
-inline void Tile(const typename K::Row* x, const typename K::Weight* const* w, int64_t D, float* out, int64_t out_stride) {
+__attribute__((noinline)) void Tile(const typename K::Row* x, const typename K::Weight* const* w, int64_t D, float* out, int64_t out_stride) {
   typename K::Lanes sums[NR][NF] = {};
   const int64_t whole = D / K::kStep * K::kStep;
   for (int64_t d = 0; d < whole; d += K::kStep) {

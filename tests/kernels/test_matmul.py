@@ -141,4 +141,4 @@ def test_without_a_compiler_auto_is_xla_in_one_line(monkeypatch: pytest.MonkeyPa
 )
 def test_what_does_not_fit_is_said(change: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        matmul(**({"x": jnp.zeros((2, 8)), "weight": jnp.zeros((4, 8))} | change))
+        matmul(**({"x": jnp.zeros((2, 8)), "weight": jnp.zeros((4, 8))} | change))  # type: ignore[arg-type]
