@@ -65,11 +65,7 @@ PRODUCT_BUGS = (
 
 @pytest.fixture
 def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-<<<<<<< HEAD
     """From the call on, the native backend is of other sources, by name, or for another processor; none in the user's cache."""
-=======
-    """From the call on, the native backend is of other sources, by name, or for another processor; none is in the user's cache."""
->>>>>>> matmul-int8
 
     def used(changes: Mapping[str, str], tunings: tuple[tuple[str, ...], ...] = building.TUNINGS) -> None:
         for path in native._SOURCE.parent.iterdir():
