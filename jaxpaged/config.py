@@ -577,7 +577,7 @@ class EngineConfig:
             max_num_batched_tokens=max_tokens,
             async_scheduling=self.async_scheduling and self.compare_with is None,  # a duel looks at the pages between two steps
             prefill_tile=tile,
-            decode_row_buckets=self.decode_row_buckets or _default_rows(max_num_seqs, dtype, on_cpu, max_rows),
+            decode_row_buckets=self.decode_row_buckets or _default_rows(max_num_seqs, on_cpu, max_rows),
             prefill_tile_buckets=self.prefill_tile_buckets or _default_tiles(max_tiles, on_cpu),
         )
 
@@ -657,19 +657,15 @@ def _default_tiles(max_tiles: int, on_cpu: bool) -> tuple[int, ...]:
     return tuple(sorted({*(size for size in ((1, 4, 16) if on_cpu else (1, 8)) if size < max_tiles), max_tiles}))
 
 
-def _default_rows(max_num_seqs: int, dtype: str, on_cpu: bool, max_rows: int) -> tuple[int, ...]:
+def _default_rows(max_num_seqs: int, on_cpu: bool, max_rows: int) -> tuple[int, ...]:
     """Few sizes: rows cost little where the weights' bytes are the cost, and each size compiles once per prefill size.
-
-    One bfloat16 row is never worth a bucket on a CPU: XLA converts the whole weight for it (20 ms against 2 ms for 8 rows,
-    a 2048 x 8192 weight, 2 cores with AVX-512, a prototype, November 2026).
 
     Rows beyond max_num_seqs are those of proposed tokens. How many are worth it is found by trying, so that there are sizes in
     between; max_num_seqs stays one, for steps in which nothing is proposed.
     """
-    first = 8 if on_cpu and dtype != "float32" else 1
-    sizes = {first, 8, *(2**k for k in range(5 if on_cpu else 4, 12, 2 if on_cpu else 1))}
+    sizes = {1, 8, *(2**k for k in range(5 if on_cpu else 4, 12, 2 if on_cpu else 1))}
     found = {size for size in sizes if size < max_num_seqs}
-    size = max(max_num_seqs, first)
+    size = max_num_seqs
     while size < max_rows:
         found.add(size)
         size = 4 * size if 6 * size <= max_rows else max_rows

@@ -86,4 +86,4 @@ def logits(
 
 def products_of(backend: Backend) -> Backend:
     """The backend of matrix products in a step whose attention has this one: C++ goes with C++, all others with XLA's."""
-    return backend if backend in ("auto", "native") else "xla"
+    return "auto" if backend in ("auto", "native") else "xla"

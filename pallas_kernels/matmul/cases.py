@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -37,7 +38,7 @@ class Case:
         return "-".join(filter(None, [*parts, "gated" * self.is_gated]))
 
 
-_ALL = {"has_bias": True, "has_norm": True, "has_residual": True}
+_ALL: dict[str, Any] = {"has_bias": True, "has_norm": True, "has_residual": True}
 CHECK = (
     Case(1, 576, 96),
     Case(1, 576, 96, "float32"),

@@ -20,7 +20,8 @@ _SOURCE = Path(__file__).with_name("matmul.cc")
 @functools.cache
 def unavailable() -> str | None:
     """Why this backend cannot run here, or None when it can. Builds and registers it at the first call."""
-    return building.register(_SOURCE, {"Matmul": _target("Matmul")}, building.MATH, "matrix products")
+    handlers = {name: _target(name) for name in ("Matmul", "MatmulInt8")}
+    return building.register(_SOURCE, handlers, building.MATH, "matrix products")
 
 
 def _target(name: str) -> str:
@@ -44,3 +45,9 @@ def matmul(
     absent = jnp.zeros(0, jnp.float32)
     optional = (absent if bias is None else bias.astype(jnp.float32), *(absent if a is None else a for a in (norm, residual)))
     return call(x, weight, *optional, eps=np.float32(eps), is_gated=is_gated)
+
+
+def matmul_int8(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.Array:
+    """Rows [X, D] times the transpose of a weight of int8 [F, D] whose output f is multiplied by scales[f]: float32 [X, F]."""
+    call = jax.ffi.ffi_call(_target("MatmulInt8"), jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32))
+    return call(x.astype(jnp.float32), weight, scales)

@@ -15,6 +15,9 @@ from pallas_kernels.target import Target
 __all__ = ["quantize", "quantized_matmul"]
 
 _NAME = "quantized_matmul"
+# More rows and the portable path is faster on a CPU: of a 3072x576 weight 4 and 16 rows of integers take 112 and 393 us natively,
+# 173 and 348 on xla, 1 and 8 rows of floats 87 and 218 us, 257 and 940 on xla (one core of Zen 5, November 2026).
+_MOST_ROWS = {None: 16, "int8": 4}
 _ROWS = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 
 
@@ -76,7 +79,9 @@ def quantized_matmul(
     def unavailable(target: Target) -> str | None:
         return _module("mosaic").unavailable(target, operands, activations)
 
-    choice = backends.choose(_NAME, backend, mosaic=unavailable)
+    choice = backends.choose(_NAME, backend, native=lambda: _module("native").unavailable(operands), mosaic=unavailable)
+    if backend == "auto" and choice.name == "native" and len(operands.x) > _MOST_ROWS[activations]:
+        choice = backends.choose(_NAME, "xla")
     if choice.target is not None:
         return _module("mosaic").matmul(operands, dtype, choice.target)
     return _module(choice.name).matmul(operands, is_int8=activations is not None).astype(dtype)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+import test_matmul
 from planting import Bug, changed, first_rung, fresh, healthy_rung
 
 from pallas_kernels import native
+from pallas_kernels.matmul import cases
+from pallas_kernels.native import building, matmul
 from pallas_kernels.operations import Call
 from pallas_kernels.paged_decode_attention.cases import Case
 
-DECODE, SOURCE = "paged_decode_attention", "pallas_kernels.native"
+DECODE, SOURCE, MATMUL = "paged_decode_attention", "paged_attention.cc", "matmul"
 WINDOW = Case(4, 2, 64, window=24)
 SINKS = Case(4, 2, 64, has_sinks=True)
 TOKENS = Case(4, 2, 64, kv_dtype="int8", scales="token")
 HALF = Case(4, 2, 64, dtype="float16", soft_cap=20.0, spread=10.0)
 FLOAT8 = Case(4, 2, 64, dtype="bfloat16", kv_dtype="float8_e4m3fn")
+
+# What stands in the source, and for whole tiles the same steps from the last to the first.
+REVERSED = """for (int64_t i = 0, d; i < whole && (d = NR == kRows ? whole - K::kStep - i : i, true); i += K::kStep)"""
 
 BUGS = (
     Bug(
@@ -48,43 +54,71 @@ BUGS = (
 )
 
 
+PRODUCT = cases.Case(13, 100, 33, has_bias=True, has_norm=True, has_residual=True)
+GATED = cases.Case(40, 72, 1030, is_gated=True)
+WIDE = cases.Case(9, 96, 20, "float32", weight="bfloat16")
+PRODUCT_BUGS = (
+    Bug("a last output twice", "matmul.cc", "(f + i, count - 1)", "(f + i, count - 2)", "definition", MATMUL, PRODUCT, "native"),
+    Bug("another row's residual", "matmul.cc", "at = row * c.F", "at = 0 * c.F", "definition", MATMUL, PRODUCT, "native"),
+)
+
+
 @pytest.fixture
 def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """From the call on, the native backend is another source, or one for another processor; none of it is in the user's cache."""
+    """From the call on, the native backend is of other sources, by name, or for another processor; none in the user's cache."""
 
-    def used(source: str, tunings: tuple[tuple[str, ...], ...] = native._TUNINGS) -> None:
-        path = tmp_path / "changed.cc"
-        path.write_text(source)
-        monkeypatch.setattr(native, "_SOURCE", path)
+    def used(changes: Mapping[str, str], tunings: tuple[tuple[str, ...], ...] = building.TUNINGS) -> None:
+        for path in native._SOURCE.parent.iterdir():
+            if path.suffix in (".cc", ".h"):
+                (tmp_path / path.name).write_text(changes.get(path.name) or path.read_text())
         monkeypatch.setenv("HOME", str(tmp_path))
-        monkeypatch.setattr(native, "_target", lambda name, head_dim: f"{tmp_path}.{name}.{head_dim}")
-        monkeypatch.setattr(native, "_TUNINGS", tunings)
-        if (reason := native._unavailable.__wrapped__(64)) is not None:
-            pytest.skip(reason)
+        monkeypatch.setattr(building, "TUNINGS", tunings)
+        for module, build in ((native, lambda: native._unavailable.__wrapped__(64)), (matmul, matmul.unavailable.__wrapped__)):
+            if changes and not {module._SOURCE.name, "vectors.h"} & set(changes):
+                continue  # each takes seconds to compile
+            monkeypatch.setattr(module, "_SOURCE", tmp_path / module._SOURCE.name)
+            monkeypatch.setattr(module, "_target", lambda name, head_dim=0: f"{tmp_path}.{name}.{head_dim}")
+            if (reason := build()) is not None:
+                pytest.skip(reason)
 
     if (reason := native.unavailable(64)) is not None:
         pytest.skip(reason)
     return used
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=str)
+def changed_source(name: str, old: str, new: str) -> dict[str, str]:
+    """What `use` takes, of one source with a bug in it."""
+    return {name: changed(native._SOURCE.with_name(name), old, new)}
+
+
+@pytest.mark.parametrize("bug", (*BUGS, *PRODUCT_BUGS), ids=str)
 def test_a_planted_bug_is_seen(use: Callable[..., None], bug: Bug) -> None:
     assert healthy_rung(bug.operation, bug.case, bug.backend) == ""
-    use(changed(native._SOURCE, bug.old, bug.new))
+    use(changed_source(bug.module, bug.old, bug.new))
     assert first_rung(bug.operation, bug.case, bug.backend) == bug.rung
 
 
 def test_a_nan_of_8_bits_that_is_a_number_is_seen(use: Callable[..., None]) -> None:
     """Pages are never NaN where a case looks: this one is put there."""
     assert not is_nan_lost()
-    use(changed(native._SOURCE, "kFloat8NaN = 0x7f", "kFloat8NaN = 0x80"))
+    use(changed_source("vectors.h", "kFloat8NaN = 0x7f", "kFloat8NaN = 0x80"))
     assert is_nan_lost()
+
+
+def test_a_row_that_depends_on_its_neighbours_is_seen(use: Callable[..., None]) -> None:
+    """Sums in another order for whole tiles, as close to the definition as before."""
+    assert test_matmul.rows_differ(*test_matmul.INVARIANT[0]) == []
+    use(changed_source("matmul.cc", "for (int64_t d = 0; d < whole; d += K::kStep)", REVERSED))
+    assert first_rung(MATMUL, PRODUCT, "native") == ""
+    assert test_matmul.rows_differ(*test_matmul.INVARIANT[0])
 
 
 def test_without_avx512_it_is_the_definition_too(use: Callable[..., None]) -> None:
     """Sums and conversions are written twice; a cheap machine for `make test` may have only one of them."""
-    use(native._SOURCE.read_text(), tunings=(("-march=native", "-mno-avx512f"), ("-mcpu=native",), ()))
+    use({}, tunings=(("-march=native", "-mno-avx512f"), ("-mcpu=native",), ()))
     assert [first_rung(DECODE, case, "native") for case in (TOKENS, FLOAT8, HALF)] == ["", "", ""]
+    assert [first_rung(MATMUL, case, "native") for case in (PRODUCT, GATED, WIDE)] == ["", "", ""]
+    assert [test_matmul.rows_differ(*each) for each in test_matmul.INVARIANT] == [[]] * len(test_matmul.INVARIANT)
     assert not is_nan_lost()
 
 
