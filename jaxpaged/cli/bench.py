@@ -12,6 +12,7 @@ KINDS = {
     "serve": "a server from outside: requests that come at a rate, with their latencies",
     "latency": "one batch in this process, again and again",
     "throughput": "many requests in this process at once",
+    "profile": "a step, part by part, each beside its floor",
 }
 _EXAMPLES = """\
 examples:

@@ -14,6 +14,7 @@ from jax import lax
 from jaxpaged.config import ModelConfig, RopeConfig
 
 
+@jax.named_scope("norm")
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) * scale over the last axis, computed in float32, in x's dtype. Source: arXiv 1910.07467."""
     x32 = x.astype(jnp.float32)
@@ -22,6 +23,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return x32.astype(x.dtype) * scale
 
 
+@jax.named_scope("matmul")
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """x [..., I] times weight [O..., I] transposed, plus bias: [..., O...], in x's dtype with float32 sums.
 
@@ -55,12 +57,14 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> jax.Array:
     return frequencies * (ramp + (1.0 - ramp) / rope.factor)
 
 
+@jax.named_scope("rope")
 def rope_tables(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin of every angle, float32 [X, H/2] each. Float32 positions are exact to 16 million."""
     angles = positions.astype(jnp.float32)[:, None] * rope_frequencies(config.rope, config.head_dim)
     return jnp.cos(angles), jnp.sin(angles)
 
 
+@jax.named_scope("rope")
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Turn the pairs (i, i + H/2) of every head. x [X, heads, H], cos and sin [X, H/2]."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -68,6 +72,7 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+@jax.named_scope("mlp")
 def gated_mlp(x: jax.Array, layer) -> jax.Array:
     """down(silu(gate(x)) * up(x)). Source: SwiGLU, arXiv 2002.05202."""
     gate_up = linear(x, layer.gate_up, layer.gate_up_bias)  # [X, 2, F]

@@ -75,6 +75,7 @@ def _combine(layer: Layer, config: ModelConfig, x: jax.Array, attended: jax.Arra
     return x + gated_mlp(rms_norm(x, layer.mlp_norm, config.rms_norm_eps), layer)
 
 
+@jax.named_scope("head")
 def logits(weights: Weights, config: ModelConfig, hidden: jax.Array, *, tiles: RowTiles | None = None) -> jax.Array:
     """Scores of the next token: hidden [R, D] -> float32 [R, V]; `tiles` as in `forward`."""
     head = weights.embed if weights.lm_head is None else weights.lm_head
