@@ -147,7 +147,7 @@ class JaxRunner:
         self._compile_s: list[float] = []  # of each of them
         self.num_places = self.num_padding = 0  # token places of the steps that ran, and those that held none
         sizes = {"tile": config.prefill_tile, "page_size": config.block_size, "max_blocks_per_seq": config.max_blocks_per_seq}
-        self._pad = functools.partial(batch.pad, **sizes)  # type: ignore[arg-type]
+        self._pad = functools.partial(batch.pad, known=batch.DecodeRows(sizes["max_blocks_per_seq"]), **sizes)  # type: ignore[arg-type]
         num_rows = self.buckets[-1].decode_rows + self.buckets[-1].prefill_tiles
         self._feed = batch.Feed(np.zeros(num_rows, np.int32), {})
         limits = {"num_sequences": config.max_num_seqs, "max_model_len": config.max_model_len, "num_fed": num_rows}
