@@ -29,7 +29,11 @@ SHAPE_0_6B = {
     "tie_word_embeddings": True,
     "hidden_act": "silu",
 }
-SHAPES = {"135M": SHAPE_135M, "0.6B": SHAPE_0_6B}
+# Small, and long enough to see how a step grows with its context.
+_SMALL = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8}
+SHAPE_LONG = {**SHAPE_135M, **_SMALL, "num_key_value_heads": 4, "max_position_embeddings": 16384}
+LONG = "long"
+SHAPES = {"135M": SHAPE_135M, "0.6B": SHAPE_0_6B, LONG: SHAPE_LONG}
 HELP = f"a directory or hub id, or random weights of a shape: {', '.join(SHAPES)} (default: the bundled model)"
 
 

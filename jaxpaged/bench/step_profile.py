@@ -159,6 +159,12 @@ def profile(
     return Profile(rows, bucket.prefill_tiles, context, step_s, traced_s, found, tuple(heavy), limits, host_us)
 
 
+def floor_s(engine: Engine, rows: int, context: int, limits: machine.Limits) -> float:
+    """The least that this machine can take for a step of sequences that decode behind so many tokens."""
+    needs = _needs(engine, Bucket(rows, 0), rows * context, rows * context)
+    return sum(Part(name, 0.0, 0, *need).floor_s(limits) for name, need in needs.items())
+
+
 def _parts(
     text: str, run: Callable[[], None], turns: int, num_heaviest: int
 ) -> tuple[float, float, dict[str, tuple[float, int]], list[Heavy]]:
