@@ -133,7 +133,7 @@ class AsyncLLM:
                 self._thread.observer.started(stream)
         except TimeoutError:
             ticket.release()
-            raise DeadlineError("timeout: the request has taken longer than it may") from None
+            raise DeadlineError() from None
         except BaseException:
             ticket.release()
             raise
@@ -186,7 +186,7 @@ class AsyncLLM:
                 embed = functools.partial(self._embedder.embed, ids, pooling_params, is_wanted=lambda: not is_left.is_set())
                 vectors = await asyncio.get_running_loop().run_in_executor(self._embedding, embed)
         except TimeoutError:
-            raise DeadlineError("timeout: the request has taken longer than it may") from None
+            raise DeadlineError() from None
         finally:
             is_left.set()
             ticket.release()

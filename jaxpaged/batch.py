@@ -192,13 +192,8 @@ def _put_tiles(chunks: Seq[Chunk], arrays: dict[str, np.ndarray], num_rows: int,
     for chunk in chunks:
         start, end, num_tiles = chunk.start, chunk.end, -(-chunk.num_tokens // tile)
         last, after = row + num_tiles - 1, at + chunk.num_tokens
-        pages, places = np.asarray(chunk.sequence.pages, np.int32), np.arange(start, end)
-        arrays["token_ids"][at:after] = chunk.sequence.tokens[start:end]
-        arrays["slots"][at:after] = pages[places // page_size] * page_size + places % page_size
-        # A tile's padding keeps counting, so that its first position alone tells all of them.
-        arrays["positions"][at : at + num_tiles * tile] = np.arange(start, start + num_tiles * tile)
-        arrays["tables"][row : last + 1, : len(pages)] = pages
-        arrays["lens"][row : last + 1] = np.minimum(np.arange(start, end, tile) + tile, end)
+        pages = np.asarray(chunk.sequence.pages, np.int32)
+        put_tiles(arrays, row, at, chunk.sequence.tokens[start:end], start, pages, tile, page_size)
         if wanted := prompt_targets_of(chunk, start, end):
             arrays["prompt_targets"][at - num_rows : at - num_rows + len(wanted)] = np.asarray(wanted, np.int32) + 1
         if chunk.samples:
@@ -208,6 +203,33 @@ def _put_tiles(chunks: Seq[Chunk], arrays: dict[str, np.ndarray], num_rows: int,
             sampling.append(last)
         row, at = last + 1, at + num_tiles * tile
     return sampling
+
+
+def put_tiles(
+    arrays: dict[str, np.ndarray],
+    row: int,
+    at: int,
+    token_ids: Seq[int],
+    start: int,
+    pages: np.ndarray,
+    tile: int,
+    page_size: int,
+) -> None:
+    """Consecutive tokens of one sequence, the first of them its token number `start`, in tiles: whole ones but for the last.
+
+    Args:
+      arrays: token_ids, positions and slots [X], tables [B, M], lens [B].
+      row: the first tile's.
+      at: the first token's.
+    """
+    end = start + len(token_ids)
+    num_tiles, places = -(-len(token_ids) // tile), np.arange(start, end)
+    arrays["token_ids"][at : at + len(token_ids)] = token_ids
+    arrays["slots"][at : at + len(token_ids)] = pages[places // page_size] * page_size + places % page_size
+    # A tile's padding keeps counting, so that its first position alone tells all of them.
+    arrays["positions"][at : at + num_tiles * tile] = np.arange(start, start + num_tiles * tile)
+    arrays["tables"][row : row + num_tiles, : len(pages)] = pages
+    arrays["lens"][row : row + num_tiles] = np.minimum(np.arange(start, end, tile) + tile, end)
 
 
 def prompt_targets_of(chunk: Chunk, start: int, end: int) -> list[int]:

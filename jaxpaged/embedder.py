@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from jaxpaged.batch import put_tiles
 from jaxpaged.engine import Engine
 from jaxpaged.host.checks import shown
 from jaxpaged.host.request import RequestError
@@ -126,22 +127,18 @@ class Embedder:
     def _tokens(self, prompts: list[Seq[int]], num_tiles: int) -> PagedTokens:
         """The prompts' tiles; each prompt has pages of its own."""
         T, S = self._tile, self._page_size
-        token_ids, positions, slots = (np.zeros(num_tiles * T, np.int32) for _ in range(3))
-        tables, lens = np.zeros((num_tiles, self._table_len(num_tiles)), np.int32), np.zeros(num_tiles, np.int32)
+        arrays: dict[str, np.ndarray] = {name: np.zeros(num_tiles * T, np.int32) for name in ("token_ids", "positions", "slots")}
+        arrays["tables"] = np.zeros((num_tiles, self._table_len(num_tiles)), np.int32)
+        arrays["lens"] = np.zeros(num_tiles, np.int32)
         row, first_page = 0, 1
         for prompt in prompts:
             pages = np.arange(first_page, first_page - (-len(prompt) // S), dtype=np.int32)
             first_page += len(pages)
-            for start in range(0, len(prompt), T):
-                end, at = min(start + T, len(prompt)), row * T
-                places = np.arange(start, end)
-                token_ids[at : at + end - start] = prompt[start:end]
-                positions[at : at + T] = np.arange(start, start + T)
-                slots[at : at + end - start] = pages[places // S] * S + places % S
-                tables[row, : len(pages)], lens[row] = pages, end
-                row += 1
+            put_tiles(arrays, row, row * T, prompt, 0, pages, T, S)
+            row += self._num_tiles(prompt)
+        tables, lens = arrays.pop("tables"), arrays.pop("lens")
         rows = np.zeros((0, tables.shape[1]), np.int32), np.zeros(0, np.int32)
-        return PagedTokens(token_ids, positions, slots, *rows, tables, lens)  # type: ignore[arg-type]
+        return PagedTokens(*arrays.values(), *rows, tables, lens)  # type: ignore[arg-type]
 
     def _num_pages(self, num_tiles: int) -> int:
         """Of a call: each tile's tokens, and where tiles are shorter than pages, one of each tile at most; and the null page."""

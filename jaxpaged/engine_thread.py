@@ -117,7 +117,7 @@ class EngineThread:
         Who waits is told now, even where the step that runs never ends; its pages are free before the next.
         """
         if not stream.is_over:
-            stream.fail(DeadlineError("timeout: the request has taken longer than it may"))
+            stream.fail(DeadlineError())
             self._send(functools.partial(self._drop, stream))
             stream.wake()
 

@@ -52,6 +52,9 @@ class DeadlineError(EngineError):
 
     code = "deadline_exceeded"
 
+    def __init__(self) -> None:
+        super().__init__("timeout: the request has taken longer than it may")
+
 
 @dataclass(slots=True)
 class Times:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 from typing import Any
 
 from jaxpaged.cli.options import Parser, UsageError, whole_number
+from jaxpaged.cli.server_flags import add_headers, headers
+from jaxpaged.client.connection import HttpError
+from jaxpaged.client.http import Client
+from jaxpaged.errors import ConfigError
 from jaxpaged.observe.debug_socket import ask
 from jaxpaged.observe.recording import Recording
 from jaxpaged.observe.records import RecordingError
-from jaxpaged.observe.remote import ask_server
 from jaxpaged.observe.replay import Replay
 from jaxpaged.observe.snapshot import snapshot
 from jaxpaged.observe.tables import as_text
-from jaxpaged.server.options import ServerOptions
 
 DESCRIPTION = "Show the pages that are in use and who owns them: of a running engine or server, or at one step of a recording."
 EPILOG = """\
@@ -23,6 +26,9 @@ examples:
   jaxpaged inspect --active-blocks --socket engine.sock                    an engine with debug_socket="engine.sock"
   jaxpaged inspect --active-blocks --recording run.recording               at its end
   jaxpaged inspect --active-blocks --recording run.recording --step 417 --json"""
+_KEY_IS_WRONG = "the server takes no request without one of its keys (--api-key-file), and does not know this one"
+_NO_KEY = "the server takes no request without one of its keys (--api-key-file)"
+_TIMEOUT_S = 30.0
 _VIEWS = {"active_blocks": ("active-blocks", "sequences that own pages, which pages, and how many of them are shared")}
 
 
@@ -39,8 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 def add_views(parser: Parser, views: dict[str, tuple[str, str]]) -> None:
     """A flag for each view, and where to look."""
     parser.add_argument("--url", metavar="URL", help="a running server")
-    parser.add_argument("--api-key-file", metavar="FILE", help="of the server: a file whose first line is one of its keys")
-    parser.add_argument("--api-key", metavar="KEY", help="the same key itself, which other users of this machine can see")
+    add_headers(parser)
     for view, text in views.values():
         parser.add_argument(f"--{view}", action="store_true", help=text)
     parser.add_argument("--socket", metavar="PATH", help="the debug_socket of a running engine")
@@ -59,10 +64,10 @@ def show(arguments: argparse.Namespace, views: dict[str, tuple[str, str]]) -> in
         raise UsageError("expected one of --url URL of a server, --socket PATH of a running engine, --recording FILE")
     if arguments.recording is None and arguments.step is not None:
         raise UsageError("--step: only with --recording")
-    if arguments.url is None and (arguments.api_key is not None or arguments.api_key_file is not None):
-        raise UsageError("--api-key: only with --url")
+    if arguments.url is None and (arguments.api_key_file is not None or arguments.header):
+        raise UsageError(f"--{'header' if arguments.header else 'api-key-file'}: only with --url")
     if arguments.url is not None:
-        found = ask_server(arguments.url, wanted[0], key=_key(arguments))
+        found = _of_server(arguments.url, wanted[0], headers(arguments))
     elif arguments.socket is not None:
         found = ask(arguments.socket, wanted[0])
     else:
@@ -71,12 +76,30 @@ def show(arguments: argparse.Namespace, views: dict[str, tuple[str, str]]) -> in
     return 0
 
 
-def _key(arguments: argparse.Namespace) -> str | None:
-    """The server's key, of which the file's first is meant."""
-    if arguments.api_key is not None and arguments.api_key_file is not None:
-        raise UsageError("--api-key: not with --api-key-file")
-    options = {"api_key": arguments.api_key or (), "api_key_file": arguments.api_key_file}
-    return next(iter(ServerOptions(**options).all_keys()), None)
+def _of_server(url: str, view: str, sent: dict[str, str]) -> dict[str, Any]:
+    """The view of the engine behind a server. Raises RecordingError where no server answers, or the answer is no view."""
+
+    async def ask() -> tuple[int, Any]:
+        async with Client(url, headers=sent) as client, asyncio.timeout(_TIMEOUT_S):
+            return await client.json("GET", f"/state/{view}")
+
+    try:
+        status, found = asyncio.run(ask())
+    except ConfigError as error:
+        raise RecordingError(str(error).replace("base_url", "url", 1)) from None
+    except (HttpError, TimeoutError) as error:
+        reason = str(error) or f"no answer in {_TIMEOUT_S:g} s"
+        raise RecordingError(f"{url}: no server answers there ({reason})") from None
+    if status == 401:
+        raise RecordingError(f"{url}: {_KEY_IS_WRONG if 'authorization' in sent else _NO_KEY}")
+    if status == 404:
+        raise RecordingError(f"{url}: the server has no such route: it does not show its state (show_state)")
+    found = found if isinstance(found, dict) else {}
+    if status == 200 and found.get("view") == view:
+        return found
+    told = found.get("error")
+    problem = told.get("message") if isinstance(told, dict) else None
+    raise RecordingError(f"{url}: {problem or f'got no view with status {status}: it may be no server of jaxpaged'}")
 
 
 def _of_recording(path: str, view: str, step: int | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from jaxpaged.cli.options import UsageError, pairs_of
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-def add_headers(group: argparse._ArgumentGroup) -> None:
+def add_headers(group: argparse._ActionsContainer) -> None:
     """`--api-key-file` and `--header`. A key itself is no flag: a command line can be read by others."""
     group.add_argument("--api-key-file", metavar="FILE", help="a file whose first line is the key that the server wants")
     group.add_argument("--header", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="sent with every request")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from jaxpaged.config import ConfigError, nearest
 from jaxpaged.tools import TOOL_CALL_PARSERS
@@ -120,15 +118,6 @@ class ServerOptions:
             raise ConfigError(f"max_log_len: got {limit!r}, expected a whole number, 0 or more")
         if url is not None and (not isinstance(url, str) or not re.fullmatch(r"https?://[^/\s]+\S*", url)):
             raise ConfigError(f"otlp_traces_endpoint: got {url!r}, expected a URL with http:// or https://")
-
-    @classmethod
-    def from_options(cls, **options: Any) -> ServerOptions:
-        """Build from keywords; an unknown one raises and names its nearest neighbour."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in options:
-            if name not in known:
-                raise ConfigError(f"unknown option {name!r}{nearest(name, known)}")
-        return cls(**options)
 
     @property
     def is_local(self) -> bool:

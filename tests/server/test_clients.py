@@ -6,43 +6,22 @@ import asyncio
 import io
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from jaxpaged import cli
-from jaxpaged.async_llm import AsyncLLM
 
 for name in ("fastapi", "uvicorn", "httpx2"):
     pytest.importorskip(name, reason="the extra `serve` is not installed")
 sys.path.insert(0, str(Path(__file__).parent))
-from running import Running, is_empty, new_llm, running, wait_until  # noqa: E402
+from running import Running  # noqa: E402
 
 from jaxpaged.server.app import build_app  # noqa: E402
 from jaxpaged.server.batch_file import Output, answer_all, read_lines  # noqa: E402
 from jaxpaged.server.options import ServerOptions  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("own_logger")
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[AsyncLLM]:
-    llm = new_llm()
-    yield llm
-    llm.shutdown()
-
-
-@pytest.fixture(scope="module")
-def shared(model: AsyncLLM) -> Iterator[Running]:
-    with running(model) as one:
-        yield one
-
-
-@pytest.fixture
-def server(shared: Running) -> Iterator[Running]:
-    yield shared
-    wait_until(lambda: is_empty(shared.llm))
 
 
 # --- bench serve -----------------------------------------------------------------------------------------------------

@@ -218,8 +218,6 @@ def test_keys_come_from_options_and_from_a_file(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="api_key_file"):
             ServerOptions(api_key_file=str(file)).all_keys()
     assert ServerOptions(host="::1").is_local and ServerOptions(host="localhost").is_local
-    with pytest.raises(ConfigError, match="did you mean 'port'"):
-        ServerOptions.from_options(prot=5)
 
 
 def test_the_socket_is_known_to_be_tcp_and_one_in_use_is_told() -> None:

@@ -10,7 +10,6 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ for name in ("fastapi", "uvicorn", "httptools", "httpx2", "prometheus_client"):
     pytest.importorskip(name, reason="the extra `serve` is not installed")
 sys.path.insert(0, str(Path(__file__).parent))
 from asgi import ask  # noqa: E402
-from running import is_empty, new_llm, wait_until  # noqa: E402
 
 from jaxpaged.async_llm import AsyncLLM  # noqa: E402
 from jaxpaged.config import ConfigError  # noqa: E402
@@ -30,14 +28,6 @@ from jaxpaged.server.options import ServerOptions  # noqa: E402
 
 KEY = "a-key-of-some-length"
 HOSTILE = 'x\n2026-11-22 admin: all is well\r\x1b[2J\x1b]0;title\x07\x00\u2028\u202e\x85{"a": "\\n"}'
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[AsyncLLM]:
-    llm = new_llm()
-    yield llm
-    wait_until(lambda: is_empty(llm))
-    llm.shutdown()
 
 
 def lines_of(llm: AsyncLLM, asked: Any, log_format: str = "json", **options: Any) -> list[str]:

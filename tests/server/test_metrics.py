@@ -26,7 +26,7 @@ from asgi import ask  # noqa: E402
 from prometheus_client import Metric  # noqa: E402
 from prometheus_client.parser import text_string_to_metric_families as parse  # noqa: E402
 from prometheus_client.samples import Sample  # noqa: E402
-from running import Running, is_empty, new_llm, running, wait_until  # noqa: E402
+from running import Running, is_empty, running, wait_until  # noqa: E402
 
 from jaxpaged.async_llm import AsyncLLM  # noqa: E402
 from jaxpaged.config import ConfigError  # noqa: E402
@@ -58,23 +58,9 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[AsyncLLM]:
-    llm = new_llm()
-    yield llm
-    llm.shutdown()
-
-
-@pytest.fixture(scope="module")
 def shared(model: AsyncLLM) -> Iterator[Running]:
     with running(model, api_key=("k" * 16,)) as one:
         yield one
-
-
-@pytest.fixture
-def server(shared: Running) -> Iterator[Running]:
-    yield shared
-    wait_until(lambda: is_empty(shared.llm))
-    shared.engine.scheduler.check()
 
 
 def client(server: Running):

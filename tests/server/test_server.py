@@ -11,7 +11,6 @@ import json
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,26 +42,6 @@ WEATHER = {
     },
 }
 GREEDY = {"temperature": 0, "max_tokens": 24}
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[AsyncLLM]:
-    llm = new_llm()
-    yield llm
-    llm.shutdown()
-
-
-@pytest.fixture(scope="module")
-def shared(model: AsyncLLM) -> Iterator[Running]:
-    with running(model) as one:
-        yield one
-
-
-@pytest.fixture
-def server(shared: Running) -> Iterator[Running]:
-    yield shared
-    wait_until(lambda: is_empty(shared.llm))
-    shared.engine.scheduler.check()
 
 
 def post(server: Running, path: str, body: Any, *, status: int = 200, **headers: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ for name in ("fastapi", "uvicorn", "httptools", "httpx2", "prometheus_client"):
     pytest.importorskip(name, reason="the extra `serve` is not installed")
 sys.path.insert(0, str(Path(__file__).parent))
 from asgi import ask  # noqa: E402
-from running import new_llm, running  # noqa: E402
+from running import running  # noqa: E402
 
 from jaxpaged.async_llm import AsyncLLM  # noqa: E402
 from jaxpaged.config import ConfigError  # noqa: E402
@@ -25,13 +25,6 @@ from jaxpaged.server.app import build_app  # noqa: E402
 from jaxpaged.server.options import ServerOptions  # noqa: E402
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[AsyncLLM]:
-    llm = new_llm()
-    yield llm
-    llm.shutdown()
 
 
 @pytest.fixture

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,17 +12,9 @@ import pytest
 from jaxpaged import cli
 from jaxpaged.simulate.run import OPTIONS
 
+pytestmark = pytest.mark.usefixtures("own_logger")
+
 SMALL = ("--num-prompts", "20", "--dataset-name", "alpaca", "--request-rate", "50")
-
-
-@pytest.fixture(autouse=True)
-def logger() -> Iterator[None]:
-    """The command sets up the library's logger for its process; these tests share one."""
-    logger = logging.getLogger("jaxpaged")
-    before = logger.handlers, logger.level, logger.propagate
-    yield
-    logger.handlers, logger.propagate = before[0], before[2]
-    logger.setLevel(before[1])
 
 
 @pytest.fixture
