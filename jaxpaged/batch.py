@@ -5,7 +5,7 @@ The only place that knows both what a plan means and how a compiled step wants i
 
 from __future__ import annotations
 
-import itertools
+import operator
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
@@ -65,60 +65,125 @@ class Padded(NamedTuple):
         return PackedInputs(self.words, self.inputs.previous, adjustments, extra, self.layout)  # type: ignore[arg-type]
 
 
-def pad(plan: StepPlan, bucket: Bucket, feed: Feed, *, tile: int, page_size: int, max_blocks_per_seq: int) -> Padded:
+_NUMBERS = dict.fromkeys(("temperature", "top_p", "min_p", "beam_temperature"), np.float32)
+_DRAWINGS = {**_NUMBERS, "top_k": np.int32, "seeds": np.dtype((np.uint32, 2)), "wants_logprobs": np.bool_}
+
+
+class DecodeRows:
+    """What the sequences of the last step that decoded have in every step alike: their pages, and how their tokens are drawn.
+
+    A step tells a few new pages, not the thousands that were known. Invariant: a sequence's row is that of its list of pages when
+    it was last seen, and a list changes but at its end only by what a plan copies and by what is behind every window.
+    """
+
+    def __init__(self, max_blocks_per_seq: int):
+        self._sequences: list[Sequence] = []
+        # One row of nobody's, so that there is always one.
+        self._pages: list[list[int] | None] = [None]
+        self._lens, self._behind = [0], [0]
+        self._tables = np.zeros((1, max_blocks_per_seq), np.int32)
+        self._drawings = {name: np.zeros(1, kind) for name, kind in _DRAWINGS.items()}
+
+    def update(self, sequences: list[Sequence], *, are_copied: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The rows of these in their order: tables, int32 [rows, M], and the fields of their drawings. To be read at once.
+
+        Args:
+          are_copied: whether the plan copies pages, so that any page of any of them may be another.
+        """
+        if sequences != self._sequences:
+            self._arrange(sequences)
+        pages, behind = [sequence.pages for sequence in sequences], [sequence.num_behind for sequence in sequences]
+        lens = list(map(len, pages))
+        if are_copied or lens != self._lens or behind != self._behind or not all(map(operator.is_, pages, self._pages)):
+            for row, own in enumerate(pages):
+                known = self._lens[row]
+                if are_copied or own is not self._pages[row] or behind[row] != self._behind[row] or lens[row] < known:
+                    self._tables[row] = 0
+                    self._tables[row, : len(own)] = own
+                elif lens[row] > known:
+                    self._tables[row, known : len(own)] = own[known:]
+            self._pages, self._lens, self._behind = pages, lens, behind  # type: ignore[assignment]
+        return self._tables, self._drawings
+
+    def _arrange(self, sequences: list[Sequence]) -> None:
+        """Give these their rows. Those who are new have some row's: their pages are still to be told."""
+        places = {sequence: row for row, sequence in enumerate(self._sequences)}
+        known = [places.get(sequence, -1) for sequence in sequences]
+        new, taken = [row for row, place in enumerate(known) if place < 0], np.maximum(known, 0)
+        self._tables = self._tables[taken]
+        self._drawings = {name: values[taken] for name, values in self._drawings.items()}
+        if new:
+            drawings = zip(*(sequences[row].drawing for row in new), strict=True)
+            for name, values in zip(Drawing._fields, drawings, strict=True):
+                self._drawings[name][new] = values
+        self._pages = [self._pages[place] if place >= 0 else None for place in known]
+        self._lens, self._behind = [self._lens[place] for place in taken], [self._behind[place] for place in taken]
+        self._sequences = sequences
+
+
+def pad(
+    plan: StepPlan,
+    bucket: Bucket,
+    feed: Feed,
+    *,
+    tile: int,
+    page_size: int,
+    max_blocks_per_seq: int,
+    known: DecodeRows | None = None,
+) -> Padded:
     """The step's inputs.
 
     Padding is zeros: token 0 at position 0, slot 0 of the null page, a length of 0, and greedy sampling.
+
+    Args:
+      known: what the steps before have left; the plans come in their order, none left out.
     """
     layout = StepInputs.layout(bucket.decode_rows, bucket.prefill_tiles, tile, max_blocks_per_seq)
     words, arrays = layout.new()
     arrays["top_p"].fill(1.0)
     rows: list[int] = []
     if plan.decodes:
-        rows += _put_decodes(plan.decodes, arrays, feed, page_size)
+        rows += _put_decodes(plan, arrays, feed, page_size, known or DecodeRows(max_blocks_per_seq))
     if plan.prefills:
         rows += _put_tiles(plan.prefills, arrays, bucket.decode_rows, tile, page_size)
     return Padded(StepInputs.of(arrays, feed.token_ids), rows, words, layout)
 
 
-def _put_decodes(chunks: Seq[Chunk], arrays: dict[str, np.ndarray], feed: Feed, page_size: int) -> list[int]:
+def _put_decodes(plan: StepPlan, arrays: dict[str, np.ndarray], feed: Feed, page_size: int, known: DecodeRows) -> list[int]:
     """A row for each token of each chunk, from the first on; they are returned.
 
     Drafts are rows of the same pages: all of them are written before any is attended to, and each sees those before it.
     """
-    sequences, num_drafts = [chunk.sequence for chunk in chunks], [len(chunk.drafts) for chunk in chunks]
-    starts = np.array([chunk.start for chunk in chunks], np.int32)
-    is_known = [start < len(sequence.tokens) for sequence, start in zip(sequences, starts.tolist(), strict=True)]
-    first = [chunk.sequence.tokens[chunk.start] if known else 0 for chunk, known in zip(chunks, is_known, strict=True)]
-    M = arrays["tables"].shape[1]
-    num_pages = np.array([len(sequence.pages) for sequence in sequences])
-    pages = np.fromiter(itertools.chain.from_iterable(sequence.pages for sequence in sequences), np.int32, num_pages.sum())
-    tables = np.zeros((len(chunks), M), np.int32)
-    tables[np.arange(M) < num_pages[:, None]] = pages
-    drawings = [sequence.drawing for sequence in sequences]
-    if any(num_drafts):
-        counts = np.array(num_drafts) + 1
-        rows_before = np.cumsum(counts) - counts  # and so the first row of each
-        positions = np.arange(counts.sum()) - np.repeat(rows_before - starts, counts)
-        token_ids = [token for one, chunk in zip(first, chunks, strict=True) for token in (one, *chunk.drafts)]
+    chunks = plan.decodes
+    sequences, starts = [chunk.sequence for chunk in chunks], [chunk.start for chunk in chunks]
+    tables, drawings = known.update(sequences, are_copied=bool(plan.copies))
+    # The token that the host does not know is the pending one.
+    tokens = [sequence.tokens for sequence in sequences]
+    token_ids = [own[start] if start < len(own) else -1 for own, start in zip(tokens, starts, strict=True)]
+    positions, rows_before = np.array(starts, np.int32), range(len(chunks))
+    count = plan.num_rows
+    if count > len(chunks):
+        counts = np.array([chunk.num_tokens for chunk in chunks])
+        rows_before = (np.cumsum(counts) - counts).tolist()  # and so the first row of each
+        positions = np.arange(count, dtype=np.int32) - np.repeat(rows_before - positions, counts)
+        token_ids = [token for one, chunk in zip(token_ids, chunks, strict=True) for token in (one, *chunk.drafts)]
         tables = np.repeat(tables, counts, axis=0)
-        drawings = [drawing for drawing, count in zip(drawings, counts, strict=True) for _ in range(count)]
-    else:
-        rows_before, positions, token_ids = range(len(chunks)), starts, first
-    count = len(token_ids)
-    if not all(is_known):  # the token that the host does not know is the pending one
-        for row, known, sequence in zip(rows_before, is_known, sequences, strict=True):
-            arrays["fed"][row] = 0 if known else 1 + feed.rows[sequence]
+        drawings = {name: np.repeat(values, counts, axis=0) for name, values in drawings.items()}
+    if -1 in token_ids:
+        for row, sequence in zip(rows_before, sequences, strict=True):
+            if token_ids[row] < 0:
+                arrays["fed"][row], token_ids[row] = 1 + feed.rows[sequence], 0
     rows = np.arange(count)
+    pages, places = np.divmod(positions, page_size)
     arrays["token_ids"][:count] = token_ids
     arrays["positions"][:count] = positions
     arrays["tables"][:count] = tables
-    arrays["slots"][:count] = tables[rows, positions // page_size] * page_size + positions % page_size
+    arrays["slots"][:count] = tables[rows, pages] * page_size + places
     arrays["lens"][:count] = positions + 1
     arrays["sample_at"][:count] = rows
-    for name, values in zip(Drawing._fields, zip(*drawings, strict=True), strict=True):
+    for name, values in drawings.items():
         arrays[name][:count] = values
-    return rows.tolist()
+    return list(range(count))
 
 
 def _put_tiles(chunks: Seq[Chunk], arrays: dict[str, np.ndarray], num_rows: int, tile: int, page_size: int) -> list[int]:

@@ -33,6 +33,7 @@ from jaxpaged.host.beams import Candidates
 from jaxpaged.host.plan import Chunk, StepPlan
 from jaxpaged.host.preemption import SwapCosts
 from jaxpaged.host.request import Likelihood, Sequence
+from jaxpaged.ledger import Ledger
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import draft as model_draft
 from jaxpaged.model import duel as model_duel
@@ -145,9 +146,10 @@ class JaxRunner:
         self.cache = kv_cache.init_cache(model, num_pages, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
         self.compiled: dict[Bucket, jax.stages.Compiled] = {}
         self._compile_s: list[float] = []  # of each of them
+        self.ledger = Ledger(config.prefill_tile)  # type: ignore[arg-type]
         self.num_places = self.num_padding = 0  # token places of the steps that ran, and those that held none
         sizes = {"tile": config.prefill_tile, "page_size": config.block_size, "max_blocks_per_seq": config.max_blocks_per_seq}
-        self._pad = functools.partial(batch.pad, **sizes)  # type: ignore[arg-type]
+        self._pad = functools.partial(batch.pad, known=batch.DecodeRows(sizes["max_blocks_per_seq"]), **sizes)  # type: ignore[arg-type]
         num_rows = self.buckets[-1].decode_rows + self.buckets[-1].prefill_tiles
         self._feed = batch.Feed(np.zeros(num_rows, np.int32), {})
         limits = {"num_sequences": config.max_num_seqs, "max_model_len": config.max_model_len, "num_fed": num_rows}
@@ -204,7 +206,9 @@ class JaxRunner:
         inputs, rows = padded.inputs, padded.rows
         num_places = bucket.decode_rows + bucket.prefill_tiles * self.config.prefill_tile  # type: ignore[operator]
         self.num_places += num_places
-        self.num_padding += num_places - plan.num_tokens
+        num_tokens = plan.num_tokens
+        self.num_padding += num_places - num_tokens
+        self.ledger.ran(bucket, plan.num_rows, num_tokens - plan.num_rows)
         if bucket not in self.compiled:  # enforce_eager
             self.compiled[bucket] = self._compile(bucket)
         adjustments = self.adjuster.adjustments(plan, rows, len(inputs.sample_at), self._feed)
@@ -390,6 +394,7 @@ class JaxRunner:
             arguments = tuple(zip(arguments, of_draft, strict=True))
         compiled = self._jitted.lower(*arguments).compile()
         self._compile_s.append(time.perf_counter() - started)
+        self.ledger.compiled(bucket, self._compile_s[-1])
         return compiled
 
     def _padding(self, bucket: Bucket) -> tuple[batch.Padded, tuple[Adjustments, dict[str, np.ndarray] | None]]:

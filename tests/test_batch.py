@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -128,6 +130,46 @@ def test_padding_is_what_a_loop_makes_of_a_plan(seed: int) -> None:
     device = StepInputs.of(found, feed.token_ids)
     for ours, theirs in zip(jax.tree.leaves(padded.inputs), jax.tree.leaves(device), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def changed(draw: random.Random, sequences: list[Sequence], numbers: Iterator[int]) -> tuple[StepPlan, list[Sequence]]:
+    """The next step of sequences that decode: some end, some come in between, pages are added, copied, given back or taken."""
+    sequences, copies = [sequence for sequence in sequences if draw.random() < 0.9], ()
+    for _ in range(draw.choice([0, 0, 1, 2])):
+        sequences.insert(draw.randint(0, len(sequences)), a_sequence(draw, next(numbers), draw.randrange(2, 15), 1))
+    if draw.random() < 0.1:
+        draw.shuffle(sequences)
+    for sequence in sequences:
+        what, pages = draw.randrange(10), sequence.pages
+        if what == 0 and len(pages) < M:
+            pages.append(draw.randrange(1, 500))
+        elif what == 1 and sequence.num_behind < len(pages) - 1:
+            sequence.num_behind += 1
+            pages[: sequence.num_behind] = [0] * sequence.num_behind
+        elif what == 2:  # it gave way and was admitted again
+            sequence.pages = [draw.randrange(1, 500) for _ in range(draw.randint(6, M))]
+            sequence.num_behind = 0
+        elif what == 3:
+            pages[-1] = draw.randrange(1, 500)
+            copies = ((500, 501),)
+        elif what == 4 and len(pages) > 6:
+            pages.pop()
+    chunks = [Chunk(one, min(len(one.tokens), len(one.pages) * PAGE) - 1, 1, True) for one in sequences]
+    return StepPlan(tuple(chunks), (), copies), sequences
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_known_of_the_step_before_changes_nothing(seed: int) -> None:
+    draw, known, sequences = random.Random(seed), batch.DecodeRows(M), []
+    numbers, feed = itertools.count(), batch.Feed(np.zeros(NUM_FED, np.int32), {})
+    for _ in range(40):
+        plan, sequences = changed(draw, sequences, numbers)
+        bucket = Bucket(len(sequences) + draw.randrange(2), 0)
+        ours, fresh = (
+            batch.pad(plan, bucket, feed, tile=TILE, page_size=PAGE, max_blocks_per_seq=M, known=one) for one in (known, None)
+        )
+        np.testing.assert_array_equal(ours.words, fresh.words)
+        assert ours.rows == fresh.rows
 
 
 def test_the_plans_are_of_every_kind() -> None:

@@ -30,7 +30,7 @@ FLOORS = (
         "jaxpaged.speculative_config",
     ),
     ("jaxpaged.config", "pallas_kernels"),
-    ("jaxpaged.host", "jaxpaged.model", "jaxpaged.outputs", "jaxpaged.series"),
+    ("jaxpaged.host", "jaxpaged.ledger", "jaxpaged.model", "jaxpaged.outputs", "jaxpaged.series"),
     ("jaxpaged.batch", "jaxpaged.checkpoint", "jaxpaged.duel", "jaxpaged.observe", "jaxpaged.offload", "jaxpaged.templates"),
     ("jaxpaged.adjuster", "jaxpaged.drafter", "jaxpaged.structured"),
     ("jaxpaged.runner", "jaxpaged.tokenizer", "jaxpaged.demo", "convert"),

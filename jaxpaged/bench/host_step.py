@@ -13,6 +13,7 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 from jaxpaged.bench.stopwatch import Stopwatch
@@ -23,7 +24,9 @@ from jaxpaged.llm import LLM
 OURS = ("plan", "pad", "commit")  # what is the host's alone, whatever the model
 
 
-def measure(engine: Engine, num_seqs: int, num_steps: int, prompt_len: int) -> dict[str, float]:
+def measure(
+    engine: Engine, num_seqs: int, num_steps: int, prompt_len: int, clock: Callable[[], float] = time.thread_time
+) -> dict[str, float]:
     """Microseconds of each part of a step in which so many sequences decode."""
     draw = random.Random(num_seqs)
     params = SamplingParams(temperature=0, max_tokens=num_steps + 8, ignore_eos=True)
@@ -32,7 +35,7 @@ def measure(engine: Engine, num_seqs: int, num_steps: int, prompt_len: int) -> d
     while sum(sequence.num_uncomputed == 1 for sequence in engine.scheduler.running) < num_seqs:
         engine.step()
     steps: list[dict[str, float]] = []
-    with Stopwatch(time.thread_time) as watch:
+    with Stopwatch(clock) as watch:
         runner: Any = engine.runner
         watch.watch(engine.scheduler, "plan", "plan")
         watch.watch(engine.scheduler, "commit", "commit")

@@ -15,13 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpaged.bench.decode import SHAPE_135M
+from jaxpaged.bench.models import open_engine
 from jaxpaged.bench.ratios import spread
 from jaxpaged.bench.step_times import full_plan
-from jaxpaged.config import Bucket, EngineConfig, ModelConfig
+from jaxpaged.config import Bucket, ModelConfig
 from jaxpaged.engine import Engine
-from jaxpaged.llm import LLM
-from jaxpaged.model import weights as model_weights
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.step import StepInputs, forward_paged, sampled_logits
 from jaxpaged.model.weights import Weights
@@ -37,16 +35,6 @@ def bare(
     hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), config=config, backend=backend)
     scores = sampled_logits(weights, hidden, inputs, config=config, backend=backend)
     return (jnp.argmax(scores, axis=-1).astype(jnp.int32), jnp.all(jnp.isfinite(scores), axis=-1)), cache
-
-
-def open_engine(name: str, rows: int, dtype: str) -> Engine:
-    """Bundled, or 135M for random weights of that shape, with one bucket of decode rows."""
-    options: dict[str, Any] = {"dtype": dtype, "max_num_seqs": rows, "decode_row_buckets": (rows,), "max_model_len": 256}
-    options |= {"async_scheduling": False, "flight_recorder_bytes": 0, "enforce_eager": True}
-    if name == "bundled":
-        return LLM(**options, skip_tokenizer_init=True, use_tqdm_on_load=False).engine
-    model = ModelConfig.from_hf({**SHAPE_135M, "dtype": dtype})
-    return Engine.from_weights(EngineConfig(**options), model, model_weights.init(model, jax.random.key(0), dtype))
 
 
 def measure(engine: Engine, rows: int, turns: int, steps: int) -> dict[str, Any]:
@@ -90,7 +78,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of a turn")
     arguments = parser.parse_args()
     for rows in map(int, arguments.rows.split(",")):
-        with open_engine(arguments.model, rows, arguments.dtype) as engine:
+        options: dict[str, Any] = {"dtype": arguments.dtype, "max_num_seqs": rows, "decode_row_buckets": (rows,)}
+        options |= {"max_model_len": 256, "async_scheduling": False, "flight_recorder_bytes": 0, "enforce_eager": True}
+        with open_engine(None if arguments.model == "bundled" else arguments.model, **options) as engine:
             found = measure(engine, rows, arguments.turns, arguments.steps)
         print(f"{arguments.model}, {arguments.dtype}, {rows} rows:", {name: _shown(value) for name, value in found.items()})
 

@@ -12,6 +12,9 @@ KINDS = {
     "serve": "a server from outside: requests that come at a rate, with their latencies",
     "latency": "one batch in this process, again and again",
     "throughput": "many requests in this process at once",
+    "profile": "a step, part by part, each beside its floor",
+    "ledger": "what starting takes, and how full each compiled step was",
+    "all": "the tables of how this engine behaves on this machine, as one report with figures",
 }
 _EXAMPLES = """\
 examples:

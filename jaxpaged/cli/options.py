@@ -279,7 +279,7 @@ def described_fields(kind: type) -> dict[str, str]:
     return {name: text.removesuffix(".") for name, text in described.items()}
 
 
-def save_json(numbers: Mapping[str, Any], arguments: argparse.Namespace, table: str) -> None:
+def save_json(numbers: Any, arguments: argparse.Namespace, table: str) -> None:
     """Print what the flags `--json` and `--output-json` ask for: the numbers, or their table."""
     print(json.dumps(numbers) if arguments.json else table)
     if arguments.output_json is not None:

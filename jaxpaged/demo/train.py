@@ -153,7 +153,7 @@ def first_state(recipe: Recipe, seed: int) -> dict[str, Any]:
     weights = W.init(recipe.config, jax.random.key(seed))
     # Which word a token is must stay visible behind what the layers add. With embeddings of 0.02 and layers at full size the loss
     # was 4.8 after 85 steps, like this it was 2.8 after 69 (width 160, 5 layers; warm-up was 300 and 200 steps; November 2026).
-    embed = weights.embed * (recipe.hidden_size**-0.5 / weights.embed.std())
+    embed = weights.embed * (recipe.hidden_size**-0.5 / weights.embed.std())  # type: ignore[union-attr]
     scale = 0.1 * (2 * recipe.num_layers) ** -0.5
     layers = [layer.replace(o=layer.o * scale, down=layer.down * scale) for layer in weights.layers]  # type: ignore[attr-defined]
     weights = weights.replace(layers=layers, embed=embed)  # type: ignore[attr-defined]

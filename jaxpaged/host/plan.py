@@ -5,6 +5,7 @@ Knows which tokens of which sequences. Refuses to know how that is decided, and 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -117,8 +118,8 @@ class StepPlan:
         """Tokens computed, padding not counted."""
         return sum(chunk.num_tokens for chunk in self.chunks())
 
-    @property
-    def num_rows(self) -> int:
+    @cached_property
+    def num_rows(self) -> int:  # asked for by everybody who handles a step
         """Decode rows that it fills: one for each token of `decodes`."""
         return sum(chunk.num_tokens for chunk in self.decodes)
 
@@ -139,5 +140,7 @@ class StepPlan:
         return self._outputs
 
     @cached_property
-    def _outputs(self) -> tuple[tuple[Chunk, int], ...]:  # asked for by everybody who handles a step
+    def _outputs(self) -> tuple[tuple[Chunk, int], ...]:  # likewise
+        if self.num_rows == len(self.decodes):
+            return tuple(zip(self.sampling(), itertools.repeat(0)))
         return tuple((chunk, num_drafts) for chunk in self.sampling() for num_drafts in range(len(chunk.drafts) + 1))

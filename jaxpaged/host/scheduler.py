@@ -180,14 +180,21 @@ class Scheduler(Searches):
             raise RuntimeError(f"{len(self._in_flight)} steps are in flight: commit the oldest before the next is planned")
         self._advance_in_flight(is_pending=True)
         tokens_left, tiles_left = self.limits.max_num_batched_tokens, self.limits.max_prefill_tiles
-        chunks: list[Chunk] = []
+        decodes: list[Chunk] = []
+        prefills: list[Chunk] = []
         has_preempted, is_by_arrival = False, self.waiting.policy is fcfs and not self.recall.has_disk
         rows_left = self.num_draft_rows() if drafts else 0
         self.waiting.step += 1
+        # Nothing is to be done for a sequence but its next token.
+        is_plain = not (drafts or self.limits.sliding_window or self.limits.lookahead)
 
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
+            if is_plain and tokens_left and self._has_its_page(sequence):
+                decodes.append(Chunk(sequence, sequence.num_computed, 1, True))
+                tokens_left, index = tokens_left - 1, index + 1
+                continue
             if self.limits.sliding_window:
                 self._free_behind_window(sequence)
             self._fork(sequence)
@@ -208,7 +215,7 @@ class Scheduler(Searches):
                     most = min(rows_left, tokens_left - (len(self.running) - index))
                     chunk = self._with_drafts(chunk, drafts[sequence], most)
                     rows_left -= len(chunk.drafts)
-                chunks.append(chunk)
+                (decodes if chunk.is_decode else prefills).append(chunk)
                 tokens_left, tiles_left = tokens_left - chunk.num_tokens, tiles_left - self._num_tiles(chunk)
                 if self.limits.lookahead and chunk.samples:
                     self._reserve_ahead(sequence, chunk.end + self.limits.lookahead)
@@ -243,7 +250,7 @@ class Scheduler(Searches):
             if not num_tokens or num_lacking + num_needed > self.pool.num_free:
                 break
             if not self._has_room(1 + sequence.num_to_come) or self._is_one_too_many(
-                chunks, num_known + num_tokens < sequence.num_tokens
+                prefills, num_known + num_tokens < sequence.num_tokens
             ):
                 break
             self._begin(sequence, known)
@@ -252,10 +259,11 @@ class Scheduler(Searches):
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=by_rank)
             self._fork(sequence)
-            chunks.append(Chunk.next(sequence, num_tokens))
-            tokens_left, tiles_left = tokens_left - num_tokens, tiles_left - self._num_tiles(chunks[-1])
-            if self.limits.lookahead and chunks[-1].samples:
-                self._reserve_ahead(sequence, chunks[-1].end + self.limits.lookahead)
+            chunk = Chunk.next(sequence, num_tokens)
+            (decodes if chunk.is_decode else prefills).append(chunk)
+            tokens_left, tiles_left = tokens_left - num_tokens, tiles_left - self._num_tiles(chunk)
+            if self.limits.lookahead and chunk.samples:
+                self._reserve_ahead(sequence, chunk.end + self.limits.lookahead)
 
         self._prefetch()
 
@@ -263,14 +271,9 @@ class Scheduler(Searches):
         self.pool.free(source for source, _ in copies)
         self.num_copies += len(copies)
         transfers = self.pool.tier.take_transfers() if self.pool.tier is not None else NO_TRANSFERS
-        if not chunks and not any(transfers):
+        if not decodes and not prefills and not any(transfers):
             return None
-        plan = StepPlan(
-            decodes=tuple(chunk for chunk in chunks if chunk.is_decode),
-            prefills=tuple(chunk for chunk in chunks if not chunk.is_decode),
-            copies=copies,
-            transfers=transfers,
-        )
+        plan = StepPlan(tuple(decodes), tuple(prefills), copies, transfers)
         self._in_flight.append(plan)
         self._is_advanced = False
         return plan
@@ -280,12 +283,11 @@ class Scheduler(Searches):
         if self._is_advanced or not self._in_flight:
             return
         self._is_advanced = True
-        for chunk in self._in_flight[-1].chunks():
-            sequence = chunk.sequence
+        for sequence, start, num_tokens, samples, drafts in self._in_flight[-1].chunks():
             if sequence.finish_reason is None:
-                sequence.num_computed = chunk.end - len(chunk.drafts)
-                sequence.num_pending = int(is_pending and chunk.samples and sequence.group is None)
-                sequence.is_drafted = is_pending and bool(chunk.drafts)
+                sequence.num_computed = start + num_tokens - len(drafts)
+                sequence.num_pending = int(is_pending and samples and sequence.group is None)
+                sequence.is_drafted = is_pending and bool(drafts)
 
     def _prefetch(self) -> None:
         """Begin the fetches of those who are next, though there is no room for them yet."""
@@ -299,6 +301,19 @@ class Scheduler(Searches):
             if not tier.may_fetch:
                 break
             self.recall.look(sequence)
+
+    def _has_its_page(self, sequence: Sequence) -> bool:
+        """Whether all that a sequence wants is to compute its last token, in a page that it has for itself.
+
+        Nearly all sequences of nearly all steps; what `plan` does for the others comes to the same for these, only slower.
+        """
+        num_computed, num_pending = sequence.num_computed, sequence.num_pending
+        if num_computed + 1 != len(sequence.tokens) + num_pending or sequence.num_forks:
+            return False
+        if num_pending and (sequence.is_drafted or num_computed + 1 >= sequence.request.max_len):
+            return False
+        pages, index = sequence.pages, num_computed // self.limits.page_size
+        return index < len(pages) and self.pool.num_owners(pages[index]) == 1
 
     def _chunk_len(self, sequence: Sequence, num_computed: int, tokens_left: int, tiles_left: int) -> int:
         """How many of a sequence's next tokens the rest of the step can hold; 0 when it has to sit the step out."""
@@ -358,12 +373,12 @@ class Scheduler(Searches):
             return False
         return sum(sequence.num_tokens for sequence in self.waiting) < tokens_left
 
-    def _is_one_too_many(self, chunks: list[Chunk], is_partial: bool) -> bool:
+    def _is_one_too_many(self, prefills: list[Chunk], is_partial: bool) -> bool:
         """Whether the step would end in the middle of more prompts than it may."""
         most = self.limits.max_num_partial_prefills
         if not most or not is_partial:
             return False
-        num_ended = sum(chunk.samples and not chunk.is_decode for chunk in chunks)
+        num_ended = sum(chunk.samples for chunk in prefills)
         return sum(sequence.num_uncomputed > 1 for sequence in self.running) - num_ended >= most
 
     def _cached_len(self, sequence: Sequence) -> int:
@@ -527,7 +542,7 @@ class Scheduler(Searches):
         self._in_flight.popleft()
         if self.pool.tier is not None:
             self.pool.tier.ended(plan.transfers)
-        events, tenants = [], self.waiting.tenants
+        events, tenants, cache, page_size = [], self.waiting.tenants, self.pool.cache, self.limits.page_size
         self.spoiled = []
         grown: dict[str, BeamGroup] = {}
         outputs = plan.outputs()
@@ -545,8 +560,8 @@ class Scheduler(Searches):
             sequence.num_pending, sequence.is_drafted = 0, False
             if finite:
                 # Only here is it known that everything up to this token is sound, so that others may share it.
-                if self.pool.cache is not None:
-                    self.pool.cache.record(sequence)
+                if cache is not None and sequence.num_recorded != sequence.num_computed // page_size:
+                    cache.record(sequence)
                 if tenants is not None:
                     tenants.charge(sequence.request.tenant, OUTPUT_COST)
             if sequence.group is not None:
@@ -561,13 +576,14 @@ class Scheduler(Searches):
                 continue
             if finite:
                 sequence.tokens.append(token_id)
+            request, stop_reason = sequence.request, None
             reason = self._finish_reason(sequence) if finite else FinishReason.ERROR
             if reason is not None:
                 self._finish(sequence, reason)
-            params = sequence.request.params
-            stop_reason = token_id if reason is FinishReason.STOP and token_id in params.stop_token_ids else None
+                if reason is FinishReason.STOP and token_id in request.params.stop_token_ids:
+                    stop_reason = token_id
             new_id, num_cached = token_id if finite else None, sequence.num_cached_tokens
-            events.append(TokenEvent(sequence.request.request_id, new_id, reason, stop_reason, num_cached, sequence.index))
+            events.append(TokenEvent(request.request_id, new_id, reason, stop_reason, num_cached, sequence.index))
         others = plan.unsampled() if len(token_ids) > num_outputs else ()
         for chunk, _, finite in zip(others, token_ids[num_outputs:], is_finite[num_outputs:], strict=True):
             if not finite:  # by now siblings may have been forked from it
@@ -592,9 +608,10 @@ class Scheduler(Searches):
             self._preempt(self.running[-1], is_counted=False)
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        if sequence.tokens[-1] in sequence.request.stop_ids:
+        tokens, request = sequence.tokens, sequence.request
+        if tokens[-1] in request.stop_ids:
             return FinishReason.STOP
-        if len(sequence.tokens) >= sequence.request.max_len:
+        if len(tokens) >= request.max_len:
             return FinishReason.LENGTH
         return None
 

@@ -64,6 +64,7 @@ class PagedTokens:
         lens = jnp.repeat(self.tile_lens, self.tile, total_repeat_length=self.num_tiles * self.tile)
         return jnp.concatenate([self.row_lens > 0, self.positions[self.num_rows :] < lens])
 
+    @jax.named_scope("checks")
     def is_finite(self, hidden: jax.Array) -> jax.Array:
         """bool [R]: of each row and each tile, whether all hidden states [X, D] of its real tokens are finite."""
         is_sound = jnp.all(jnp.isfinite(hidden), axis=-1) | ~self.is_real
@@ -104,6 +105,7 @@ class PagedAttention:
         return self.told(self.read(layer, q, cache), q, k, v, cache), cache
 
     @staticmethod
+    @jax.named_scope("checks")
     def told(attended: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> jax.Array:
         """What was read, [X, N, H], with NaN for each token of which something is not finite."""
         is_sound = jnp.all(jnp.isfinite(q), axis=(1, 2))
@@ -111,6 +113,7 @@ class PagedAttention:
             is_sound &= jnp.all(jnp.isfinite(new.astype(cache.dtype)), axis=(1, 2))
         return jnp.where(is_sound[:, None, None], attended, jnp.nan)
 
+    @jax.named_scope("kv_write")
     def write(self, layer: int, k: jax.Array, v: jax.Array, cache: KVCache) -> KVCache:
         """The cache with the tokens' keys and values [X, K, H] in their slots of a layer."""
         # Layer l's page p is row l * P + p of the flat pool, its null page row l * P.
@@ -119,6 +122,7 @@ class PagedAttention:
         v_pages = write_kv_pages(cache.v_pages, written(v, cache), slots, backend=self.backend)
         return KVCache.of(k_pages, v_pages)
 
+    @jax.named_scope("attention")
     def read(self, layer: int, q: jax.Array, cache: KVCache) -> jax.Array:
         """What the queries [X, N, H] gather from a layer's pages: [X, N, H]."""
         tokens, config = self.tokens.apart() if self.batch_invariant else self.tokens, self.config

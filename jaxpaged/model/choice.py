@@ -51,6 +51,7 @@ class Masks:
     is_masked: jax.Array  # bool [R], the others have what they have
 
 
+@jax.named_scope("sampling")
 def choose(
     logits: jax.Array,
     rows: Rows,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxpaged.config import ModelConfig
 from jaxpaged.model.attention import PagedAttention, PagedTokens
 from jaxpaged.model.cache import KVCache
+from jaxpaged.model.sampler import first_largest
 from jaxpaged.model.step import StepInputs, StepOutputs, sampled_logits
 from jaxpaged.model.transformer import forward, products_of
 from jaxpaged.model.weights import Weights
@@ -78,7 +79,7 @@ def step(
 
     hidden, cache = run(read_only, cache)
     rival_scores = sampled_logits(weights, hidden, inputs, **how)
-    best = jnp.stack([jnp.argmax(scores, axis=-1), jnp.argmax(rival_scores, axis=-1)]).astype(jnp.int32)
+    best = jnp.stack([first_largest(scores), first_largest(rival_scores)])
     return (outputs, Evidence(errors=jnp.stack(errors), queries=jnp.stack(queries), best=best)), cache
 
 

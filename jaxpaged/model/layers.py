@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["apply_rope", "gated_mlp", "linear", "lookup", "rms_norm", "rope_frequencies", "rope_tables"]
 
 
+@jax.named_scope("matmul")
 def linear(
     x: jax.Array,
     weight: jax.Array | QuantizedMatrix,
@@ -76,12 +77,14 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> jax.Array:
     return frequencies * (ramp + (1.0 - ramp) / rope.factor)
 
 
+@jax.named_scope("rope")
 def rope_tables(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin of every angle, float32 [X, H/2] each. Float32 positions are exact to 16 million."""
     angles = positions.astype(jnp.float32)[:, None] * rope_frequencies(config.rope, config.head_dim)
     return jnp.cos(angles), jnp.sin(angles)
 
 
+@jax.named_scope("rope")
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Turn the pairs (i, i + H/2) of every head. x [X, heads, H], cos and sin [X, H/2]."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -89,6 +92,7 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+@jax.named_scope("mlp")
 def gated_mlp(
     x: jax.Array, layer: Layer, *, backend: Backend = "xla", residual: jax.Array | None = None, **norm: Any
 ) -> jax.Array:

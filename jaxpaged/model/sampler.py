@@ -13,6 +13,10 @@ from jax import lax
 # Below this the likeliest token always wins, and dividing by it would overflow. The same bound as vLLM's.
 _LOWEST_TEMPERATURE = 1e-5
 
+# Scores of which XLA's CPU backend finds the largest with vector instructions, which it does not for a place. float32, 16 rows of
+# 49,152 scores: 3.95 ms with argmax, 0.44 so; 64 rows 47 and 3.0 ms (2 loaded CPU cores, jax 0.10.2, November 2026).
+_PIECE = 128
+
 
 @flax.struct.dataclass
 class SamplingInputs:
@@ -35,7 +39,7 @@ def sample(logits: jax.Array, sampling: SamplingInputs, positions: jax.Array) ->
     As in vLLM: divide by the temperature, then min_p, then top_k, then top_p on what is left. Ties at a threshold are all kept.
     Sampling is by the Gumbel maximum: argmax(logits + Gumbel noise) is distributed as softmax(logits).
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = first_largest(logits)
 
     def draw(_: None) -> jax.Array:
         is_greedy = sampling.temperature < _LOWEST_TEMPERATURE
@@ -43,10 +47,20 @@ def sample(logits: jax.Array, sampling: SamplingInputs, positions: jax.Array) ->
         needs_filter = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0))
         scaled = lax.cond(needs_filter, lambda x: keep_likely(x, sampling), lambda x: x, scaled)
         noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(sampling.seeds, positions, logits.shape[1])
-        return jnp.where(is_greedy, greedy, jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32))
+        return jnp.where(is_greedy, greedy, first_largest(scaled + noise))
 
     # A batch of greedy rows draws no noise.
     return lax.cond(jnp.any(sampling.temperature >= _LOWEST_TEMPERATURE), draw, lambda _: greedy, None)
+
+
+def first_largest(scores: jax.Array) -> jax.Array:
+    """argmax of each row of scores [R, V], int32 [R]: of equal ones the first. Some place in a row that is not all numbers."""
+    R, V = scores.shape
+    num_pieces = -(-V // _PIECE)
+    pieces = jnp.pad(scores, ((0, 0), (0, num_pieces * _PIECE - V)), constant_values=-jnp.inf).reshape(R, num_pieces, _PIECE)
+    best = jnp.argmax(jnp.max(pieces, axis=-1), axis=-1)
+    piece = jnp.take_along_axis(pieces, best[:, None, None], axis=1)[:, 0]
+    return jnp.minimum(best * _PIECE + jnp.argmax(piece, axis=-1), V - 1).astype(jnp.int32)
 
 
 def processed(logits: jax.Array, sampling: SamplingInputs) -> jax.Array:

@@ -75,6 +75,7 @@ class StepInputs:
         wanted = self.sampling, self.beam_temperature, self.wants_logprobs, self.adjustments, self.extra
         return Rows(positions, last, *wanted)
 
+    @jax.named_scope("inputs")
     def fed_tokens(self) -> PagedTokens:
         """`tokens` with those of the step before in their places."""
         ids = self.tokens.token_ids
@@ -92,6 +93,7 @@ class PackedInputs:
     extra: Mapping[str, jax.Array] | None
     layout: Layout = flax.struct.field(pytree_node=False)
 
+    @jax.named_scope("inputs")
     def unpack(self) -> StepInputs:
         """On the device."""
         arrays = self.layout.unpack(self.words)
@@ -120,6 +122,7 @@ class PromptLogprobs:
     likeliest_logprobs: jax.Array  # float32, likewise
 
     @classmethod
+    @jax.named_scope("prompt_logprobs")
     def of(
         cls,
         weights: Weights,

@@ -76,6 +76,7 @@ def _combine(layer: Layer, config: ModelConfig, backend: Backend, x: jax.Array, 
     return gated_mlp(x, layer, norm=layer.mlp_norm, eps=config.rms_norm_eps, residual=x, backend=backend)
 
 
+@jax.named_scope("head")
 def logits(
     weights: Weights, config: ModelConfig, hidden: jax.Array, *, tiles: RowTiles | None = None, backend: Backend = "xla"
 ) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
+@jax.named_scope("norm")
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) * scale over the last axis, computed in float32, in x's dtype. Source: arXiv 1910.07467."""
     x32 = x.astype(jnp.float32)

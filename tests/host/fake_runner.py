@@ -265,6 +265,7 @@ class PaddedFakeRunner(FakeTiers):
         self.max_blocks_per_seq = max_blocks_per_seq
         self.first = np.full((num_pages * page_size, 2), POISON, np.uint32)
         self.second = np.full(num_pages * page_size, POISON, np.uint32)
+        self.known = batch.DecodeRows(max_blocks_per_seq)
         self.feed = batch.Feed(np.zeros(buckets[-1].decode_rows + buckets[-1].prefill_tiles, np.int32), {})
 
     def read(self, page: int) -> list[np.ndarray]:
@@ -284,6 +285,7 @@ class PaddedFakeRunner(FakeTiers):
             return lambda: ([], [])
         bucket = self.batch.fit(plan, self.buckets, self.tile)
         options = {"tile": self.tile, "page_size": self.page_size, "max_blocks_per_seq": self.max_blocks_per_seq}
+        options["known"] = self.known
         padded = self.batch.pad(plan, bucket, self.feed, **options)
         rows, token_ids = padded.rows, self._step(padded.inputs, bucket)
         result = [token_ids[row] for row in rows], [True] * len(rows)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxpaged.model.sampler import SamplingInputs, keep_likely, sample
+from jaxpaged.model.sampler import SamplingInputs, first_largest, keep_likely, sample
 
 draw = jax.jit(sample)
 keep = jax.jit(keep_likely)
@@ -111,6 +111,30 @@ def test_only_kept_tokens_are_drawn() -> None:
 
 
 # --- special cases are the general one ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 1000, 4096])
+def test_the_first_largest_is_argmax(size: int) -> None:
+    rng = np.random.default_rng(size)
+    scores = np.concatenate(
+        [
+            rng.normal(size=(8, size)),
+            rng.integers(0, 3, (8, size)),  # many are equal
+            np.full((1, size), -np.inf),
+            np.full((1, size), -1.0),  # less than what a row may be filled up with
+            np.where(np.arange(size) == size - 1, 5.0, -np.inf)[None],
+            np.where(rng.random((4, size)) < 0.5, 0.0, -0.0),  # equal numbers of two bit patterns
+        ]
+    ).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(first_largest)(scores), np.argmax(scores, axis=-1))
+
+
+def test_the_first_largest_of_what_are_no_numbers_is_a_place_of_the_row() -> None:
+    scores = np.full((3, 130), np.nan, np.float32)
+    scores[1, :128] = 1
+    scores[2, :128] = np.inf
+    found = np.asarray(jax.jit(first_largest)(scores))
+    assert ((found >= 0) & (found < 130)).all()
 
 
 def test_temperature_zero_is_the_largest_logit() -> None:
