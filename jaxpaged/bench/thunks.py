@@ -45,7 +45,8 @@ def read_trace(folder: Path, module: str) -> list[Thunk]:
         raise ValueError(f"{folder}: no trace in it")
     found: dict[tuple[str, int], Thunk] = {}
     ends: dict[tuple[str, int], float] = {}
-    for plane in jax.profiler.ProfileData.from_file(str(files[-1])).planes:
+    data = jax.profiler.ProfileData.from_file(str(files[-1]))  # jax 0.12 aborts where its parts outlive it
+    for plane in data.planes:
         is_device = plane.name.startswith("/device:")
         for line in plane.lines:
             if is_device and not (line.name or "").startswith("Stream"):
