@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -43,9 +44,19 @@ def read_trace(folder: Path, module: str) -> list[Thunk]:
     files = sorted(folder.rglob("*.xplane.pb"))
     if not files:
         raise ValueError(f"{folder}: no trace in it")
+    with warnings.catch_warnings():
+        # jax 0.12 on Python 3.12 makes types that warn, and aborts where warnings are errors.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        found, ends = _events(jax.profiler.ProfileData.from_file(str(files[-1])), module)
+    thunks = [thunk._replace(end_ns=max(thunk.end_ns, ends.get(key, 0.0))) for key, thunk in found.items()]
+    return sorted(thunks, key=lambda thunk: thunk.start_ns)
+
+
+def _events(data: Any, module: str) -> tuple[dict[tuple[str, int], Thunk], dict[tuple[str, int], float]]:
+    """The thunks, and the ends of those that went on, by name and number."""
     found: dict[tuple[str, int], Thunk] = {}
     ends: dict[tuple[str, int], float] = {}
-    for plane in jax.profiler.ProfileData.from_file(str(files[-1])).planes:
+    for plane in data.planes:
         is_device = plane.name.startswith("/device:")
         for line in plane.lines:
             if is_device and not (line.name or "").startswith("Stream"):
@@ -59,8 +70,7 @@ def read_trace(folder: Path, module: str) -> list[Thunk]:
                     continue
                 key = str(stats["hlo_op"]), int(stats["_p"]) if "_p" in stats else -1 - len(found)
                 found[key] = Thunk(key[0], int(stats.get("run_id", 0)), event.start_ns, event.start_ns + event.duration_ns)
-    thunks = [thunk._replace(end_ns=max(thunk.end_ns, ends.get(key, 0.0))) for key, thunk in found.items()]
-    return sorted(thunks, key=lambda thunk: thunk.start_ns)
+    return found, ends
 
 
 def _number(event: Any, name: str) -> int:

@@ -608,10 +608,9 @@ class Scheduler(Searches):
             self._preempt(self.running[-1], is_counted=False)
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        tokens, request = sequence.tokens, sequence.request
-        if tokens[-1] in request.stop_ids:
+        if sequence.tokens[-1] in sequence.request.stop_ids:
             return FinishReason.STOP
-        if len(tokens) >= request.max_len:
+        if len(sequence.tokens) >= sequence.request.max_len:
             return FinishReason.LENGTH
         return None
 

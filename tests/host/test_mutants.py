@@ -137,8 +137,8 @@ MUTANTS = [
     Mutant(
         "commits one computed token too many",
         SCHEDULER,
-        "sequence.num_computed = chunk.end",
-        "sequence.num_computed = min(chunk.end + 1, len(chunk.sequence.tokens))",
+        "sequence.num_computed = start + num_tokens - len(drafts)",
+        "sequence.num_computed = min(start + num_tokens + 1, len(sequence.tokens))",
     ),
     Mutant(
         "admits without looking at the pool",
@@ -170,12 +170,12 @@ MUTANTS = [
     Mutant(
         "forgets the stop reason",
         SCHEDULER,
-        "token_id if reason is FinishReason.STOP and",
-        "None if reason is FinishReason.STOP and",
+        "if reason is FinishReason.STOP and token_id in",
+        "if False and token_id in",
     ),
     Mutant("a step in flight is not counted", SCHEDULER, "        self._advance_in_flight(is_pending=True)\n", ""),
-    Mutant("a pending token is not counted", SCHEDULER, "int(is_pending and chunk.samples and", "int(False and"),
-    Mutant("every chunk has a pending token", SCHEDULER, "int(is_pending and chunk.samples and", "int(is_pending and"),
+    Mutant("a pending token is not counted", SCHEDULER, "int(is_pending and samples and", "int(False and"),
+    Mutant("every chunk has a pending token", SCHEDULER, "int(is_pending and samples and", "int(is_pending and"),
     Mutant(
         "a token stays pending",
         SCHEDULER,
@@ -190,8 +190,8 @@ MUTANTS = [
     ),
     Mutant("an ended sequence takes the token after", SCHEDULER, "if sequence.finish_reason is not None:", "if False:"),
     Mutant("the last step is advanced at every commit", SCHEDULER, "if len(self._in_flight) == 1:", "if True:"),
-    Mutant("a pending token is fed from another row", BATCH, "else 1 + feed.rows[sequence]", "else feed.rows[sequence]"),
-    Mutant("a pending token is not fed", BATCH, "if not all(is_known):", "if False:"),
+    Mutant("a pending token is fed from another row", BATCH, "= 1 + feed.rows[sequence], 0", "= feed.rows[sequence], 0"),
+    Mutant("a pending token is not fed", BATCH, "if -1 in token_ids:", "if False:"),
     Mutant(
         "a page is behind the window a token early",
         SCHEDULER,
@@ -229,8 +229,8 @@ MUTANTS = [
     ),
     Mutant("slot one too far", BATCH, "places % page_size", "(places + 1) % page_size"),
     Mutant("slot in the next page", BATCH, "pages[places // page_size]", "pages[(places // page_size + 1) % len(pages)]"),
-    Mutant("a decode's slot one too far", BATCH, "+ positions % page_size", "+ (positions + 1) % page_size"),
-    Mutant("a decode's slot in its first page", BATCH, "tables[rows, positions // page_size]", "tables[rows, 0]"),
+    Mutant("a decode's slot one too far", BATCH, "* page_size + places\n", "* page_size + (places + 1) % page_size\n"),
+    Mutant("a decode's slot in its first page", BATCH, "tables[rows, pages]", "tables[rows, 0]"),
     Mutant(
         "padding writes to slot -1",
         BATCH,
@@ -261,9 +261,12 @@ MUTANTS = [
     Mutant(
         "block table without its last page",
         BATCH,
-        "    tables[np.arange(M) < num_pages[:, None]] = pages\n",
-        "    tables[np.arange(M) < num_pages[:, None]] = pages\n    tables[np.arange(len(chunks)), num_pages - 1] = 0\n",
+        "self._tables[row, : len(own)] = own\n",
+        "self._tables[row, : len(own) - 1] = own[:-1]\n",
     ),
+    Mutant("a new page is not told", BATCH, "elif lens[row] > known:", "elif False:"),
+    Mutant("a sequence has the row of another", BATCH, "np.maximum(known, 0)", "np.arange(len(known)) % len(self._tables)"),
+    Mutant("a plain token goes to a shared page", SCHEDULER, "num_owners(pages[index]) == 1", "num_owners(pages[index]) >= 1"),
     Mutant("tokens of the sequence's start", BATCH, "chunk.sequence.tokens[start:end]", "chunk.sequence.tokens[: end - start]"),
     Mutant("samples one token early", BATCH, "[last] = after - 1", "[last] = max(at, after - 2)"),
     Mutant("samples the tile's padding", BATCH, "[last] = after - 1", '[last] = min(after, len(arrays["token_ids"]) - 1)'),
@@ -367,7 +370,9 @@ MUTANTS = [
         "self._copies.append((sequence.pages[index], pages[0]))",
         "self._copies.append((pages[0], pages[0]))",
     ),
-    Mutant("does not tell the device to copy", SCHEDULER, "            copies=copies,\n", ""),
+    Mutant(
+        "does not tell the device to copy", SCHEDULER, "tuple(prefills), copies, transfers)", "tuple(prefills), (), transfers)"
+    ),
     Mutant("keeps the source of a copy", SCHEDULER, "        self.pool.free(source for source, _ in copies)\n", ""),
     Mutant("a page for the copy is not counted", SCHEDULER, "len(sequence.pages) + is_copied\n", "len(sequence.pages)\n"),
     Mutant("a fork believes that it has computed what it has not", REQUEST, '"num_computed": 0, "num_behind"', '"num_behind"'),
