@@ -134,7 +134,8 @@ def judge(name: str, got: np.ndarray, exact: np.ndarray, plain: np.ndarray | Non
         bits = np.dtype(f"u{size}")
         same = np.ascontiguousarray(got).view(bits) == np.ascontiguousarray(exact).view(bits)
         return Verdict(name, float(not same.all()), 0.0, _first(~same), float(1 - same.mean()) if same.size else 0.0)
-    values, near = got.astype(np.float64), plain.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # what was never written may be a signalling NaN
+        values, near = got.astype(np.float64), plain.astype(np.float64)
     is_any, is_infinite = np.isnan(exact), np.isinf(exact)
     counts = ~is_any & ~is_infinite
     with np.errstate(invalid="ignore"):  # infinity minus itself, where it does not count

@@ -19,11 +19,6 @@
 namespace {
 
 constexpr int kOutputs = 4;  // of a tile: their lanes are summed together
-#ifdef __AVX512F__
-constexpr int kRows = 6;  // of a tile: 24 sums in 32 registers
-#else
-constexpr int kRows = 2;
-#endif
 constexpr int kHeldRows = 32;              // up to here all rows meet four outputs before the next four are read
 constexpr int kMaxWidth = 128;             // outputs of a block
 constexpr int64_t kBlockBytes = 24 << 10;  // of a block's weight: half of a first cache
@@ -32,12 +27,27 @@ constexpr int64_t kTaskBytes = 64 << 10;   // of weight: less is not worth wakin
 // How far ahead of its use a weight is asked for. One row of bfloat16, Zen 5: 13 GB/s a core without, 27 with 8 KiB, November 2026.
 constexpr int64_t kAheadBytes = 8 << 10;
 
-// What a product is made of: the numbers of rows and weight, how many of them a step takes, and how a step adds to the lanes.
+struct Nothing {};
+
+// What a product is made of: the numbers of rows and weight, how many of them a step takes, and how a step adds to the lanes. A
+// surplus is what the lanes of an output hold too much of, whatever the row.
+struct Floats {
+  using Lanes = Vec;
+  using Surplus = Nothing;
+#ifdef __AVX512F__
+  static constexpr int kRows = 6;  // of a tile: 24 sums in 32 registers
+#else
+  static constexpr int kRows = 2;
+#endif
+  template <typename Numbers>
+  static INLINE void AddSurplus(Surplus&, Numbers) {}
+  static INLINE void Store(float* target, const Lanes* sums, const Surplus*) { StoreSums(target, sums); }
+};
+
 template <typename P>
-struct Widened {  // any weight, by rows of floats
+struct Widened : Floats {  // any weight, by rows of floats
   using Row = float;
   using Weight = P;
-  using Lanes = Vec;
   using Numbers = Vec;
   static constexpr int kStep = kLanes;
   template <typename Q>
@@ -50,15 +60,46 @@ struct Widened {  // any weight, by rows of floats
 #ifdef __AVX512BF16__
 // Pairs of bfloat16: the products are exact, each pair adds to its lane with two roundings to nearest. Subnormal numbers, those
 // below 1.2e-38, count as 0.
-struct Paired {
+struct Paired : Floats {
   using Row = BFloat16;
   using Weight = BFloat16;
-  using Lanes = Vec;
   using Numbers = __m512bh;
   static constexpr int kStep = 2 * kLanes;
   static INLINE Numbers Of(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static INLINE void Add(Lanes& sum, Numbers x, Numbers w) {
     sum = reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), x, w));
+  }
+};
+#endif
+
+using Shifted = uint8_t;  // an integer from -127 to 127, with 128 added
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+// Four integers of 8 bits to a lane. The instruction multiplies bytes without a sign by bytes with one, so rows come shifted; the
+// surplus is 128 times the weight's sum, and what is left without it is exact.
+struct Integers {
+  using Row = Shifted;
+  using Weight = Int8;
+  using Lanes = __m512i;
+  using Surplus = __m512i;
+  using Numbers = __m512i;
+  static constexpr int kStep = 4 * kLanes;
+  static constexpr int kRows = 5;  // 20 sums, 4 surpluses, 5 rows, a column
+  static INLINE Numbers Of(const void* p) { return _mm512_loadu_si512(p); }
+  static INLINE void Add(Lanes& sum, Numbers x, Numbers w) { sum = _mm512_dpbusd_epi32(sum, x, w); }
+  static INLINE void AddSurplus(Surplus& surplus, Numbers w) {
+    surplus = _mm512_dpbusd_epi32(surplus, _mm512_set1_epi8(static_cast<char>(128)), w);
+  }
+  static INLINE void Store(float* target, const Lanes* sums, const Surplus* surplus) {
+    __m512i x[4];
+    for (int j = 0; j < 4; ++j) x[j] = _mm512_sub_epi32(sums[j], surplus[j]);
+    const auto fold = [](__m512i a, __m512i b) {
+      return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+    };
+    __m512i y = fold(fold(x[0], x[1]), fold(x[2], x[3]));
+    y = _mm512_add_epi32(y, _mm512_shuffle_epi32(y, _MM_PERM_BADC));
+    y = _mm512_add_epi32(y, _mm512_shuffle_epi32(y, _MM_PERM_CDAB));
+    _mm_storeu_ps(target, _mm_cvtepi32_ps(_mm512_castsi512_si128(_mm512_maskz_compress_epi32(0x1111, y))));
   }
 };
 #endif
@@ -76,6 +117,7 @@ INLINE typename K::Numbers Last(const P* p, int64_t count) {
 template <typename K, int NR, bool kAhead, int NF = kOutputs>
 __attribute__((noinline)) void Tile(const typename K::Row* x, const typename K::Weight* const* w, int64_t D, float* out, int64_t out_stride) {
   typename K::Lanes sums[NR][NF] = {};
+  typename K::Surplus surplus[NF] = {};
   const int64_t whole = D / K::kStep * K::kStep;
   for (int64_t d = 0; d < whole; d += K::kStep) {
     typename K::Numbers rows[NR];
@@ -83,6 +125,7 @@ __attribute__((noinline)) void Tile(const typename K::Row* x, const typename K::
     UNROLL for (int f = 0; f < NF; ++f) {
       if (kAhead) __builtin_prefetch(reinterpret_cast<const char*>(w[f] + d) + kAheadBytes);
       const typename K::Numbers column = K::Of(w[f] + d);
+      K::AddSurplus(surplus[f], column);
       UNROLL for (int r = 0; r < NR; ++r) K::Add(sums[r][f], rows[r], column);
     }
   }
@@ -91,14 +134,15 @@ __attribute__((noinline)) void Tile(const typename K::Row* x, const typename K::
     UNROLL for (int r = 0; r < NR; ++r) rows[r] = Last<K>(x + r * D + whole, D - whole);
     UNROLL for (int f = 0; f < NF; ++f) {
       const typename K::Numbers column = Last<K>(w[f] + whole, D - whole);
+      K::AddSurplus(surplus[f], column);
       UNROLL for (int r = 0; r < NR; ++r) K::Add(sums[r][f], rows[r], column);
     }
   }
   UNROLL for (int r = 0; r < NR; ++r)
-    UNROLL for (int f = 0; f < NF; f += kOutputs) StoreSums(out + r * out_stride + f, sums[r] + f);
+    UNROLL for (int f = 0; f < NF; f += kOutputs) K::Store(out + r * out_stride + f, sums[r] + f, surplus + f);
 }
 
-template <typename K, bool kAhead, int NR = kRows>
+template <typename K, bool kAhead, int NR = K::kRows>
 inline void Tiles(int num_rows, const typename K::Row* x, const typename K::Weight* const* w, int64_t D, float* out, int64_t stride) {
   if (num_rows >= NR) return Tile<K, NR, kAhead>(x, w, D, out, stride);
   if constexpr (NR > 1) Tiles<K, kAhead, NR - 1>(num_rows, x, w, D, out, stride);
@@ -158,7 +202,7 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
   const int num_halves = c.is_gated ? 2 : 1;
   const int64_t num_bytes = c.D * static_cast<int64_t>(sizeof(Weight)) * num_halves;
   const bool is_few = last - first <= kHeldRows;
-  const int64_t num_held = is_few ? last - first : kRows;
+  const int64_t num_held = is_few ? last - first : K::kRows;
   const int64_t fitting = std::clamp<int64_t>(kBlockBytes / num_bytes / kOutputs * kOutputs, kOutputs, kMaxWidth);
   const int64_t width = is_few ? kMaxWidth : fitting;
   const auto* x = static_cast<const typename K::Row*>(c.x);
@@ -179,8 +223,8 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
           }
           for (int i = 0; i < kOutputs; ++i)  // past the last output stands the last one again
             w[i] = static_cast<const Weight*>(c.weight) + (half * c.F + at + std::min<int64_t>(f + i, count - 1)) * c.D;
-          for (int64_t r = held; r < stop; r += kRows) {
-            const int num_rows = std::min<int64_t>(kRows, stop - r);
+          for (int64_t r = held; r < stop; r += K::kRows) {
+            const int num_rows = std::min<int64_t>(K::kRows, stop - r);
             float* out = sums[half] + (r - held) * width + f;
             if (r == first)
               Tiles<K, true>(num_rows, x + r * c.D, w, c.D, out, width);
@@ -201,7 +245,7 @@ void Run(ffi::ThreadPool& pool, const Call& c) {
   const int64_t row_bytes = c.D * static_cast<int64_t>(sizeof(typename K::Row));
   const int64_t weight_bytes = c.D * static_cast<int64_t>(sizeof(typename K::Weight)) * (c.is_gated ? 2 : 1);
   // Rows of a task, in whole tiles; few of them are never parted, so that the weight is read once.
-  const int64_t num_rows = c.X <= 2 * kHeldRows ? c.X : std::max<int64_t>(kRowBytes / row_bytes / kRows, 8) * kRows;
+  const int64_t num_rows = c.X <= 2 * kHeldRows ? c.X : std::max<int64_t>(kRowBytes / row_bytes / K::kRows, 8) * K::kRows;
   const int64_t row_tasks = (c.X + num_rows - 1) / num_rows;
   // Eight rows cost as much in arithmetic as the weight in bytes.
   const int64_t cost = c.F * weight_bytes * (8 + std::min(c.X, num_rows)) / 9;
@@ -313,8 +357,7 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
   }
 }
 
-// Rows of floats times a weight of int8 with a scale for each output. An integer is exact as a float, and so is a lane's sum of rows
-// that are integers of 8 bits too, up to 16 * 2^24 / (127 * 128) numbers in a row.
+// Rows of floats times a weight of int8 with a scale for each output.
 ffi::Error MultiplyInt8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> weight, ffi::Buffer<ffi::F32> scales,
                         ffi::Result<ffi::Buffer<ffi::F32>> out) {
   const auto xd = x.dimensions(), od = out->dimensions();
@@ -324,12 +367,37 @@ ffi::Error MultiplyInt8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buff
   return ffi::Error::Success();
 }
 
+// The same of rows of integers, shifted: every sum is exact before it is rounded to a float once.
+ffi::Error MultiplyIntegers(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x, ffi::Buffer<ffi::S8> weight, ffi::Buffer<ffi::F32> scales,
+                            ffi::Result<ffi::Buffer<ffi::F32>> out) {
+  const auto xd = x.dimensions(), od = out->dimensions();
+  Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = false, .x = x.typed_data(), .weight = weight.typed_data(),
+         .scales = scales.typed_data(), .bias = nullptr, .residual = nullptr, .out = out->typed_data()};
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  Run<Integers, float>(pool, c);
+#else  // an integer is exact as a float, and so is a lane's sum of up to 2^24 / (127 * 128) products
+  thread_local std::vector<float> rows;  // of the calling thread, which takes no other call before this one ends
+  rows.resize(static_cast<size_t>(c.X) * c.D);
+  std::transform(x.typed_data(), x.typed_data() + rows.size(), rows.begin(), [](Shifted number) { return number - 128.0f; });
+  c.x = rows.data();
+  Run<Widened<Int8>, float>(pool, c);
+#endif
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(MatmulInt8, MultiplyInt8,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(MatmulIntegers, MultiplyIntegers,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

@@ -20,7 +20,7 @@ _SOURCE = Path(__file__).with_name("matmul.cc")
 @functools.cache
 def unavailable() -> str | None:
     """Why this backend cannot run here, or None when it can. Builds and registers it at the first call."""
-    handlers = {name: _target(name) for name in ("Matmul", "MatmulInt8")}
+    handlers = {name: _target(name) for name in ("Matmul", "MatmulInt8", "MatmulIntegers")}
     return building.register(_SOURCE, handlers, building.MATH, "matrix products")
 
 
@@ -48,6 +48,12 @@ def matmul(
 
 
 def matmul_int8(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.Array:
-    """Rows [X, D] times the transpose of a weight of int8 [F, D] whose output f is multiplied by scales[f]: float32 [X, F]."""
-    call = jax.ffi.ffi_call(_target("MatmulInt8"), jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32))
-    return call(x.astype(jnp.float32), weight, scales)
+    """Rows [X, D] times the transpose of a weight of int8 [F, D] whose output f is multiplied by scales[f]: float32 [X, F].
+
+    Rows of int8, from -127 to 127, are multiplied exactly.
+    """
+    is_integer = x.dtype == jnp.int8
+    rows = (x.astype(jnp.int32) + 128).astype(jnp.uint8) if is_integer else x.astype(jnp.float32)
+    name = "MatmulIntegers" if is_integer else "MatmulInt8"
+    call = jax.ffi.ffi_call(_target(name), jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32))
+    return call(rows, weight, scales)

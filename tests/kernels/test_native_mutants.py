@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import test_matmul
 from planting import Bug, changed, first_rung, fresh, healthy_rung
+from test_quantized_matmul import integers_differ
 
 from pallas_kernels import native
 from pallas_kernels.matmul import cases
@@ -120,6 +121,7 @@ def test_without_avx512_it_is_the_definition_too(use: Callable[..., None]) -> No
     assert [first_rung(MATMUL, case, "native") for case in (PRODUCT, GATED, WIDE)] == ["", "", ""]
     assert [test_matmul.rows_differ(*each) for each in test_matmul.INVARIANT] == [[]] * len(test_matmul.INVARIANT)
     assert not is_nan_lost()
+    assert not any(integers_differ(*shape) for shape in ((5, 100, 9), (1, 900, 4)))
 
 
 def is_nan_lost() -> bool:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.native.matmul import unavailable as native_unavailable
 from pallas_kernels.quantized_matmul import cases, quantize, quantized_matmul
 
 X, D, F = 8, 512, 96
@@ -141,3 +142,23 @@ def test_what_does_not_fit_is_said(change: dict, words: str) -> None:
 def test_what_cannot_be_quantised_is_said(weight: jax.Array, dtype: str, options: dict) -> None:
     with pytest.raises(ValueError, match="quantize"):
         quantize(weight, dtype, **options)
+
+
+def integers_differ(X: int, D: int, F: int) -> bool:
+    """Whether products of int8 rows in C++ have other bits than exact sums. -128 is in the weight, which no rounding yields."""
+    rows = np.random.default_rng(X * D + F).integers(-127, 128, (X, D))
+    rows[:, 0], rows[0] = 127, 127  # so that rounding the row again changes nothing; and the largest sums
+    weight = np.random.default_rng(F).integers(-128, 128, (F, D)).astype(np.int8)
+    weight[0], weight[-1] = 127, -128
+    scales = jnp.ones(F, jnp.float32)
+    out = quantized_matmul(jnp.asarray(rows, jnp.float32), jnp.asarray(weight), scales, activations="int8", backend="native")
+    exact = (rows @ weight.astype(np.int64).T).astype(np.float32)
+    row_scale = np.float32(127) * np.float32(1 / 127)
+    return not np.array_equal(np.asarray(out), exact * row_scale)
+
+
+@pytest.mark.parametrize(("X", "D", "F"), [(1, 64, 9), (2, 63, 4), (5, 576, 33), (13, 100, 7), (40, 1536, 130), (1, 4099, 3)])
+def test_integers_are_multiplied_exactly(X: int, D: int, F: int) -> None:
+    if native_unavailable() is not None:
+        pytest.skip(native_unavailable())
+    assert not integers_differ(X, D, F)
