@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,8 @@ ALLOWED_WARNINGS = [
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Where the suite runs behind a shell's `&`, Ctrl-C is ignored, and would be by every process that a test begins.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "error")
     for line in ALLOWED_WARNINGS:
         config.addinivalue_line("filterwarnings", line)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["apply_rope", "gated_mlp", "linear", "lookup", "rms_norm", "rope_frequencies", "rope_tables"]
 
 
-@jax.named_scope("matmul")
 def linear(
     x: jax.Array,
     weight: jax.Array | QuantizedMatrix,
@@ -35,20 +34,22 @@ def linear(
     residual: jax.Array | None = None,
     out_dtype: str | None = None,
     backend: Backend = "xla",
+    scope: str = "matmul",
 ) -> jax.Array:
     """x [X, I] times weight [O..., I] transposed, plus bias: [X, O...], in x's dtype with float32 sums; of a gated weight
     [2, F, I] the result is [X, F].
 
-    The options are those of `pallas_kernels.matmul`; of the backends only "xla" can be differentiated. Rows of a quantised
-    matrix's product are rounded, so nothing is.
+    `scope` is its name in a profile; the other options are those of `pallas_kernels.matmul`. Of the backends only "xla" can be
+    differentiated; rows that meet a quantised matrix are rounded, so nothing can.
     """
     flat_bias = None if bias is None else bias.reshape(-1)
-    if isinstance(weight, QuantizedMatrix):
-        out = weight.times(x if norm is None else rms_norm(x, norm, eps))
-        out = finish(out, flat_bias, residual, is_gated=is_gated, out_dtype=out_dtype or x.dtype)
-    else:
-        how: dict[str, Any] = {"norm": norm, "eps": eps, "is_gated": is_gated, "residual": residual, "out_dtype": out_dtype}
-        out = matmul(x, weight.reshape(-1, weight.shape[-1]), flat_bias, backend=backend, **how)
+    with jax.named_scope(scope):
+        if isinstance(weight, QuantizedMatrix):
+            out = weight.times(x if norm is None else rms_norm(x, norm, eps))
+            out = finish(out, flat_bias, residual, is_gated=is_gated, out_dtype=out_dtype or x.dtype)
+        else:
+            how: dict[str, Any] = {"norm": norm, "eps": eps, "is_gated": is_gated, "residual": residual, "out_dtype": out_dtype}
+            out = matmul(x, weight.reshape(-1, weight.shape[-1]), flat_bias, backend=backend, **how)
     return out.reshape(-1, *weight.shape[1 if is_gated else 0 : -1])
 
 

@@ -76,13 +76,12 @@ def _combine(layer: Layer, config: ModelConfig, backend: Backend, x: jax.Array, 
     return gated_mlp(x, layer, norm=layer.mlp_norm, eps=config.rms_norm_eps, residual=x, backend=backend)
 
 
-@jax.named_scope("head")
 def logits(
     weights: Weights, config: ModelConfig, hidden: jax.Array, *, tiles: RowTiles | None = None, backend: Backend = "xla"
 ) -> jax.Array:
     """Scores of the next token: hidden [R, D] -> float32 [R, V]; `tiles` and `backend` as in `forward`."""
     head = weights.embed if weights.lm_head is None else weights.lm_head
-    return by_rows(tiles, lambda hidden: linear(hidden, head, out_dtype="float32", backend=backend), hidden)
+    return by_rows(tiles, lambda hidden: linear(hidden, head, out_dtype="float32", backend=backend, scope="head"), hidden)
 
 
 def products_of(backend: Backend) -> Backend:

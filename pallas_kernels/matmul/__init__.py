@@ -13,9 +13,6 @@ from pallas_kernels.native import matmul as native
 __all__ = ["matmul"]
 
 _FLOATS = ("float32", "bfloat16", "float16")
-# By the weight's dtype, how many rows the native backend is for; above it XLA's own product is faster. The 135M shape's products
-# of 64 and 512 rows take 1.1 and 1.4 times XLA's time in float32, 0.6 to 1.0 and 1.2 times in bfloat16 (Zen 5, November 2026).
-_MOST_ROWS = {"float32": 32, "bfloat16": 128}
 
 
 def matmul(
@@ -62,12 +59,10 @@ def matmul(
     dtype = jnp.dtype(out_dtype or x.dtype)
     _check(x, weight, bias, norm, residual, is_gated, dtype)
     choice = backends.choose("matmul", backend, native=native.unavailable)
-    is_native = choice.name == "native" and (backend != "auto" or x.shape[0] <= _MOST_ROWS.get(weight.dtype.name, x.shape[0]))
-    module = (
-        native
-        if is_native
-        else importlib.import_module(f"pallas_kernels.matmul.{'xla' if choice.name == 'native' else choice.name}")
-    )
+    # For any number of rows, though XLA is faster at many: 64 and 512 rows of the 135M shape take 1.1 and 1.4 times its time in
+    # float32, 0.6 to 1.0 and 1.2 in bfloat16 (Zen 5, November 2026). With both in one engine, the last bits of a request would
+    # depend on how many others there are.
+    module = native if choice.name == "native" else importlib.import_module(f"pallas_kernels.matmul.{choice.name}")
     return module.matmul(x, weight, bias, norm, residual, eps=eps, is_gated=is_gated, out_dtype=dtype)
 
 
