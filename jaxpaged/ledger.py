@@ -31,10 +31,27 @@ class Ledger:
         """`tile`: tokens of one tile of a prompt."""
         self._tile = tile
         self.entries: dict[Bucket, Entry] = {}
+        self.num_compilations = 0
 
     def compiled(self, bucket: Bucket, seconds: float) -> None:
         """A bucket has been compiled, or found on disk."""
         self.entries.setdefault(bucket, Entry()).compile_s += seconds
+        self.num_compilations += 1
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds of all compilations."""
+        return sum(entry.compile_s for entry in self.entries.values())
+
+    @property
+    def num_real(self) -> int:
+        """Token places of the steps that ran, of those that held a token."""
+        return sum(entry.rows + entry.tokens for entry in self.entries.values())
+
+    @property
+    def num_padding(self) -> int:
+        """Likewise of those that held none."""
+        return sum(entry.padded_rows + entry.padded_tokens for entry in self.entries.values())
 
     def ran(self, bucket: Bucket, num_rows: int, num_tokens: int) -> None:
         """A step of so many decode rows and tokens of prompts ran in a bucket."""
@@ -53,8 +70,7 @@ class Ledger:
     def advice(self) -> list[str]:
         """What other buckets would save, in words; nothing where little is known or wasted."""
         entries = self.entries.values()
-        total = sum(entry.padded_rows + entry.padded_tokens for entry in entries)
-        found = []
+        total, found = self.num_padding, []
         for bucket, entry in self.entries.items():
             if entry.calls < OFTEN:
                 continue

@@ -145,9 +145,7 @@ class JaxRunner:
         self.buckets = config.buckets()
         self.cache = kv_cache.init_cache(model, num_pages, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
         self.compiled: dict[Bucket, jax.stages.Compiled] = {}
-        self._compile_s: list[float] = []  # of each of them
         self.ledger = Ledger(config.prefill_tile)  # type: ignore[arg-type]
-        self.num_places = self.num_padding = 0  # token places of the steps that ran, and those that held none
         sizes = {"tile": config.prefill_tile, "page_size": config.block_size, "max_blocks_per_seq": config.max_blocks_per_seq}
         self._pad = functools.partial(batch.pad, known=batch.DecodeRows(sizes["max_blocks_per_seq"]), **sizes)  # type: ignore[arg-type]
         num_rows = self.buckets[-1].decode_rows + self.buckets[-1].prefill_tiles
@@ -204,11 +202,7 @@ class JaxRunner:
         bucket = batch.fit(plan, self.buckets, self.config.prefill_tile)  # type: ignore[arg-type]
         padded = self._pad(plan, bucket, self._feed)
         inputs, rows = padded.inputs, padded.rows
-        num_places = bucket.decode_rows + bucket.prefill_tiles * self.config.prefill_tile  # type: ignore[operator]
-        self.num_places += num_places
-        num_tokens = plan.num_tokens
-        self.num_padding += num_places - num_tokens
-        self.ledger.ran(bucket, plan.num_rows, num_tokens - plan.num_rows)
+        self.ledger.ran(bucket, plan.num_rows, plan.num_tokens - plan.num_rows)
         if bucket not in self.compiled:  # enforce_eager
             self.compiled[bucket] = self._compile(bucket)
         adjustments = self.adjuster.adjustments(plan, rows, len(inputs.sample_at), self._feed)
@@ -378,10 +372,10 @@ class JaxRunner:
         """What was compiled, and how full the steps were; see `jaxpaged.series`."""
         total, free = _memory()
         return {
-            "num_compilations": len(self._compile_s),
-            "compilation_seconds": sum(self._compile_s),
-            "num_step_places": self.num_places,
-            "num_padding_places": self.num_padding,
+            "num_compilations": self.ledger.num_compilations,
+            "compilation_seconds": self.ledger.compile_s,
+            "num_step_places": self.ledger.num_real + self.ledger.num_padding,
+            "num_padding_places": self.ledger.num_padding,
             "device_memory_usage_perc": (total - free) / total,
         }
 
@@ -393,8 +387,7 @@ class JaxRunner:
             of_draft = self.drafter.weights, self.drafter.cache, self.drafter.padding(bucket)
             arguments = tuple(zip(arguments, of_draft, strict=True))
         compiled = self._jitted.lower(*arguments).compile()
-        self._compile_s.append(time.perf_counter() - started)
-        self.ledger.compiled(bucket, self._compile_s[-1])
+        self.ledger.compiled(bucket, time.perf_counter() - started)
         return compiled
 
     def _padding(self, bucket: Bucket) -> tuple[batch.Padded, tuple[Adjustments, dict[str, np.ndarray] | None]]:

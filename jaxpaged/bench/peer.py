@@ -14,14 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jaxpaged import framed
-from jaxpaged.bench.datasets import Ask
-from jaxpaged.bench.throughput import Done
 from jaxpaged.config import ConfigError, nearest
 
 _CHILD = Path(__file__).parent / "peers" / "child.py"
@@ -124,7 +122,7 @@ def check(one: Wanted, *, timeout_s: float = 60.0) -> None:
 
 
 class Peer:
-    """One peer; a `throughput.Side`. Its process lives from `load` to `close`, and its seconds are those inside it."""
+    """One peer; a `compare.Contender`. Its process lives from `load` to `close`, and its seconds are those inside it."""
 
     def __init__(
         self,
@@ -183,13 +181,6 @@ class Peer:
         os.set_blocking(self._process.stdin.fileno(), False)  # type: ignore[union-attr]
         self.loaded = self._ask("load", **self._load)
 
-    def run(self, asks: Sequence[Ask], on_end: Callable[[], object]) -> list[Done]:
-        """See `Side.run`. Prompts are token ids. Raises PeerError, also where a request got another number of tokens."""
-        tokens = self.tokens([list(ask.prompt) for ask in asks], [ask.num_output for ask in asks])  # type: ignore[arg-type]
-        for _ in asks:
-            on_end()
-        return [Done(ask.num_prompt, len(ids)) for ask, ids in zip(asks, tokens, strict=True)]
-
     def tokens(self, prompts: list[list[int]], num_outputs: list[int]) -> list[list[int]]:
         """All requests at once; `seconds` says how long it took. Raises PeerError."""
         answer = self._ask("run", prompts=prompts, num_outputs=num_outputs)
@@ -211,7 +202,7 @@ class Peer:
         return times, tokens
 
     def close(self) -> None:
-        """See `Side.close`. Ends all that it started; may be called again."""
+        """See `Contender.close`. Ends all that it started; may be called again."""
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError):

@@ -11,7 +11,17 @@ from tqdm import tqdm
 from jaxpaged.bench import compare, latency
 from jaxpaged.cli.compare import NOTE, add_compare, check_flags, run_compare
 from jaxpaged.cli.generate import open_llm
-from jaxpaged.cli.options import Parser, UsageError, add_fields, add_verbose, save_json, set_up_logging, whole_number
+from jaxpaged.cli.options import (
+    Parser,
+    UsageError,
+    add_counts,
+    add_fields,
+    add_json,
+    add_verbose,
+    save_json,
+    set_up_logging,
+    whole_number,
+)
 from jaxpaged.config import EngineConfig
 from jaxpaged.host.request import SamplingParams
 
@@ -35,13 +45,12 @@ _DEFAULTS = {"batch_size": (8, 1), "num_iters_warmup": (10, 1), "num_iters": (30
 def add_arguments(parser: Parser) -> None:
     """The flags of this command."""
     group = parser.add_argument_group("batch")
-    for name, default, text in (
+    counts = (
         ("input-len", 32, "tokens of each prompt"),
         ("output-len", 128, "tokens of each output"),
         ("n", 1, "outputs of each prompt"),
-    ):
-        help = f"{text} (default: {default})"
-        group.add_argument(f"--{name}", type=whole_number, metavar="N", default=default, help=help)
+    )
+    add_counts(group, counts)
     for name, text in (
         ("batch-size", "prompts at once"),
         ("num-iters-warmup", "times before that do not count"),
@@ -52,8 +61,7 @@ def add_arguments(parser: Parser) -> None:
         group.add_argument(f"--{name}", type=whole_number, metavar="N", help=help)
     group.add_argument("--use-beam-search", action="store_true", help="the n outputs are those of a beam search of width n")
     group.add_argument("--disable-detokenize", action="store_true", help="make no texts of the tokens")
-    group.add_argument("--output-json", metavar="FILE", help="write a JSON file of vLLM's keys")
-    group.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a table")
+    add_json(group, saved="write a JSON file of vLLM's keys")
     add_verbose(parser)
     add_compare(parser)
     add_fields(parser, EngineConfig, "model and engine", defaults={"enable_prefix_caching": "no"})

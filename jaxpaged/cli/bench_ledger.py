@@ -10,12 +10,13 @@ import time
 from jaxpaged.cli.options import (
     Parser,
     UsageError,
+    add_counts,
     add_fields,
+    add_json,
     add_verbose,
     given_fields,
     save_json,
     set_up_logging,
-    whole_number,
 )
 from jaxpaged.config import EngineConfig
 
@@ -32,14 +33,13 @@ examples:
 def add_arguments(parser: Parser) -> None:
     """The flags of this command."""
     group = parser.add_argument_group("workload")
-    for name, default, text in (
+    counts = (
         ("num-prompts", 32, "requests, all there from the beginning"),
         ("input-len", 128, "tokens of the longest prompt; the shortest has a sixteenth, lengths are log-uniform"),
         ("output-len", 64, "tokens of the longest output, likewise"),
-    ):
-        group.add_argument(f"--{name}", type=whole_number, metavar="N", default=default, help=f"{text} (default: {default})")
-    group.add_argument("--output-json", metavar="FILE", help="write the numbers to a file too")
-    group.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a table")
+    )
+    add_counts(group, counts)
+    add_json(group)
     add_verbose(parser)
     add_fields(parser, EngineConfig, "model and engine")
 
@@ -54,8 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     set_up_logging(arguments)
     moments = [time.perf_counter()]
     from jaxpaged.bench.models import open_engine
-    from jaxpaged.bench.tables.measuring import drive, jobs, log_uniform
+    from jaxpaged.bench.tables.measuring import drive, jobs
     from jaxpaged.ledger import table
+    from jaxpaged.simulate.lengths import LogUniform
 
     moments.append(time.perf_counter())
     with open_engine(options.pop("model", None), **options) as engine:
@@ -63,14 +64,14 @@ def run(arguments: argparse.Namespace) -> int:
         drive(engine, jobs([(4, 1)], engine.model.vocab_size))
         moments.append(time.perf_counter())
         draw = random.Random(0)
-        longest = arguments.input_len, arguments.output_len
-        lengths = [tuple(log_uniform(draw, max(1, most // 16), most) for most in longest) for _ in range(arguments.num_prompts)]
+        kinds = [LogUniform(max(1, most // 16), most) for most in (arguments.input_len, arguments.output_len)]
+        lengths = [tuple(kind.draw(draw) for kind in kinds) for _ in range(arguments.num_prompts)]
         drive(engine, jobs(lengths, engine.model.vocab_size))  # type: ignore[arg-type]
         ledger = engine.runner.ledger  # type: ignore[attr-defined]
     names = "import_s", "open_s", "first_token_s"
     start = {name: after - before for name, (before, after) in zip(names, itertools.pairwise(moments), strict=True)}
     rows, advice = ledger.rows(), ledger.advice()
-    compile_s = sum(row["compile_s"] for row in rows)
+    compile_s = ledger.compile_s
     said = f"import {start['import_s']:.2f} s, open {start['open_s']:.2f} s, first token {start['first_token_s']:.2f} s; "
     said += f"compiling, all threads together, {compile_s:.2f} s"
     save_json(

@@ -7,12 +7,13 @@ import argparse
 from jaxpaged.cli.options import (
     Parser,
     UsageError,
+    add_counts,
     add_fields,
+    add_json,
     add_verbose,
     given_fields,
     save_json,
     set_up_logging,
-    whole_number,
     whole_numbers,
 )
 from jaxpaged.config import ConfigError, EngineConfig
@@ -35,15 +36,14 @@ def add_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("step")
     group.add_argument("--rows", type=whole_numbers, metavar="N,N", default=(1, 16, 64), help="sequences (default: 1,16,64)")
     group.add_argument("--context", type=whole_numbers, metavar="N,N", default=(128,), help="tokens of each (default: 128)")
-    for name, default, text in (
+    counts = (
         ("prefill-tokens", 0, "tokens of prompts in the same step"),
         ("turns", 15, "times that the program runs with the profiler, and as many without"),
         ("thunks", 0, "thunks to name, those that take longest"),
         ("host-steps", 100, "steps of the engine, to see the host's part; 0 leaves it out"),
-    ):
-        group.add_argument(f"--{name}", type=whole_number, metavar="N", default=default, help=f"{text} (default: {default})")
-    group.add_argument("--output-json", metavar="FILE", help="write the numbers to a file too")
-    group.add_argument("--json", action="store_true", help="one JSON array on stdout instead of tables")
+    )
+    add_counts(group, counts)
+    add_json(group, form="array")
     add_verbose(parser)
     add_fields(parser, EngineConfig, "model and engine")
 

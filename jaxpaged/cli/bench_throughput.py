@@ -18,6 +18,7 @@ from jaxpaged.cli.options import (
     Parser,
     UsageError,
     add_fields,
+    add_json,
     add_verbose,
     given_fields,
     save_json,
@@ -47,8 +48,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--n", type=whole_number, metavar="N", default=1, help="outputs of each prompt (default: 1)")
     group.add_argument("--async-engine", action="store_true", help="through AsyncLLM")
     group.add_argument("--disable-detokenize", action="store_true", help="make no texts of the tokens")
-    group.add_argument("--output-json", metavar="FILE", help="write a JSON file of vLLM's keys")
-    group.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a table")
+    add_json(group, saved="write a JSON file of vLLM's keys")
     add_verbose(parser)
     add_compare(parser)
     add_dataset(parser, leave_out=("seed",))

@@ -279,6 +279,18 @@ def described_fields(kind: type) -> dict[str, str]:
     return {name: text.removesuffix(".") for name, text in described.items()}
 
 
+def add_counts(group: argparse._ActionsContainer, counts: Iterable[tuple[str, int, str]]) -> None:
+    """Flags for whole numbers: name, default, what it is."""
+    for name, default, text in counts:
+        group.add_argument(f"--{name}", type=whole_number, metavar="N", default=default, help=f"{text} (default: {default})")
+
+
+def add_json(group: argparse._ActionsContainer, *, saved: str = "write the numbers to a file too", form: str = "object") -> None:
+    """The flags that `save_json` reads. `form`: what JSON calls the numbers."""
+    group.add_argument("--output-json", metavar="FILE", help=saved)
+    group.add_argument("--json", action="store_true", help=f"one JSON {form} on stdout instead of a table")
+
+
 def save_json(numbers: Any, arguments: argparse.Namespace, table: str) -> None:
     """Print what the flags `--json` and `--output-json` ask for: the numbers, or their table."""
     print(json.dumps(numbers) if arguments.json else table)

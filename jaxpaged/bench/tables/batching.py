@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from jaxpaged.bench.tables.measuring import Row, Settings, drive, in_turn, jobs, log_uniform
+from jaxpaged.bench.tables.measuring import Row, Settings, drive, in_turn, jobs
+from jaxpaged.simulate.lengths import LogUniform
 
 name = "batching"
 title = "Static against continuous batching"
@@ -20,7 +21,7 @@ def run(settings: Settings) -> list[Row]:
     num_seqs, count = settings.pick((8, 64), (8, 32), (2, 4))
     longest = settings.pick(256, 128, 8)
     draw = random.Random(0)
-    lengths = [(log_uniform(draw, 8, 64), log_uniform(draw, 4, longest)) for _ in range(count)]
+    lengths = [(LogUniform(8, 64).draw(draw), LogUniform(4, longest).draw(draw)) for _ in range(count)]
     limits = {"max_num_seqs": num_seqs, "decode_row_buckets": (num_seqs,), "max_model_len": 64 + longest}
     with settings.engine(**limits) as engine:
         work = jobs(lengths, engine.model.vocab_size)

@@ -6,7 +6,8 @@ import contextlib
 import random
 from typing import Any
 
-from jaxpaged.bench.tables.measuring import Row, Settings, StepProgram, drive, in_turn, jobs, log_uniform
+from jaxpaged.bench.tables.measuring import Row, Settings, StepProgram, drive, in_turn, jobs
+from jaxpaged.simulate.lengths import LogUniform
 
 name = "block_size"
 title = "block_size"
@@ -20,7 +21,7 @@ def run(settings: Settings) -> list[Row]:
     """An engine for each size, all of them open, in turn."""
     sizes, num_seqs, longest = settings.pick(((8, 16, 32, 64, 128), 16, 256), ((8, 16, 32, 64, 128), 8, 64), ((8, 16), 2, 8))
     draw = random.Random(0)
-    lengths = [(log_uniform(draw, 8, 2 * longest), log_uniform(draw, 4, longest)) for _ in range(2 * num_seqs)]
+    lengths = [(LogUniform(8, 2 * longest).draw(draw), LogUniform(4, longest).draw(draw)) for _ in range(2 * num_seqs)]
     limits = {"max_num_seqs": num_seqs, "decode_row_buckets": (num_seqs,), "max_model_len": 3 * longest}
     limits |= {
         "prefill_tile_buckets": (settings.pick(512, 512, 32) // 16,),

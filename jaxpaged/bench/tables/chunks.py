@@ -6,7 +6,8 @@ import contextlib
 import random
 from typing import Any
 
-from jaxpaged.bench.tables.measuring import Row, Settings, drive, in_turn, jobs, log_uniform
+from jaxpaged.bench.tables.measuring import Row, Settings, drive, in_turn, jobs
+from jaxpaged.simulate.lengths import LogUniform
 
 name = "chunks"
 title = "max_num_batched_tokens"
@@ -21,7 +22,7 @@ def run(settings: Settings) -> list[Row]:
     sizes, num_seqs, longest = settings.pick(((64, 128, 256, 512, 1024), 16, 768), ((64, 256, 512), 8, 384), ((16, 32), 2, 24))
     num_output = settings.pick(64, 32, 4)
     draw = random.Random(0)
-    lengths = [(log_uniform(draw, longest // 8, longest), log_uniform(draw, 2, num_output)) for _ in range(3 * num_seqs)]
+    lengths = [(LogUniform(longest // 8, longest).draw(draw), LogUniform(2, num_output).draw(draw)) for _ in range(3 * num_seqs)]
     with contextlib.ExitStack() as stack:
         sides = {}
         for size in sizes:

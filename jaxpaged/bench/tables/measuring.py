@@ -93,11 +93,6 @@ def jobs(lengths: Seq[tuple[int, int]], vocab_size: int, *, seed: int = 0, prefi
     return [Job([*prefix, *(draw.randrange(3, vocab_size) for _ in range(size))], count) for size, count in lengths]
 
 
-def log_uniform(draw: random.Random, low: int, high: int) -> int:
-    """A length: as many from 16 to 32 as from 32 to 64."""
-    return round(low * (high / low) ** draw.random())
-
-
 def drive(engine: Engine, work: Seq[Job], *, group: int | None = None) -> Row:
     """Run requests to their end, all there from the beginning.
 
