@@ -47,7 +47,7 @@ def matmul(
       residual: [X, F] of the result's dtype, added to it.
       out_dtype: "float32" or x's dtype, which it is when left out.
       backend: of "native" a row's bits depend on that row and the weight alone, not on the number of rows. "auto" is it on a
-        CPU, but for more than 32 rows times a weight of float32 and more than 128 times one of bfloat16, where "xla" is faster.
+        CPU.
 
     Returns:
       [X, F].
@@ -59,9 +59,7 @@ def matmul(
     dtype = jnp.dtype(out_dtype or x.dtype)
     _check(x, weight, bias, norm, residual, is_gated, dtype)
     choice = backends.choose("matmul", backend, native=native.unavailable)
-    # For any number of rows, though XLA is faster at many: 64 and 512 rows of the 135M shape take 1.1 and 1.4 times its time in
-    # float32, 0.6 to 1.0 and 1.2 in bfloat16 (Zen 5, November 2026). With both in one engine, the last bits of a request would
-    # depend on how many others there are.
+    # For any number of rows: with XLA's products for some, the last bits of a request would depend on how many others there are.
     module = native if choice.name == "native" else importlib.import_module(f"pallas_kernels.matmul.{choice.name}")
     return module.matmul(x, weight, bias, norm, residual, eps=eps, is_gated=is_gated, out_dtype=dtype)
 

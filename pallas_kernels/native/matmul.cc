@@ -1,8 +1,9 @@
 // Rows times the transpose of a weight for a CPU, called by XLA through its foreign function interface.
 //
-// Both are read along D, so a tile of rows and outputs is dot products side by side and nothing is ever packed. One row is bound by
-// memory: its weight is read once, ahead of time. Many rows go over blocks of outputs that stay in the first cache.
-// A sum has sixteen lanes that walk D in order, whatever rows and outputs are computed beside it, on whatever thread: a row's bits
+// A weight is read as the checkpoint has it, [F, D], sixteen outputs at a time, and turned on its way into a panel: what a tile needs
+// of them at a step along D lies side by side. A tile multiplies up to twelve rows by two panels, of neighbouring outputs or of a
+// gate and what it is for, whose sums never leave the registers; while the first rows meet a panel, the next is fetched.
+// Every sum is one lane that walks D in order, whatever rows and outputs are computed beside it, on whatever thread: a row's bits
 // depend on the row and the weight alone. Only that order counts here: this source is not built with -fassociative-math.
 
 #include <algorithm>
@@ -18,134 +19,238 @@
 
 namespace {
 
-constexpr int kOutputs = 4;  // of a tile: their lanes are summed together
-constexpr int kHeldRows = 32;              // up to here all rows meet four outputs before the next four are read
-constexpr int kMaxWidth = 128;             // outputs of a block
-constexpr int64_t kBlockBytes = 24 << 10;  // of a block's weight: half of a first cache
-constexpr int64_t kRowBytes = 384 << 10;   // of rows that many outputs meet one after the other: half of a second cache
-constexpr int64_t kTaskBytes = 64 << 10;   // of weight: less is not worth waking a thread
-// How far ahead of its use a weight is asked for. One row of bfloat16, Zen 5: 13 GB/s a core without, 27 with 8 KiB, November 2026.
-constexpr int64_t kAheadBytes = 8 << 10;
-
-struct Nothing {};
-
-// What a product is made of: the numbers of rows and weight, how many of them a step takes, and how a step adds to the lanes. A
-// surplus is what the lanes of an output hold too much of, whatever the row.
-struct Floats {
-  using Lanes = Vec;
-  using Surplus = Nothing;
 #ifdef __AVX512F__
-  static constexpr int kRows = 6;  // of a tile: 24 sums in 32 registers
+constexpr int kRows = 12;    // of a tile: 24 sums in 32 registers
+constexpr int kFewRows = 4;  // up to here a weight is used as it is turned
 #else
-  static constexpr int kRows = 2;
+constexpr int kRows = 2;
+constexpr int kFewRows = 1;
 #endif
-  template <typename Numbers>
-  static INLINE void AddSurplus(Surplus&, Numbers) {}
-  static INLINE void Store(float* target, const Lanes* sums, const Surplus*) { StoreSums(target, sums); }
+constexpr int kPanels = 2;                // of a tile
+constexpr int64_t kTaskBytes = 64 << 10;  // of weight: less is not worth waking a thread
+
+// What sixteen outputs have for a step along D: a float each, two bfloat16 or four bytes.
+typedef int32_t Dwords __attribute__((vector_size(64)));
+
+// What a product is made of: how many numbers a step takes, and how it adds them to the sums of sixteen outputs.
+struct Singles {
+  using Row = float;
+  using Lanes = Vec;
+  static constexpr int kGroup = 1;
+  template <typename P>
+  static INLINE Dwords Of(const P* p) {
+    return reinterpret_cast<Dwords>(Load(p));
+  }
+  static INLINE void Add(Lanes& sum, const Row* x, Dwords w) { sum += *x * reinterpret_cast<Vec>(w); }
+  static INLINE void Count(Dwords&, Dwords) {}
+  static INLINE Lanes Begin(Lanes sum, Dwords) { return sum; }
+  static INLINE Vec Floats(Lanes sum) { return sum; }
 };
 
-template <typename P>
-struct Widened : Floats {  // any weight, by rows of floats
-  using Row = float;
-  using Weight = P;
-  using Numbers = Vec;
-  static constexpr int kStep = kLanes;
-  template <typename Q>
-  static INLINE Numbers Of(const Q* p) {
-    return Load(p);
-  }
-  static INLINE void Add(Lanes& sum, Numbers x, Numbers w) { sum += x * w; }
-};
+#ifdef __AVX512F__
+INLINE Dwords Read(const void* p) { return reinterpret_cast<Dwords>(_mm512_loadu_si512(p)); }
+INLINE __m512i Repeat(const void* p) {
+  int32_t x;
+  std::memcpy(&x, p, sizeof x);
+  return _mm512_set1_epi32(x);
+}
+#endif
 
 #ifdef __AVX512BF16__
-// Pairs of bfloat16: the products are exact, each pair adds to its lane with two roundings to nearest. Subnormal numbers, those
-// below 1.2e-38, count as 0.
-struct Paired : Floats {
+// The products are exact, each pair adds to its sum with two roundings to nearest. Subnormal numbers, those below 1.2e-38, count as 0.
+struct Pairs {
   using Row = BFloat16;
-  using Weight = BFloat16;
-  using Numbers = __m512bh;
-  static constexpr int kStep = 2 * kLanes;
-  static INLINE Numbers Of(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
-  static INLINE void Add(Lanes& sum, Numbers x, Numbers w) {
-    sum = reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), x, w));
+  using Lanes = Vec;
+  static constexpr int kGroup = 2;
+  static INLINE Dwords Of(const BFloat16* p) { return Read(p); }
+  static INLINE void Add(Lanes& sum, const Row* x, Dwords w) {
+    sum = reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), (__m512bh)Repeat(x), (__m512bh)w));
   }
+  static INLINE void Count(Dwords&, Dwords) {}
+  static INLINE Lanes Begin(Lanes sum, Dwords) { return sum; }
+  static INLINE Vec Floats(Lanes sum) { return sum; }
 };
 #endif
 
 using Shifted = uint8_t;  // an integer from -127 to 127, with 128 added
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-// Four integers of 8 bits to a lane. The instruction multiplies bytes without a sign by bytes with one, so rows come shifted; the
-// surplus is 128 times the weight's sum, and what is left without it is exact.
-struct Integers {
+// The instruction multiplies bytes without a sign by bytes with one, so rows come shifted; a sum starts with -128 times those of the
+// weight, and what comes out is exact.
+struct Quads {
   using Row = Shifted;
-  using Weight = Int8;
-  using Lanes = __m512i;
-  using Surplus = __m512i;
-  using Numbers = __m512i;
-  static constexpr int kStep = 4 * kLanes;
-  static constexpr int kRows = 5;  // 20 sums, 4 surpluses, 5 rows, a column
-  static INLINE Numbers Of(const void* p) { return _mm512_loadu_si512(p); }
-  static INLINE void Add(Lanes& sum, Numbers x, Numbers w) { sum = _mm512_dpbusd_epi32(sum, x, w); }
-  static INLINE void AddSurplus(Surplus& surplus, Numbers w) {
-    surplus = _mm512_dpbusd_epi32(surplus, _mm512_set1_epi8(static_cast<char>(128)), w);
+  using Lanes = Dwords;
+  static constexpr int kGroup = 4;
+  static INLINE Dwords Of(const Int8* p) { return Read(p); }
+  static INLINE void Add(Lanes& sum, const Row* x, Dwords w) {
+    sum = reinterpret_cast<Dwords>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), Repeat(x), reinterpret_cast<__m512i>(w)));
   }
-  static INLINE void Store(float* target, const Lanes* sums, const Surplus* surplus) {
-    __m512i x[4];
-    for (int j = 0; j < 4; ++j) x[j] = _mm512_sub_epi32(sums[j], surplus[j]);
-    const auto fold = [](__m512i a, __m512i b) {
-      return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
-    };
-    __m512i y = fold(fold(x[0], x[1]), fold(x[2], x[3]));
-    y = _mm512_add_epi32(y, _mm512_shuffle_epi32(y, _MM_PERM_BADC));
-    y = _mm512_add_epi32(y, _mm512_shuffle_epi32(y, _MM_PERM_CDAB));
-    _mm_storeu_ps(target, _mm_cvtepi32_ps(_mm512_castsi512_si128(_mm512_maskz_compress_epi32(0x1111, y))));
+  static INLINE void Count(Dwords& start, Dwords w) {
+    const __m512i total = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(static_cast<char>(128)), reinterpret_cast<__m512i>(w));
+    start -= reinterpret_cast<Dwords>(total);
   }
+  static INLINE Lanes Begin(Lanes sum, Dwords start) { return sum + start; }
+  static INLINE Vec Floats(Lanes sum) { return __builtin_convertvector(sum, Vec); }
+};
+#else
+struct Wholes {  // the same numbers, one at a time
+  using Row = int32_t;
+  using Lanes = Dwords;
+  static constexpr int kGroup = 1;
+  static INLINE Dwords Of(const Int8* p) { return __builtin_convertvector(Load(p), Dwords); }
+  static INLINE void Add(Lanes& sum, const Row* x, Dwords w) { sum += *x * w; }
+  static INLINE void Count(Dwords&, Dwords) {}
+  static INLINE Lanes Begin(Lanes sum, Dwords) { return sum; }
+  static INLINE Vec Floats(Lanes sum) { return __builtin_convertvector(sum, Vec); }
 };
 #endif
 
-// The last numbers of a row, zeros after them.
-template <typename K, typename P>
-INLINE typename K::Numbers Last(const P* p, int64_t count) {
-  P padded[K::kStep] = {};
-  std::memcpy(padded, p, count * sizeof(P));
-  return K::Of(padded);
+INLINE void Transpose(Dwords* x) {
+#ifdef __AVX512F__
+  __m512i a[kLanes], b[kLanes];
+  UNROLL for (int i = 0; i < kLanes; i += 2) {
+    const __m512i even = reinterpret_cast<__m512i>(x[i]), odd = reinterpret_cast<__m512i>(x[i + 1]);
+    a[i] = _mm512_unpacklo_epi32(even, odd);
+    a[i + 1] = _mm512_unpackhi_epi32(even, odd);
+  }
+  UNROLL for (int i = 0; i < kLanes; i += 4) {
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  // b[4i + j] has column j of every quarter for rows 4i to 4i + 3.
+  UNROLL for (int j = 0; j < 4; ++j) {
+    const __m512i low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88), high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
+    const __m512i low2 = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd), high2 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
+    x[j] = reinterpret_cast<Dwords>(_mm512_shuffle_i32x4(low, high, 0x88));
+    x[4 + j] = reinterpret_cast<Dwords>(_mm512_shuffle_i32x4(low2, high2, 0x88));
+    x[8 + j] = reinterpret_cast<Dwords>(_mm512_shuffle_i32x4(low, high, 0xdd));
+    x[12 + j] = reinterpret_cast<Dwords>(_mm512_shuffle_i32x4(low2, high2, 0xdd));
+  }
+#else
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < i; ++j) {
+      const int32_t below = x[i][j];
+      x[i][j] = x[j][i];
+      x[j][i] = below;
+    }
+#endif
 }
 
-// NR rows, `stride` numbers apart, times NF outputs: out[r * out_stride + f].
-// Not inlined: it is the same for every type of result, and most of what there is to compile.
-template <typename K, int NR, bool kAhead, int NF = kOutputs>
-__attribute__((noinline)) void Tile(const typename K::Row* x, const typename K::Weight* const* w, int64_t D, float* out, int64_t out_stride) {
-  typename K::Lanes sums[NR][NF] = {};
-  typename K::Surplus surplus[NF] = {};
-  const int64_t whole = D / K::kStep * K::kStep;
-  for (int64_t d = 0; d < whole; d += K::kStep) {
-    typename K::Numbers rows[NR];
-    UNROLL for (int r = 0; r < NR; ++r) rows[r] = K::Of(x + r * D + d);
-    UNROLL for (int f = 0; f < NF; ++f) {
-      if (kAhead) __builtin_prefetch(reinterpret_cast<const char*>(w[f] + d) + kAheadBytes);
-      const typename K::Numbers column = K::Of(w[f] + d);
-      K::AddSurplus(surplus[f], column);
-      UNROLL for (int r = 0; r < NR; ++r) K::Add(sums[r][f], rows[r], column);
+// The last numbers of an output, zeros after them.
+template <typename A, typename P>
+INLINE Dwords Last(const P* p, int64_t count) {
+  P padded[kLanes * A::kGroup] = {};
+  std::memcpy(padded, p, count * sizeof(P));
+  return A::Of(padded);
+}
+
+// What is fetched while a tile is computed: from two places, so many bytes for each step along D.
+struct Ahead {
+  const char* from[kPanels];
+  int64_t step;
+};
+
+// Sixteen outputs of a weight. Past the last of `count` stands that one again.
+template <typename A, typename P>
+struct Outputs {
+  static constexpr int kStep = kLanes * A::kGroup;
+  const P* from[kLanes];
+  int64_t D;
+
+  Outputs(const P* w, int64_t count, int64_t D) : D(D) {
+    for (int i = 0; i < kLanes; ++i) from[i] = w + std::min<int64_t>(i, count - 1) * D;
+  }
+
+  // Sixteen steps from d on, one after the other.
+  INLINE void Turn(int64_t d, Dwords* block) const {
+    if (d + kStep <= D) {
+      UNROLL for (int i = 0; i < kLanes; ++i) block[i] = A::Of(from[i] + d);
+    } else {
+      for (int i = 0; i < kLanes; ++i) block[i] = Last<A>(from[i] + d, D - d);
+    }
+    Transpose(block);
+  }
+};
+
+// A panel: what its sums start with, then a step after the other.
+template <typename A, typename P>
+__attribute__((noinline)) void Pack(const P* w, int64_t count, int64_t D, Dwords* panel) {
+  const Outputs<A, P> outputs(w, count, D);
+  Dwords start = {};
+  Dwords* at = panel + 1;
+  for (int64_t d = 0; d < D; d += outputs.kStep, at += kLanes) {
+    Dwords block[kLanes];
+    outputs.Turn(d, block);
+    UNROLL for (int i = 0; i < kLanes; ++i) {
+      A::Count(start, block[i]);
+      at[i] = block[i];
     }
   }
-  if (whole < D) {
-    typename K::Numbers rows[NR];
-    UNROLL for (int r = 0; r < NR; ++r) rows[r] = Last<K>(x + r * D + whole, D - whole);
-    UNROLL for (int f = 0; f < NF; ++f) {
-      const typename K::Numbers column = Last<K>(w[f] + whole, D - whole);
-      K::AddSurplus(surplus[f], column);
-      UNROLL for (int r = 0; r < NR; ++r) K::Add(sums[r][f], rows[r], column);
+  *panel = start;
+}
+
+// Up to NR rows times two times sixteen outputs that are used as they are turned: the same sums as those of a tile.
+template <typename A, typename P, int NR>
+__attribute__((noinline)) void Stream(int64_t num_rows, const typename A::Row* x, int64_t stride, const Outputs<A, P>* outputs, Ahead ahead, Vec* out) {
+  typename A::Lanes sums[NR][kPanels] = {};
+  Dwords starts[kPanels] = {};
+  const typename A::Row* rows[NR];  // past the last stands that one again
+  for (int r = 0; r < NR; ++r) rows[r] = x + std::min<int64_t>(r, num_rows - 1) * stride;
+  const int64_t D = outputs->D;
+  for (int64_t d = 0; d < D; d += outputs->kStep) {
+    UNROLL for (int p = 0; p < kPanels; ++p) {
+      UNROLL for (int s = 0; s < kLanes; ++s) __builtin_prefetch(ahead.from[p] + (d / A::kGroup + s) * ahead.step);
+      Dwords block[kLanes];
+      outputs[p].Turn(d, block);
+      const auto add = [&](int s) {
+        A::Count(starts[p], block[s]);
+        UNROLL for (int r = 0; r < NR; ++r) A::Add(sums[r][p], rows[r] + d + s * A::kGroup, block[s]);
+      };
+      if (d + outputs->kStep <= D) {
+        UNROLL for (int s = 0; s < kLanes; ++s) add(s);
+      } else {
+        for (int s = 0; d + s * A::kGroup < D; ++s) add(s);
+      }
     }
   }
   UNROLL for (int r = 0; r < NR; ++r)
-    UNROLL for (int f = 0; f < NF; f += kOutputs) K::Store(out + r * out_stride + f, sums[r] + f, surplus + f);
+    UNROLL for (int p = 0; p < kPanels; ++p) out[p * kRows + r] = A::Floats(A::Begin(sums[r][p], starts[p]));
 }
 
-template <typename K, bool kAhead, int NR = K::kRows>
-inline void Tiles(int num_rows, const typename K::Row* x, const typename K::Weight* const* w, int64_t D, float* out, int64_t stride) {
-  if (num_rows >= NR) return Tile<K, NR, kAhead>(x, w, D, out, stride);
-  if constexpr (NR > 1) Tiles<K, kAhead, NR - 1>(num_rows, x, w, D, out, stride);
+template <typename A, typename P, int NR = 1>
+inline void Streams(int64_t num_rows, const typename A::Row* x, int64_t stride, const Outputs<A, P>* outputs, Ahead ahead, Vec* out) {
+  if (num_rows <= NR) return Stream<A, P, NR>(num_rows, x, stride, outputs, ahead, out);
+  if constexpr (NR < kFewRows) Streams<A, P, 2 * NR>(num_rows, x, stride, outputs, ahead, out);
+}
+
+// NR rows, `stride` numbers apart, times two panels: sums[p * kRows + r].
+template <typename A, int NR>
+__attribute__((noinline)) void Tile(const typename A::Row* x, int64_t stride, const Dwords* const* panels, int64_t steps, Ahead ahead, Vec* out) {
+  typename A::Lanes sums[NR][kPanels];
+  UNROLL for (int r = 0; r < NR; ++r)
+    UNROLL for (int p = 0; p < kPanels; ++p) sums[r][p] = reinterpret_cast<typename A::Lanes>(panels[p][0]);
+  const typename A::Row* rows[(NR + 2) / 3];  // an address is one of these and up to two strides
+  UNROLL for (int i = 0; i < (NR + 2) / 3; ++i) rows[i] = x + 3 * i * stride;
+  for (int64_t s = 0; s < steps; ++s) {
+    Dwords w[kPanels];
+    UNROLL for (int p = 0; p < kPanels; ++p) {
+      w[p] = panels[p][1 + s];
+      __builtin_prefetch(ahead.from[p] + s * ahead.step);
+    }
+    UNROLL for (int r = 0; r < NR; ++r)
+      UNROLL for (int p = 0; p < kPanels; ++p) A::Add(sums[r][p], rows[r / 3] + r % 3 * stride, w[p]);
+    UNROLL for (int i = 0; i < (NR + 2) / 3; ++i) rows[i] += A::kGroup;
+  }
+  UNROLL for (int r = 0; r < NR; ++r)
+    UNROLL for (int p = 0; p < kPanels; ++p) out[p * kRows + r] = A::Floats(sums[r][p]);
+}
+
+template <typename A, int NR = kRows>
+inline void Tiles(int64_t num_rows, const typename A::Row* x, int64_t stride, const Dwords* const* panels, int64_t steps, Ahead ahead, Vec* out) {
+  if (num_rows >= NR) return Tile<A, NR>(x, stride, panels, steps, ahead, out);
+  if constexpr (NR > std::min(kFewRows + 1, kRows / 2)) Tiles<A, NR - 1>(num_rows, x, stride, panels, steps, ahead, out);
 }
 
 // One call. Optional arrays are null when they were not given.
@@ -153,11 +258,14 @@ struct Call {
   int64_t X, D, F;     // F outputs of the result: a gated weight has twice as many, its bias too
   bool is_gated;
   const void* x;       // [X, D], of the type that the product takes
+  int64_t stride;      // numbers from a row to the next
   const void* weight;  // [F, D] or [2F, D]
   const float* scales; // [F], of a weight of int8
   const float* bias;
   const void* residual;  // [X, F], as the result
   void* out;             // [X, F]
+
+  int64_t Width() const { return is_gated ? kLanes : kPanels * kLanes; }  // outputs of a tile
 };
 
 inline void Put(float* p, float x) { *p = x; }
@@ -179,83 +287,114 @@ __attribute__((noinline)) void Gate(float* __restrict gate, const float* __restr
   for (int64_t i = 0; i < count; ++i) gate[i] = Silu(gate[i]) * up[i];
 }
 
-// Turns sums of outputs [begin, begin + count) into a row's results. `up` are those that a gate is for, or null.
-template <typename Out>
-void Finish(const Call& c, int64_t row, int64_t begin, int64_t count, float* sums, float* up) {
-  if (c.scales)
-    for (int64_t i = 0; i < count; ++i) sums[i] *= c.scales[begin + i];
-  if (c.bias)
-    for (int64_t i = 0; i < count; ++i) sums[i] += c.bias[begin + i];
-  if (c.bias && up)
-    for (int64_t i = 0; i < count; ++i) up[i] += c.bias[c.F + begin + i];
-  if (up) Gate(sums, up, count);
-  const int64_t at = row * c.F + begin;
-  if (c.residual)
-    for (int64_t i = 0; i < count; ++i) sums[i] += ToFloat(static_cast<const Out*>(c.residual)[at + i]);
-  for (int64_t i = 0; i < count; ++i) Put(static_cast<Out*>(c.out) + at + i, sums[i]);
+INLINE Vec LoadSome(const float* p, int64_t count) {
+  if (count == kLanes) return Load(p);
+  Vec x = {};
+  std::memcpy(&x, p, count * sizeof *p);
+  return x;
+}
+template <typename P>
+INLINE Vec LoadSome(const P* p, int64_t count) {
+  if (count == kLanes) return Load(p);
+  P padded[kLanes] = {};
+  std::memcpy(padded, p, count * sizeof(P));
+  return Load(padded);
 }
 
-// Rows [first, last) times outputs [begin, end).
-template <typename K, typename Out>
-void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t end) {
-  using Weight = typename K::Weight;
-  const int num_halves = c.is_gated ? 2 : 1;
-  const int64_t num_bytes = c.D * static_cast<int64_t>(sizeof(Weight)) * num_halves;
-  const bool is_few = last - first <= kHeldRows;
-  const int64_t num_held = is_few ? last - first : K::kRows;
-  const int64_t fitting = std::clamp<int64_t>(kBlockBytes / num_bytes / kOutputs * kOutputs, kOutputs, kMaxWidth);
-  const int64_t width = is_few ? kMaxWidth : fitting;
-  const auto* x = static_cast<const typename K::Row*>(c.x);
-  alignas(64) float sums[2][kHeldRows * kMaxWidth];
+INLINE void StoreSome(float* p, Vec x, int64_t count) {
+  count == kLanes ? std::memcpy(p, &x, kLanes * sizeof *p) : std::memcpy(p, &x, count * sizeof *p);
+}
+INLINE void StoreSome(BFloat16* p, Vec x, int64_t count) {
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  const Words bits = reinterpret_cast<Words>(x);
+  const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = 0x7fc0 | (bits >> 16 & 0x8000);
+  const Halves narrow = __builtin_convertvector(x != x ? nan : rounded, Halves);
+  count == kLanes ? std::memcpy(p, &narrow, kLanes * sizeof *p) : std::memcpy(p, &narrow, count * sizeof *p);
+}
+INLINE void StoreSome(Half* p, Vec x, int64_t count) {
+#ifdef __AVX512F__
+  const __m256i narrow = _mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  Half narrow[kLanes];
+  for (int i = 0; i < kLanes; ++i) Put(narrow + i, x[i]);
+#endif
+  count == kLanes ? std::memcpy(p, &narrow, kLanes * sizeof *p) : std::memcpy(p, &narrow, count * sizeof *p);
+}
 
-  for (int64_t at = begin; at < end; at += width) {
-    const int64_t count = std::min(width, end - at);
-    for (int64_t held = first; held < last; held += num_held) {
-      const int64_t stop = std::min(held + num_held, last);
-      for (int half = 0; half < num_halves; ++half)
-        for (int64_t f = 0; f < count; f += kOutputs) {
-          const Weight* w[2 * kOutputs];
-          if (last - first == 1 && f + 2 * kOutputs <= count) {
-            for (int i = 0; i < 2 * kOutputs; ++i) w[i] = static_cast<const Weight*>(c.weight) + (half * c.F + at + f + i) * c.D;
-            Tile<K, 1, true, 2 * kOutputs>(x + first * c.D, w, c.D, sums[half] + f, width);
-            f += kOutputs;
-            continue;
-          }
-          for (int i = 0; i < kOutputs; ++i)  // past the last output stands the last one again
-            w[i] = static_cast<const Weight*>(c.weight) + (half * c.F + at + std::min<int64_t>(f + i, count - 1)) * c.D;
-          for (int64_t r = held; r < stop; r += K::kRows) {
-            const int num_rows = std::min<int64_t>(K::kRows, stop - r);
-            float* out = sums[half] + (r - held) * width + f;
-            if (r == first)
-              Tiles<K, true>(num_rows, x + r * c.D, w, c.D, out, width);
-            else
-              Tiles<K, false>(num_rows, x + r * c.D, w, c.D, out, width);
-          }
-        }
-      for (int64_t r = held; r < stop; ++r) {
-        float* row = sums[0] + (r - held) * width;
-        Finish<Out>(c, r, at, count, row, c.is_gated ? sums[1] + (r - held) * width : nullptr);
-      }
+// Turns the sums of a tile into results: of rows from `row` on, of outputs from `output` on.
+template <typename Out>
+__attribute__((noinline)) void Finish(const Call& c, int64_t row, int64_t num_rows, int64_t output, Vec* sums) {
+  const Vec one = Vec{} + 1.0f;
+  if (c.scales || c.bias)
+    for (int p = 0; p < kPanels; ++p) {
+      const int64_t at = c.is_gated ? output : output + p * kLanes, count = std::clamp<int64_t>(c.F - at, 0, kLanes);
+      const Vec scale = c.scales ? LoadSome(c.scales + at, count) : one;
+      const Vec bias = c.bias ? LoadSome(c.bias + (c.is_gated ? p * c.F : 0) + at, count) : Vec{};
+      for (int r = 0; r < num_rows; ++r) sums[p * kRows + r] = sums[p * kRows + r] * scale + bias;
+    }
+  if (c.is_gated) Gate(reinterpret_cast<float*>(sums), reinterpret_cast<const float*>(sums + kRows), num_rows * kLanes);
+  for (int p = 0; p < (c.is_gated ? 1 : kPanels); ++p) {
+    const int64_t first = output + p * kLanes, count = std::clamp<int64_t>(c.F - first, 0, kLanes);
+    for (int r = 0; r < num_rows; ++r) {
+      const int64_t at = (row + r) * c.F + first;
+      Vec x = sums[p * kRows + r];
+      if (c.residual) x += LoadSome(static_cast<const Out*>(c.residual) + at, count);
+      StoreSome(static_cast<Out*>(c.out) + at, x, count);
     }
   }
 }
 
-template <typename K, typename Out>
+// Rows [first, last) times outputs [begin, end).
+template <typename A, typename P, typename Out>
+void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t end) {
+  const int64_t width = c.Width(), num_tiles = (last - first + kRows - 1) / kRows;
+  const int64_t steps = (c.D + A::kGroup - 1) / A::kGroup, panel_size = 1 + (steps + kLanes - 1) / kLanes * kLanes;
+  thread_local std::vector<Dwords> storage;
+  storage.resize(kPanels * panel_size);
+  const Dwords* const panels[] = {storage.data(), storage.data() + panel_size};
+  const auto weight_of = [&](int64_t at, int p) {  // a panel past the end is that of the last output
+    return static_cast<const P*>(c.weight) + (c.is_gated ? at + p * c.F : std::min(at + p * kLanes, c.F - 1)) * c.D;
+  };
+  const auto count_of = [&](int64_t at, int p) { return std::clamp<int64_t>(c.F - at - (c.is_gated ? 0 : p * kLanes), 1, kLanes); };
+  const auto* x = static_cast<const typename A::Row*>(c.x);
+  alignas(64) Vec sums[kPanels * kRows];
+  Ahead ahead{{nullptr, nullptr}, static_cast<int64_t>(kLanes * sizeof(P)) * A::kGroup};
+  for (int64_t at = begin; at < end; at += width) {
+    const int64_t after = std::min(at + width, c.F - 1);
+    for (int p = 0; p < kPanels; ++p) ahead.from[p] = reinterpret_cast<const char*>(weight_of(after, p));
+    if (last - first <= kFewRows) {
+      const Outputs<A, P> outputs[] = {{weight_of(at, 0), count_of(at, 0), c.D}, {weight_of(at, 1), count_of(at, 1), c.D}};
+      Streams<A, P>(last - first, x + first * c.stride, c.stride, outputs, ahead, sums);
+      Finish<Out>(c, first, last - first, at, sums);
+      continue;
+    }
+    for (int p = 0; p < kPanels; ++p) Pack<A>(weight_of(at, p), count_of(at, p), c.D, storage.data() + p * panel_size);
+    int64_t row = first;
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {  // tiles of as many rows, or one less
+      const int64_t num_rows = (last - row) / (num_tiles - tile);
+      Tiles<A>(num_rows, x + row * c.stride, c.stride, panels, steps, ahead, sums);
+      Finish<Out>(c, row, num_rows, at, sums);
+      row += num_rows;
+    }
+  }
+}
+
+template <typename A, typename P, typename Out>
 void Run(ffi::ThreadPool& pool, const Call& c) {
-  const int64_t row_bytes = c.D * static_cast<int64_t>(sizeof(typename K::Row));
-  const int64_t weight_bytes = c.D * static_cast<int64_t>(sizeof(typename K::Weight)) * (c.is_gated ? 2 : 1);
-  // Rows of a task, in whole tiles; few of them are never parted, so that the weight is read once.
-  const int64_t num_rows = c.X <= 2 * kHeldRows ? c.X : std::max<int64_t>(kRowBytes / row_bytes / K::kRows, 8) * K::kRows;
-  const int64_t row_tasks = (c.X + num_rows - 1) / num_rows;
+  if (c.X == 0 || c.F == 0) return;
+  const int64_t width = c.Width(), num_tiles = (c.F + width - 1) / width;
+  const int64_t weight_bytes = c.F * c.D * static_cast<int64_t>(sizeof(P)) * (c.is_gated ? 2 : 1);
   // Eight rows cost as much in arithmetic as the weight in bytes.
-  const int64_t cost = c.F * weight_bytes * (8 + std::min(c.X, num_rows)) / 9;
-  const int64_t most = std::max<int64_t>(1, 8 * pool.num_threads() / row_tasks);
-  const int64_t parts = std::clamp<int64_t>(cost / kTaskBytes, 1, most);
-  const int64_t num_outputs = ((c.F + parts - 1) / parts + kOutputs - 1) / kOutputs * kOutputs;
-  const int64_t output_tasks = (c.F + num_outputs - 1) / num_outputs;
-  ParallelFor(pool, row_tasks * output_tasks, [&](int64_t task) {
-    const int64_t row = task / output_tasks * num_rows, output = task % output_tasks * num_outputs;
-    Compute<K, Out>(c, row, std::min(row + num_rows, c.X), output, std::min(output + num_outputs, c.F));
+  const int64_t cost = weight_bytes * (8 + c.X) / 9;
+  const int64_t wanted = std::clamp<int64_t>(cost / kTaskBytes, 1, 8 * pool.num_threads());
+  const int64_t tiles = (num_tiles + wanted - 1) / wanted, output_tasks = (num_tiles + tiles - 1) / tiles;
+  // Rows are parted where outputs are too few for the threads: each part turns the weight again.
+  const int64_t row_parts = std::clamp<int64_t>(2 * pool.num_threads() / output_tasks, 1, (c.X + 8 * kRows - 1) / (8 * kRows));
+  const int64_t num_rows = (c.X + row_parts - 1) / row_parts;
+  ParallelFor(pool, row_parts * output_tasks, [&](int64_t task) {
+    const int64_t row = task / output_tasks * num_rows, output = task % output_tasks * tiles * width;
+    if (row < c.X) Compute<A, P, Out>(c, row, std::min(row + num_rows, c.X), output, std::min(output + tiles * width, c.F));
   });
 }
 
@@ -276,63 +415,71 @@ void Normalise(const P* x, const P* scale, float eps, int64_t D, P* out) {
   }
 }
 
-inline void Widen(const float* x, int64_t D, float* out) { std::copy(x, x + D, out); }
-template <typename P>
-void Widen(const P* x, int64_t D, float* out) {
-  const int64_t whole = D / kLanes * kLanes;
-  for (int64_t d = 0; d < whole; d += kLanes) Store(out + d, Load(x + d));
-  for (int64_t d = whole; d < D; ++d) out[d] = ToFloat(x[d]);
+template <typename P, typename Row>
+void Take(const P* x, int64_t D, Row* out) {
+  if constexpr (std::is_same_v<P, Row>) {
+    std::copy(x, x + D, out);
+  } else {
+    const int64_t whole = D / kLanes * kLanes;
+    for (int64_t d = 0; d < whole; d += kLanes) Store(out + d, Load(x + d));
+    for (int64_t d = whole; d < D; ++d) out[d] = ToFloat(x[d]);
+  }
 }
 
-// Rows as the product takes them: normalised where there is a scale, and of type Row.
-template <typename P, typename Row>
-const Row* Prepare(ffi::ThreadPool& pool, const P* x, const P* scale, float eps, int64_t X, int64_t D) {
+// Rows as the product takes them: normalised where there is a scale, of type Row, and with zeros after them for a last step.
+template <typename A, typename P>
+void Prepare(ffi::ThreadPool& pool, Call& c, const P* scale, float eps) {
+  using Row = typename A::Row;
+  const P* x = static_cast<const P*>(c.x);
+  c.stride = (c.D + A::kGroup - 1) / A::kGroup * A::kGroup;
   if constexpr (std::is_same_v<P, Row>)
-    if (!scale) return x;
+    if (!scale && c.stride == c.D) return;
   // Of the calling thread, which takes no other call before this one ends.
   thread_local std::vector<Row> prepared;
-  prepared.resize(static_cast<size_t>(X) * D);
-  Row* target = prepared.data();
-  const int64_t some = std::max<int64_t>(1, kTaskBytes / (D * 16));  // rows of a task: a norm is several passes
-  ParallelFor(pool, (X + some - 1) / some, [&, target](int64_t task) {
-    for (int64_t r = task * some; r < std::min((task + 1) * some, X); ++r) {
-      if constexpr (std::is_same_v<P, Row>) {
-        Normalise(x + r * D, scale, eps, D, target + r * D);
-      } else if (!scale) {
-        Widen(x + r * D, D, target + r * D);
+  prepared.resize(static_cast<size_t>(c.X) * c.stride);
+  const int64_t D = c.D, stride = c.stride, some = std::max<int64_t>(1, kTaskBytes / (D * 16));  // rows of a task: a norm is several passes
+  ParallelFor(pool, (c.X + some - 1) / some, [&, target = prepared.data()](int64_t task) {
+    for (int64_t r = task * some; r < std::min((task + 1) * some, c.X); ++r) {
+      Row* row = target + r * stride;
+      std::fill(row + D, row + stride, Row{});
+      if (!scale) {
+        Take(x + r * D, D, row);
+      } else if constexpr (std::is_same_v<P, Shifted>) {  // has no norm
+      } else if constexpr (std::is_same_v<P, Row>) {
+        Normalise(x + r * D, scale, eps, D, row);
       } else {
-        thread_local std::vector<P> row;
-        row.resize(D);
-        Normalise(x + r * D, scale, eps, D, row.data());
-        Widen(row.data(), D, target + r * D);
+        thread_local std::vector<P> normalised;
+        normalised.resize(D);
+        Normalise(x + r * D, scale, eps, D, normalised.data());
+        Take(normalised.data(), D, row);
       }
     }
   });
-  return target;
+  c.x = prepared.data();
 }
 
-template <typename K, typename P>
+template <typename A, typename W, typename P>
 void RunAs(ffi::ThreadPool& pool, Call& c, const P* scale, float eps, ffi::DataType out) {
-  c.x = Prepare<P, typename K::Row>(pool, static_cast<const P*>(c.x), scale, eps, c.X, c.D);
+  Prepare<A, P>(pool, c, scale, eps);
   // Results are float32 or of the rows' type.
-  if (out == ffi::F32) return Run<K, float>(pool, c);
-  Run<K, P>(pool, c);
+  if (out == ffi::F32) return Run<A, W, float>(pool, c);
+  Run<A, W, P>(pool, c);
 }
 
 template <typename P>
 ffi::Error RunRows(ffi::ThreadPool& pool, Call& c, const void* scale, float eps, ffi::DataType weight, ffi::DataType out) {
   const P* scales = static_cast<const P*>(scale);
   switch (weight) {
-    case ffi::F32: RunAs<Widened<float>>(pool, c, scales, eps, out); break;
-    case ffi::F16: RunAs<Widened<Half>>(pool, c, scales, eps, out); break;
+    case ffi::F32: RunAs<Singles, float>(pool, c, scales, eps, out); break;
+    case ffi::F16: RunAs<Singles, Half>(pool, c, scales, eps, out); break;
     case ffi::BF16:
 #ifdef __AVX512BF16__
       if constexpr (std::is_same_v<P, BFloat16>) {
-        RunAs<Paired>(pool, c, scales, eps, out);
+        RunAs<Pairs, BFloat16>(pool, c, scales, eps, out);
         break;
       }
 #endif
-      RunAs<Widened<BFloat16>>(pool, c, scales, eps, out);
+      RunAs<Singles, BFloat16>(pool, c, scales, eps, out);
       break;
     default: return ffi::Error::Internal("unknown type of weight");
   }
@@ -345,7 +492,7 @@ const void* DataOrNull(const ffi::AnyBuffer& x) { return x.element_count() ? x.u
 ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::Buffer<ffi::F32> bias, ffi::AnyBuffer norm,
                     ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> out, float eps, bool is_gated) {
   const auto xd = x.dimensions(), od = out->dimensions();
-  Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = is_gated, .x = x.untyped_data(), .weight = weight.untyped_data(), .scales = nullptr,
+  Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = is_gated, .x = x.untyped_data(), .stride = xd[1], .weight = weight.untyped_data(), .scales = nullptr,
          .bias = bias.element_count() ? bias.typed_data() : nullptr,
          .residual = DataOrNull(residual), .out = out->untyped_data()};
   const ffi::DataType of_weight = weight.element_type(), of_out = out->element_type();
@@ -361,9 +508,9 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
 ffi::Error MultiplyInt8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> weight, ffi::Buffer<ffi::F32> scales,
                         ffi::Result<ffi::Buffer<ffi::F32>> out) {
   const auto xd = x.dimensions(), od = out->dimensions();
-  const Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = false, .x = x.typed_data(), .weight = weight.typed_data(),
+  const Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = false, .x = x.typed_data(), .stride = xd[1], .weight = weight.typed_data(),
                .scales = scales.typed_data(), .bias = nullptr, .residual = nullptr, .out = out->typed_data()};
-  Run<Widened<Int8>, float>(pool, c);
+  Run<Singles, Int8, float>(pool, c);
   return ffi::Error::Success();
 }
 
@@ -371,16 +518,17 @@ ffi::Error MultiplyInt8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buff
 ffi::Error MultiplyIntegers(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x, ffi::Buffer<ffi::S8> weight, ffi::Buffer<ffi::F32> scales,
                             ffi::Result<ffi::Buffer<ffi::F32>> out) {
   const auto xd = x.dimensions(), od = out->dimensions();
-  Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = false, .x = x.typed_data(), .weight = weight.typed_data(),
+  Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = false, .x = x.typed_data(), .stride = xd[1], .weight = weight.typed_data(),
          .scales = scales.typed_data(), .bias = nullptr, .residual = nullptr, .out = out->typed_data()};
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-  Run<Integers, float>(pool, c);
-#else  // an integer is exact as a float, and so is a lane's sum of up to 2^24 / (127 * 128) products
-  thread_local std::vector<float> rows;  // of the calling thread, which takes no other call before this one ends
+  Prepare<Quads, Shifted>(pool, c, nullptr, 0.0f);
+  Run<Quads, Int8, float>(pool, c);
+#else
+  thread_local std::vector<int32_t> rows;  // of the calling thread, which takes no other call before this one ends
   rows.resize(static_cast<size_t>(c.X) * c.D);
-  std::transform(x.typed_data(), x.typed_data() + rows.size(), rows.begin(), [](Shifted number) { return number - 128.0f; });
+  std::transform(x.typed_data(), x.typed_data() + rows.size(), rows.begin(), [](Shifted number) { return number - 128; });
   c.x = rows.data();
-  Run<Widened<Int8>, float>(pool, c);
+  Run<Wholes, Int8, float>(pool, c);
 #endif
   return ffi::Error::Success();
 }

@@ -14,7 +14,7 @@
 
 // For what keeps arrays of vectors in registers: a call, or a loop that stays one, would put all of them into memory.
 #define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 
 namespace {
 

@@ -15,10 +15,6 @@ from pallas_kernels.target import Target
 __all__ = ["quantize", "quantized_matmul"]
 
 _NAME = "quantized_matmul"
-# More rows and the portable path is faster on a CPU. 1, 16, 32 and 64 rows of integers by a 49152x576 weight: 1.1, 3.6, 6.3 and
-# 14.6 ms natively, 2.6, 4.6, 8.1 and 12.6 on xla (two loaded cores of Zen 5); 1 and 8 rows of floats by 3072x576: 87 and 218 us,
-# 257 and 940 on xla (one core; November 2026).
-_MOST_ROWS = {None: 16, "int8": 32}
 _ROWS = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 
 
@@ -81,8 +77,6 @@ def quantized_matmul(
         return _module("mosaic").unavailable(target, operands, activations)
 
     choice = backends.choose(_NAME, backend, native=lambda: _module("native").unavailable(operands), mosaic=unavailable)
-    if backend == "auto" and choice.name == "native" and len(operands.x) > _MOST_ROWS[activations]:
-        choice = backends.choose(_NAME, "xla")
     if choice.target is not None:
         return _module("mosaic").matmul(operands, dtype, choice.target)
     return _module(choice.name).matmul(operands, is_int8=activations is not None).astype(dtype)

@@ -1,4 +1,4 @@
-"""Weights of int8 in C++ on a CPU: widened on the way from memory, read once for a few rows."""
+"""Weights of int8 in C++ on a CPU: integers by rows of integers, widened for rows of floats."""
 
 from __future__ import annotations
 
