@@ -14,11 +14,13 @@ from pallas_kernels.merge_states import merge_states
 from pallas_kernels.paged_decode_attention import paged_decode_attention
 from pallas_kernels.paged_prefill_attention import paged_prefill_attention
 from pallas_kernels.quantized_matmul import quantized_matmul
+from pallas_kernels.rotate_heads import Heads, rotate_heads
 from pallas_kernels.sample_logits import sample_logits
 from pallas_kernels.scatter_pages import scatter_pages
 from pallas_kernels.write_kv_pages import write_kv_pages
 
 __all__ = [
+    "Heads",
     "copy_pages",
     "gather_pages",
     "matmul",
@@ -26,6 +28,7 @@ __all__ = [
     "paged_decode_attention",
     "paged_prefill_attention",
     "quantized_matmul",
+    "rotate_heads",
     "sample_logits",
     "scatter_pages",
     "write_kv_pages",

@@ -41,6 +41,7 @@ NAMES = (
     "sample_logits",
     "matmul",
     "quantized_matmul",
+    "rotate_heads",
     "write_kv_pages",
     "copy_pages",
     "gather_pages",

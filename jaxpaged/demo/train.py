@@ -26,6 +26,7 @@ from jaxpaged.config import ModelConfig
 from jaxpaged.demo import corpus, export, skills
 from jaxpaged.model import weights as W
 from jaxpaged.model.transformer import forward, logits
+from pallas_kernels import Heads
 
 HELD_OUT_ROWS = 64
 SCORED = 100  # examples per skill
@@ -104,7 +105,8 @@ def dense_attention(B: int, T: int):
     A tile reads only the keys up to its end: half of the scores of a long row are never computed.
     """
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: None) -> tuple[jax.Array, None]:
+    def attend(layer: int, heads: Heads, state: None) -> tuple[jax.Array, None]:
+        q, k, v, _ = heads
         N, H, K = q.shape[1], q.shape[2], k.shape[1]
         q = q.reshape(B, T, K, N // K, H) * H**-0.5
         k, v = k.reshape(B, T, K, H), v.reshape(B, T, K, H)
@@ -241,7 +243,8 @@ def greedy_generator(weights: W.Weights, config: ModelConfig, tokenizer: Tokeniz
     Prompts are fed token by token, as answers are. That is slow and leaves no second path to be wrong.
     """
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    def attend(layer: int, heads: Heads, state: Any) -> tuple[jax.Array, Any]:
+        q, k, v, _ = heads
         keys, values, t = state  # one [B, T, K, H] per layer
         keys, values = list(keys), list(values)
         keys[layer], values[layer] = keys[layer].at[:, t].set(k), values[layer].at[:, t].set(v)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxpaged.config import ModelConfig
 from jaxpaged.model.cache import KVCache
-from pallas_kernels import paged_decode_attention, paged_prefill_attention, write_kv_pages
+from pallas_kernels import Heads, paged_decode_attention, paged_prefill_attention, write_kv_pages
 from pallas_kernels.backends import Backend
 from pallas_kernels.row_tiles import RowTiles
 
@@ -99,27 +99,27 @@ class PagedAttention:
     backend: Backend
     batch_invariant: bool = False
 
-    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def __call__(self, layer: int, heads: Heads, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Write the layer's new keys and values, then attend to all there are."""
-        cache = self.write(layer, k, v, cache)
-        return self.told(self.read(layer, q, cache), q, k, v, cache), cache
+        cache = self.write(layer, heads, cache)
+        return self.told(self.read(layer, heads.q, cache), heads, cache), cache
 
-    @staticmethod
     @jax.named_scope("checks")
-    def told(attended: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> jax.Array:
-        """What was read, [X, N, H], with NaN for each token of which something is not finite."""
-        is_sound = jnp.all(jnp.isfinite(q), axis=(1, 2))
-        for new in (k, v):
-            is_sound &= jnp.all(jnp.isfinite(new.astype(cache.dtype)), axis=(1, 2))
+    def told(self, attended: jax.Array, heads: Heads, cache: KVCache) -> jax.Array:
+        """What was read, [X, N, H], with NaN for each real token of which something is not finite."""
+        is_sound = heads.is_finite | ~self.tokens.is_real
+        for new in (heads.k, heads.v):
+            if new.dtype != cache.dtype:  # which may lack room for a number
+                is_sound &= jnp.all(jnp.isfinite(new.astype(cache.dtype)), axis=(1, 2))
         return jnp.where(is_sound[:, None, None], attended, jnp.nan)
 
     @jax.named_scope("kv_write")
-    def write(self, layer: int, k: jax.Array, v: jax.Array, cache: KVCache) -> KVCache:
-        """The cache with the tokens' keys and values [X, K, H] in their slots of a layer."""
+    def write(self, layer: int, heads: Heads, cache: KVCache) -> KVCache:
+        """The cache with the tokens' keys and values in their slots of a layer."""
         # Layer l's page p is row l * P + p of the flat pool, its null page row l * P.
         slots = self.tokens.slots + layer * cache.pages_per_layer(self.config) * cache.page_size
-        k_pages = write_kv_pages(cache.k_pages, written(k, cache), slots, backend=self.backend)
-        v_pages = write_kv_pages(cache.v_pages, written(v, cache), slots, backend=self.backend)
+        k_pages = write_kv_pages(cache.k_pages, _written(heads.k, cache), slots, backend=self.backend)
+        v_pages = write_kv_pages(cache.v_pages, _written(heads.v, cache), slots, backend=self.backend)
         return KVCache.of(k_pages, v_pages)
 
     @jax.named_scope("attention")
@@ -144,7 +144,7 @@ class PagedAttention:
         return jnp.concatenate(parts)
 
 
-def written(new: jax.Array, cache: KVCache) -> jax.Array:
-    """New keys or values as pages hold them: 0 for what is not finite in the pages' dtype, which may lack room for a number."""
-    new = new.astype(cache.dtype)
-    return jnp.where(jnp.isfinite(new), new, 0)
+def _written(new: jax.Array, cache: KVCache) -> jax.Array:
+    """New keys or values as pages hold them: finite ones, with 0 for what is not so in the pages' dtype."""
+    narrow = new.astype(cache.dtype)
+    return new if new.dtype == narrow.dtype else jnp.where(jnp.isfinite(narrow), narrow, 0)

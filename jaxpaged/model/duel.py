@@ -20,6 +20,7 @@ from jaxpaged.model.sampler import first_largest
 from jaxpaged.model.step import StepInputs, StepOutputs, sampled_logits
 from jaxpaged.model.transformer import forward, products_of
 from jaxpaged.model.weights import Weights
+from pallas_kernels import Heads
 from pallas_kernels.backends import Backend
 
 
@@ -39,12 +40,12 @@ class _Duellists:
     attention: PagedAttention
     rival: PagedAttention
 
-    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: tuple) -> tuple[jax.Array, tuple]:
+    def __call__(self, layer: int, heads: Heads, state: tuple) -> tuple[jax.Array, tuple]:
         cache, errors, queries = state
-        cache = self.attention.write(layer, k, v, cache)
-        ours, theirs = self.attention.read(layer, q, cache), self.rival.read(layer, q, cache)
+        cache = self.attention.write(layer, heads, cache)
+        ours, theirs = self.attention.read(layer, heads.q, cache), self.rival.read(layer, heads.q, cache)
         error = _distance(ours, theirs, self.attention.tokens)
-        return self.attention.told(ours, q, k, v, cache), (cache, (*errors, error), (*queries, q))
+        return self.attention.told(ours, heads, cache), (cache, (*errors, error), (*queries, heads.q))
 
 
 def step(
@@ -74,8 +75,8 @@ def step(
     scores = sampled_logits(weights, hidden, inputs, **how)
     outputs = StepOutputs.of(scores, inputs, max_logprobs, **of_tokens).told(weights, hidden, inputs, max_logprobs, **how)
 
-    def read_only(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        return opponent.read(layer, q, cache), cache
+    def read_only(layer: int, heads: Heads, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        return opponent.read(layer, heads.q, cache), cache
 
     hidden, cache = run(read_only, cache)
     rival_scores = sampled_logits(weights, hidden, inputs, **how)

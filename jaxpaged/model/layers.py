@@ -20,7 +20,7 @@ from pallas_kernels.matmul.around import finish, rms_norm
 if TYPE_CHECKING:
     from jaxpaged.model.weights import Layer
 
-__all__ = ["apply_rope", "gated_mlp", "linear", "lookup", "rms_norm", "rope_frequencies", "rope_tables"]
+__all__ = ["gated_mlp", "linear", "lookup", "rms_norm", "rope_frequencies", "rope_tables"]
 
 
 def linear(
@@ -83,14 +83,6 @@ def rope_tables(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, j
     """cos and sin of every angle, float32 [X, H/2] each. Float32 positions are exact to 16 million."""
     angles = positions.astype(jnp.float32)[:, None] * rope_frequencies(config.rope, config.head_dim)
     return jnp.cos(angles), jnp.sin(angles)
-
-
-@jax.named_scope("rope")
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the pairs (i, i + H/2) of every head. x [X, heads, H], cos and sin [X, H/2]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 @jax.named_scope("mlp")

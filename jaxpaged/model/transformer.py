@@ -12,8 +12,9 @@ from typing import Any, Protocol, TypeVar
 import jax
 
 from jaxpaged.config import ModelConfig
-from jaxpaged.model.layers import apply_rope, gated_mlp, linear, lookup, rms_norm, rope_tables
+from jaxpaged.model.layers import gated_mlp, linear, lookup, rms_norm, rope_tables
 from jaxpaged.model.weights import Layer, Weights
+from pallas_kernels import Heads, rotate_heads
 from pallas_kernels.backends import Backend
 from pallas_kernels.row_tiles import RowTiles, by_rows
 
@@ -21,12 +22,12 @@ State = TypeVar("State")
 
 
 class Attend(Protocol):
-    """Attention over whatever the state holds: (layer, q [X, N, H], k [X, K, H], v [X, K, H], state) -> (out [X, N, H], state).
+    """Attention of the heads over whatever the state holds: (layer, heads, state) -> (out [X, N, H], state).
 
-    q and k are already normalised and rotated. The state is threaded through the layers in order.
+    The state is threaded through the layers in order.
     """
 
-    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Any, /) -> tuple[jax.Array, Any]: ...
+    def __call__(self, layer: int, heads: Heads, state: Any, /) -> tuple[jax.Array, Any]: ...
 
 
 def forward(
@@ -46,28 +47,23 @@ def forward(
       token_ids: int32 [X], tokens of any number of sequences in any order; only `attend` relates them to each other.
       positions: int32 [X], each token's place in its own sequence.
       tiles: those that tokens are computed in, so that a token's bits depend on that token and on `attend` alone.
-      backend: of the matrix products; only "xla" can be differentiated.
+      backend: of the products and of what is done to heads; only "xla" can be differentiated.
     """
     x = lookup(weights.embed, token_ids, weights.norm.dtype)  # the norms are never quantised
     cos, sin = by_rows(tiles, functools.partial(rope_tables, config), positions)
     for index, layer in enumerate(weights.layers):
-        q, k, v = by_rows(tiles, functools.partial(_project, layer, config, backend), x, cos, sin)
-        attended, state = attend(index, q, k, v, state)
+        heads = by_rows(tiles, functools.partial(_project, layer, config, backend), x, cos, sin)
+        attended, state = attend(index, heads, state)
         x = by_rows(tiles, functools.partial(_combine, layer, config, backend), x, attended)
     return by_rows(tiles, lambda x: rms_norm(x, weights.norm, config.rms_norm_eps), x), state
 
 
-def _project(
-    layer: Layer, config: ModelConfig, backend: Backend, x: jax.Array, cos: jax.Array, sin: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [X, D] -> q [X, N, H], k [X, K, H], v [X, K, H]; q and k normalised where the model says so, then rotated."""
-    X, G, H = x.shape[0], config.group_size, config.head_dim
-    norm = {"norm": layer.attention_norm, "eps": config.rms_norm_eps}
-    qkv = linear(x, layer.qkv, layer.qkv_bias, backend=backend, **norm)  # [X, K, G+2, H]
-    q, k, v = qkv[:, :, :G].reshape(X, -1, H), qkv[:, :, G], qkv[:, :, G + 1]
-    if config.qk_norm:
-        q, k = rms_norm(q, layer.q_norm, config.rms_norm_eps), rms_norm(k, layer.k_norm, config.rms_norm_eps)  # type: ignore[arg-type]
-    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+def _project(layer: Layer, config: ModelConfig, backend: Backend, x: jax.Array, cos: jax.Array, sin: jax.Array) -> Heads:
+    """The heads of x [X, D]."""
+    eps = config.rms_norm_eps
+    qkv = linear(x, layer.qkv, layer.qkv_bias, backend=backend, norm=layer.attention_norm, eps=eps)  # [X, K, G+2, H]
+    with jax.named_scope("rope"):
+        return rotate_heads(qkv, cos, sin, layer.q_norm, layer.k_norm, eps=eps, backend=backend)
 
 
 def _combine(layer: Layer, config: ModelConfig, backend: Backend, x: jax.Array, attended: jax.Array) -> jax.Array:
@@ -85,5 +81,5 @@ def logits(
 
 
 def products_of(backend: Backend) -> Backend:
-    """The backend of matrix products in a step whose attention has this one: C++ goes with C++, all others with XLA's."""
+    """The backend of `forward` in a step whose attention has this one: C++ goes with C++, all others with XLA's."""
     return "auto" if backend in ("auto", "native") else "xla"

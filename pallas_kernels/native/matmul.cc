@@ -268,15 +268,6 @@ struct Call {
   int64_t Width() const { return is_gated ? kLanes : kPanels * kLanes; }  // outputs of a tile
 };
 
-inline void Put(float* p, float x) { *p = x; }
-inline void Put(Half* p, float x) { p->value = static_cast<_Float16>(x); }
-inline void Put(BFloat16* p, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  p->bits = x != x ? 0x7fc0 | (bits >> 16 & 0x8000) : rounded;  // rounding could carry a NaN to infinity
-}
-
 inline float Silu(float x) {
   const float e = ExpNonPositive(-std::fabs(x));
   return x * (x >= 0.0f ? 1.0f : e) / (1.0f + e);
@@ -285,41 +276,6 @@ inline float Silu(float x) {
 // A function of its own: within another one GCC 12 does not vectorise it, which makes it five times slower.
 __attribute__((noinline)) void Gate(float* __restrict gate, const float* __restrict up, int64_t count) {
   for (int64_t i = 0; i < count; ++i) gate[i] = Silu(gate[i]) * up[i];
-}
-
-INLINE Vec LoadSome(const float* p, int64_t count) {
-  if (count == kLanes) return Load(p);
-  Vec x = {};
-  std::memcpy(&x, p, count * sizeof *p);
-  return x;
-}
-template <typename P>
-INLINE Vec LoadSome(const P* p, int64_t count) {
-  if (count == kLanes) return Load(p);
-  P padded[kLanes] = {};
-  std::memcpy(padded, p, count * sizeof(P));
-  return Load(padded);
-}
-
-INLINE void StoreSome(float* p, Vec x, int64_t count) {
-  count == kLanes ? std::memcpy(p, &x, kLanes * sizeof *p) : std::memcpy(p, &x, count * sizeof *p);
-}
-INLINE void StoreSome(BFloat16* p, Vec x, int64_t count) {
-  typedef uint32_t Words __attribute__((vector_size(64)));
-  typedef uint16_t Halves __attribute__((vector_size(32)));
-  const Words bits = reinterpret_cast<Words>(x);
-  const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = 0x7fc0 | (bits >> 16 & 0x8000);
-  const Halves narrow = __builtin_convertvector(x != x ? nan : rounded, Halves);
-  count == kLanes ? std::memcpy(p, &narrow, kLanes * sizeof *p) : std::memcpy(p, &narrow, count * sizeof *p);
-}
-INLINE void StoreSome(Half* p, Vec x, int64_t count) {
-#ifdef __AVX512F__
-  const __m256i narrow = _mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  Half narrow[kLanes];
-  for (int i = 0; i < kLanes; ++i) Put(narrow + i, x[i]);
-#endif
-  count == kLanes ? std::memcpy(p, &narrow, kLanes * sizeof *p) : std::memcpy(p, &narrow, count * sizeof *p);
 }
 
 // Turns the sums of a tile into results: of rows from `row` on, of outputs from `output` on.

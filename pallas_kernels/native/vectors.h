@@ -113,6 +113,52 @@ INLINE Vec Load(const P* p) {
 #endif
 INLINE void Store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
 
+// Numbers rounded to what an array holds, ties to the even one.
+inline void Put(float* p, float x) { *p = x; }
+inline void Put(Half* p, float x) { p->value = static_cast<_Float16>(x); }
+inline void Put(BFloat16* p, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  p->bits = x != x ? 0x7fc0 | (bits >> 16 & 0x8000) : rounded;  // rounding could carry a NaN to infinity
+}
+
+// The first `count` of sixteen numbers; zeros for the others.
+INLINE Vec LoadSome(const float* p, int64_t count) {
+  if (count == kLanes) return Load(p);
+  Vec x = {};
+  std::memcpy(&x, p, count * sizeof *p);
+  return x;
+}
+template <typename P>
+INLINE Vec LoadSome(const P* p, int64_t count) {
+  if (count == kLanes) return Load(p);
+  P padded[kLanes] = {};
+  std::memcpy(padded, p, count * sizeof(P));
+  return Load(padded);
+}
+
+INLINE void StoreSome(float* p, Vec x, int64_t count) {
+  count == kLanes ? std::memcpy(p, &x, kLanes * sizeof *p) : std::memcpy(p, &x, count * sizeof *p);
+}
+INLINE void StoreSome(BFloat16* p, Vec x, int64_t count) {
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  const Words bits = reinterpret_cast<Words>(x);
+  const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = 0x7fc0 | (bits >> 16 & 0x8000);
+  const Halves narrow = __builtin_convertvector(x != x ? nan : rounded, Halves);
+  count == kLanes ? std::memcpy(p, &narrow, kLanes * sizeof *p) : std::memcpy(p, &narrow, count * sizeof *p);
+}
+INLINE void StoreSome(Half* p, Vec x, int64_t count) {
+#ifdef __AVX512F__
+  const __m256i narrow = _mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  Half narrow[kLanes];
+  for (int i = 0; i < kLanes; ++i) Put(narrow + i, x[i]);
+#endif
+  count == kLanes ? std::memcpy(p, &narrow, kLanes * sizeof *p) : std::memcpy(p, &narrow, count * sizeof *p);
+}
+
 // The sums of four vectors' lanes.
 INLINE void StoreSums(float* target, const Vec* x) {
 #ifdef __AVX512F__  // together they take half the shuffles of four sums, each of which would be as dear as a head of 64

@@ -13,9 +13,10 @@ from test_quantized_matmul import integers_differ
 
 from pallas_kernels import native
 from pallas_kernels.matmul import cases
-from pallas_kernels.native import building, matmul
+from pallas_kernels.native import building, heads, matmul
 from pallas_kernels.operations import Call
 from pallas_kernels.paged_decode_attention.cases import Case
+from pallas_kernels.rotate_heads.cases import Case as Heads
 
 DECODE, SOURCE, MATMUL = "paged_decode_attention", "paged_attention.cc", "matmul"
 WINDOW = Case(4, 2, 64, window=24)
@@ -61,6 +62,22 @@ PRODUCT_BUGS = (
     Bug("the gate's bias for both", "matmul.cc", "p * c.F : 0) + at", "0 : 0) + at", "definition", MATMUL, GATED, "native"),
 )
 
+ROTATE, HOLES = "rotate_heads", Heads(90, 2, 3, 40, has_norms=True, has_holes=True)
+HEADS_BUGS = (
+    Bug("everybody's first angle", "heads.cc", "c.cos + token * half", "c.cos + 0 * half", "definition", ROTATE, HOLES, "native"),
+    Bug(
+        "norms that are swapped",
+        "heads.cc",
+        "is_key ? k_norm : q_norm",
+        "is_key ? q_norm : k_norm",
+        "definition",
+        ROTATE,
+        HOLES,
+        "native",
+    ),
+    Bug("values nobody looks at", "heads.cc", "is_sound &= Guard(value,", "Guard(value,", "definition", ROTATE, HOLES, "native"),
+)
+
 
 @pytest.fixture
 def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
@@ -72,7 +89,9 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 (tmp_path / path.name).write_text(changes.get(path.name) or path.read_text())
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.setattr(building, "TUNINGS", tunings)
-        for module, build in ((native, lambda: native._unavailable.__wrapped__(64)), (matmul, matmul.unavailable.__wrapped__)):
+        builds = {native: lambda: native._unavailable.__wrapped__(64)}
+        builds |= {module: module.unavailable.__wrapped__ for module in (matmul, heads)}
+        for module, build in builds.items():
             if changes and not {module._SOURCE.name, "vectors.h"} & set(changes):
                 continue  # each takes seconds to compile
             monkeypatch.setattr(module, "_SOURCE", tmp_path / module._SOURCE.name)
@@ -90,7 +109,7 @@ def changed_source(name: str, old: str, new: str) -> dict[str, str]:
     return {name: changed(native._SOURCE.with_name(name), old, new)}
 
 
-@pytest.mark.parametrize("bug", (*BUGS, *PRODUCT_BUGS), ids=str)
+@pytest.mark.parametrize("bug", (*BUGS, *PRODUCT_BUGS, *HEADS_BUGS), ids=str)
 def test_a_planted_bug_is_seen(use: Callable[..., None], bug: Bug) -> None:
     assert healthy_rung(bug.operation, bug.case, bug.backend) == ""
     use(changed_source(bug.module, bug.old, bug.new))
@@ -118,6 +137,7 @@ def test_without_avx512_it_is_the_definition_too(use: Callable[..., None]) -> No
     assert [first_rung(DECODE, case, "native") for case in (TOKENS, FLOAT8, HALF)] == ["", "", ""]
     assert [first_rung(MATMUL, case, "native") for case in (PRODUCT, GATED, WIDE)] == ["", "", ""]
     assert [test_matmul.rows_differ(*each) for each in test_matmul.INVARIANT] == [[]] * len(test_matmul.INVARIANT)
+    assert [first_rung(ROTATE, case, "native") for case in (HOLES, Heads(5, 2, 4, 40, "float16"))] == ["", ""]
     assert not is_nan_lost()
     assert not any(integers_differ(*shape) for shape in ((5, 100, 9), (1, 900, 4)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 
 import families
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from jaxpaged.config import RopeConfig
 from jaxpaged.model import layers
+from pallas_kernels import rotate_heads
 
 HALF = {"bfloat16": (ml_dtypes.bfloat16, 2**-8), "float16": (np.float16, 2**-11), "float32": (np.float32, 2**-22)}
 each_dtype = pytest.mark.parametrize(("dtype", "epsilon"), HALF.values(), ids=HALF)
@@ -81,6 +83,11 @@ def test_the_llama3_cases_meet_every_branch() -> None:
         assert ((ratios > 1.001) & (ratios < rope.factor - 0.001)).any()
 
 
+def rotated(x: np.ndarray, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Heads [X, N, H], turned as queries, a group each."""
+    return rotate_heads(jnp.stack([jnp.asarray(x)] * 3, axis=2), cos, sin).q
+
+
 def test_rope_turns_pairs_and_scores_depend_on_distance_alone() -> None:
     config = families.FAMILIES[0].config
     H = config.head_dim
@@ -88,7 +95,7 @@ def test_rope_turns_pairs_and_scores_depend_on_distance_alone() -> None:
 
     def turned(x: np.ndarray, position: int) -> np.ndarray:
         cos, sin = layers.rope_tables(config, jnp.array([position]))
-        return np.asarray(layers.apply_rope(jnp.asarray(x), cos, sin))[0, 0].astype(np.float64)
+        return np.asarray(rotated(x, cos, sin))[0, 0].astype(np.float64)
 
     np.testing.assert_array_equal(turned(q, 0), q[0, 0])
     for first, second in ((5, 3), (105, 103), (2, 0)):
@@ -98,16 +105,16 @@ def test_rope_turns_pairs_and_scores_depend_on_distance_alone() -> None:
     want = oracle._rotate(x.astype(np.float64), config.rope)
     cos, sin = layers.rope_tables(config, jnp.arange(2001))
     # The angle itself is a float32: at position 2,000 it is right to 2,000 * 2 ** -24.
-    np.testing.assert_allclose(np.asarray(layers.apply_rope(jnp.asarray(x), cos, sin)), want, atol=1e-3)
+    np.testing.assert_allclose(np.asarray(rotated(x, cos, sin)), want, atol=1e-3)
 
 
 def test_rope_keeps_the_dtype_and_computes_in_float32() -> None:
     config = families.FAMILIES[0].config
     x = RNG.normal(size=(3, 2, config.head_dim)).astype(ml_dtypes.bfloat16)
     cos, sin = layers.rope_tables(config, jnp.array([1, 50, 100]))
-    got = layers.apply_rope(jnp.asarray(x), cos, sin)
+    got = rotated(x, cos, sin)
     assert got.dtype == jnp.bfloat16
-    wide = np.asarray(layers.apply_rope(jnp.asarray(x.astype(np.float32)), cos, sin))
+    wide = np.asarray(rotated(x.astype(np.float32), cos, sin))
     np.testing.assert_array_equal(np.asarray(got), wide.astype(ml_dtypes.bfloat16))
 
 
