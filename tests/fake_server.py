@@ -39,6 +39,7 @@ class Fake:
     asked: list[dict[str, Any]] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
     sent: list[list[float]] = field(default_factory=list)  # of each streamed request: when it came, then when each chunk went
+    profiled: list[tuple[str, int]] | None = None  # what was asked of a profiler, and after how many requests; None has none
     num_left: int = 0
     url: str = ""
 
@@ -60,6 +61,12 @@ class Fake:
         if "GET /v1/models" in head:
             content = json.dumps({"object": "list", "data": [{"id": "demo"}]}).encode()
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
+            return True
+        if "_profile HTTP" in head:
+            status = 404 if self.profiled is None else 200
+            if self.profiled is not None:
+                self.profiled.append((head.split()[1], len(self.asked)))
+            writer.write(b"HTTP/1.1 %d no\r\nContent-Length: 2\r\n\r\n{}" % status)
             return True
         length = next(int(line.split(":")[1]) for line in head.lower().splitlines() if line.startswith("content-length"))
         body = json.loads(await reader.readexactly(length))

@@ -328,9 +328,24 @@ def test_the_command_writes_vllms_keys(tmp_path: Path, capsys: pytest.CaptureFix
     assert all("authorization: bearer secret-of-the-test" in head.lower() and "x-more: 1" in head for head in fake.heads)
 
 
+def test_results_are_appended_and_the_server_traces_meanwhile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["bench", "serve", "--num-prompts", "2", "--input-len", "8", "--output-len", "1", "--save-result", "--append-result"]
+    argv += ["--result-dir", str(tmp_path), "--result-filename", "all.json"]
+    with fake_server(Script()) as fake:
+        for label in ("first", "second"):
+            assert cli.main([*argv, "--base-url", fake.url, "--label", label]) == 0
+        assert [json.loads(line)["label"] for line in (tmp_path / "all.json").read_text().splitlines()] == ["first", "second"]
+        assert cli.main([*argv, "--base-url", fake.url, "--profile"]) == cli.EXIT_USAGE
+        assert "--profile: /start_profile: the server has none" in capsys.readouterr().err
+        asked, fake.profiled = len(fake.asked), []
+        assert cli.main([*argv, "--base-url", fake.url, "--profile", "--num-warmups", "1"]) == 0
+    assert fake.profiled == [("/start_profile", asked + 1), ("/stop_profile", asked + 3)]
+
+
 @pytest.mark.parametrize(
     "argv, problem",
     [
+        (["bench", "serve", "--append-result"], "--append-result: needs --save-result"),
         (["bench", "serv"], "unknown kind 'serv', did you mean 'serve'"),
         (["bench", "serve", "--backend", "vllm"], "--backend: got 'vllm'"),
         (["bench", "serve", "--request-rate", "0"], "--request-rate: got 0"),

@@ -87,10 +87,13 @@ def add_arguments(parser: Parser) -> None:
     add(group, "--goodput", "NAME:MS", text, nargs="+", action="extend", default=[])
     group.add_argument("--save-result", action="store_true", help="write a JSON file of vLLM's keys")
     group.add_argument("--save-detailed", action="store_true", help="with the times and texts of every request in it")
+    group.add_argument("--append-result", action="store_true", help="as another line of the file, where there is one")
     add(group, "--result-dir", "DIR", "where (default: here)")
     add(group, "--result-filename", "NAME", "its name (default: BACKEND-RATEqps-MODEL-TIME.json)")
     add(group, "--label", "TEXT", "put into the result, and into the name of its file")
     add(group, "--metadata", "NAME=VALUE", "put into the result", nargs="+", action="extend", default=[])
+    text = "let the server trace meanwhile, into its --profiler-dir"
+    group.add_argument("--profile", action="store_true", help=text)
     group.add_argument("--disable-tqdm", action="store_true", help="no progress bar")
     add_dataset(parser)
 
@@ -124,7 +127,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"jaxpaged: warning: {numbers['failed']:,} failed, the first: {failed.message}", file=sys.stderr)
     if path is not None:
         whole = result | (serve_report.details(ran) if arguments.save_detailed else {})
-        _save(path / (arguments.result_filename or _filename(setting, arguments.label or arguments.backend)), whole)
+        path /= arguments.result_filename or _filename(setting, arguments.label or arguments.backend)
+        _save(path, whole, appends=arguments.append_result)
     if ran.is_interrupted:
         return _INTERRUPTED
     return 0 if numbers["completed"] else 1
@@ -139,6 +143,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')}: got {value:g}, expected a number above 0")
     if arguments.max_concurrency is not None and arguments.max_concurrency < 1:
         raise UsageError(f"--max-concurrency: got {arguments.max_concurrency}, expected at least 1")
+    if arguments.append_result and not (arguments.result_filename and (arguments.save_result or arguments.save_detailed)):
+        raise UsageError("--append-result: needs --save-result or --save-detailed, and --result-filename, the file to append to")
     if arguments.num_warmups < 0:
         raise UsageError(f"--num-warmups: got {arguments.num_warmups}, expected at least 0")
     if arguments.endpoint is not None and not (arguments.endpoint.startswith("/") and arguments.endpoint.isascii()):
@@ -209,8 +215,21 @@ async def _with_progress(arguments: argparse.Namespace, client: Client, asks: li
         if warmed.is_interrupted:
             return Run([], 0.0, 0.0, [], len(asks), is_interrupted=True)
     is_shown = sys.stderr.isatty() and not arguments.disable_tqdm
-    with tqdm(total=len(asks), desc="Requests", dynamic_ncols=True, disable=not is_shown, mininterval=0.5) as bar:
-        return await measure(client, asks, offer, on_end=_counting(bar))
+    if arguments.profile:
+        await _profile(client, "start")
+    try:
+        with tqdm(total=len(asks), desc="Requests", dynamic_ncols=True, disable=not is_shown, mininterval=0.5) as bar:
+            return await measure(client, asks, offer, on_end=_counting(bar))
+    finally:
+        if arguments.profile:
+            await _profile(client, "stop")
+
+
+async def _profile(client: Client, verb: str) -> None:
+    status, answer = await client.json("POST", f"/{verb}_profile")
+    if status != 200:
+        reason = "the server has none: it is started with --profiler-dir" if status == 404 else f"HTTP {status}: {answer}"
+        raise UsageError(f"--profile: /{verb}_profile: {reason}")
 
 
 def _counting(bar: Any) -> Callable[[Seen], None]:
@@ -242,8 +261,9 @@ def _filename(setting: dict[str, Any], label: str) -> str:
     return f"{label}-{float(setting['request_rate'])}qps{concurrency}-{model}-{setting['date']}.json"
 
 
-def _save(path: Path, result: dict[str, Any]) -> None:
+def _save(path: Path, result: dict[str, Any], *, appends: bool) -> None:
+    before = path.read_text(encoding="utf-8").rstrip("\n") + "\n" if appends and path.exists() else ""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(result), encoding="utf-8")
+    part.write_text(before + json.dumps(result), encoding="utf-8")
     os.replace(part, path)
     print(f"jaxpaged: wrote {path}", file=sys.stderr)
