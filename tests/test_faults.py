@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from jaxpaged.host.scheduler import Scheduler
-from jaxpaged.model import attention
+from jaxpaged.model import transformer
 from jaxpaged.model.attention import PagedAttention, PagedTokens
 from jaxpaged.model.cache import init_cache
 from jaxpaged.runner import JaxRunner
+from pallas_kernels import Heads, rotate_heads
+from pallas_kernels.rotate_heads import xla as rotate_xla
 
 
 def test_a_number_that_is_not_finite_ends_its_own_request_within_its_step() -> None:
@@ -30,7 +32,8 @@ def test_pages_stay_finite_and_the_token_tells(number: float) -> None:
     tokens = PagedTokens(ones, ones * 0, jnp.array([8, 16]), jnp.array([[1], [2]]), ones, none, none[:, 0])
     k = jnp.ones((2, K, H), jnp.float32).at[0, 1, 3].set(number)
     for new_k, new_v in ((k, jnp.ones_like(k)), (jnp.ones_like(k), k)):
-        attended, after = PagedAttention(tokens, config, "xla")(0, jnp.ones((2, config.num_heads, H)), new_k, new_v, cache)
+        heads = Heads(*rotate_xla.told(jnp.ones((2, config.num_heads, H)), new_k, new_v))
+        attended, after = PagedAttention(tokens, config, "xla")(0, heads, cache)
         assert all(np.isfinite(np.asarray(pages, np.float32)).all() for pages in (after.k_pages, after.v_pages))
         assert np.isnan(np.asarray(attended[0])).all() and np.isfinite(np.asarray(attended[1])).all()
 
@@ -45,7 +48,8 @@ def test_pages_that_are_not_cleaned_show(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_is_written_as_it_is_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "written", lambda new, cache: new)
+    monkeypatch.setattr(rotate_xla, "told", lambda *heads, told=rotate_xla.told: (*heads, told(*heads)[-1]))
+    monkeypatch.setattr(transformer, "rotate_heads", lambda *given, backend, **more: rotate_heads(*given, backend="xla", **more))
     faults.runner.cache_clear()
     try:
         with pytest.raises(AssertionError, match="not finite"):

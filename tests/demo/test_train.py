@@ -6,10 +6,12 @@ import sys
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxpaged.demo import export, skills, train
+from pallas_kernels import Heads
 
 TINY = replace(
     train.RECIPES["draft"],
@@ -92,13 +94,14 @@ def test_a_batch_depends_on_seed_and_step_alone(tokenizer):
 def test_dense_attention_is_causal_and_its_tiles_do_not_matter(monkeypatch):
     B, T, N, K, H = 2, 10, 4, 2, 8
     q, k, v = (jax.random.normal(jax.random.key(at), (B * T, heads, H)) for at, heads in enumerate((N, K, K)))
-    whole, _ = train.dense_attention(B, T)(0, q, k, v, None)
+    sound = jnp.ones(B * T, bool)
+    whole, _ = train.dense_attention(B, T)(0, Heads(q, k, v, sound), None)
     later = np.arange(B * T) % T >= 6
-    changed, _ = train.dense_attention(B, T)(0, q, k.at[later].set(0), v.at[later].set(0), None)
+    changed, _ = train.dense_attention(B, T)(0, Heads(q, k.at[later].set(0), v.at[later].set(0), sound), None)
     np.testing.assert_allclose(changed[~later], whole[~later], atol=1e-6)
 
     monkeypatch.setattr(train, "QUERY_TILE", 4)
-    tiled, _ = train.dense_attention(B, T)(0, q, k, v, None)
+    tiled, _ = train.dense_attention(B, T)(0, Heads(q, k, v, sound), None)
     np.testing.assert_allclose(tiled, whole, atol=1e-6)
 
 
