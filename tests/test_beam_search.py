@@ -342,6 +342,7 @@ def test_more_candidates_than_a_step_yields_are_refused(engine: Engine) -> None:
 def test_flags_of_the_command_line(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     """The best sequence is what is printed; what the model recommends for drawing tokens is left aside."""
     flags = ["--use-beam-search", "--n", "3", "--early-stopping", "true", "--length-penalty", "0.5", "--max-tokens", "8"]
+    flags += ["--prefill-tile-buckets", "4", "--max-num-batched-tokens", "64", "--decode-row-buckets", "8"]  # fewer to compile
     assert main(["generate", "One day", "--max-model-len", "64", "--max-num-seqs", "8", "--dtype", "float32", *flags]) == 0
     params = BeamSearchParams(beam_width=3, max_tokens=8, early_stopping=True, length_penalty=0.5)
     best = llm.beam_search("One day", params)[0].sequences[0]

@@ -67,7 +67,9 @@ def test_right_backends_never_breach_and_tokens_are_those_of_one_alone(tmp_path:
         assert run(engine, asks) == together
 
 
-@pytest.mark.parametrize(("dtype", "prompt_len"), [("float32", 20), ("bfloat16", 20), ("float32", 1)])
+@pytest.mark.parametrize(
+    ("dtype", "prompt_len"), [("bfloat16", 20), ("float32", 1), pytest.param("float32", 20, marks=pytest.mark.slow)]
+)
 def test_a_wrong_page_is_caught_within_its_step_and_replays_alone(dtype: str, prompt_len: int, tmp_path: Path) -> None:
     with planted(XLA, *WRONG_PAGE), new_engine(tmp_path, dtype=dtype) as engine:
         engine.add_request(PROMPT[:prompt_len], greedy(20), request_id="mine")

@@ -18,6 +18,7 @@ def test_nothing_compiles_whatever_is_asked() -> None:
     assert mixes.no_compilations(300) == 300
 
 
+@pytest.mark.slow
 def test_a_compilation_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Adjuster._biases_of
 
