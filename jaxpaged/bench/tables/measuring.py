@@ -135,8 +135,8 @@ def drive(engine: Engine, work: Seq[Job], *, group: int | None = None) -> Row:
 class StepProgram:
     """The compiled step on full rows: so many sequences that decode behind so many tokens, on pages in no order."""
 
-    def __init__(self, engine: Engine, rows: int, context: int):
-        """Raises ValueError where the pool has too few pages."""
+    def __init__(self, engine: Engine, rows: int, context: int, *, in_order: bool = False):
+        """`in_order`: the pages of a sequence lie one after the other. Raises ValueError where the pool has too few."""
         runner: JaxRunner = engine.runner  # type: ignore[assignment]
         bucket = Bucket(rows, 0)
         plan = full_plan(engine, bucket, context)
@@ -144,7 +144,7 @@ class StepProgram:
             raise ValueError(f"the pool has too few pages for {rows} rows of {context} tokens")
         draw = random.Random(0)
         for chunk in plan.decodes:
-            draw.shuffle(chunk.sequence.pages)
+            chunk.sequence.pages.sort() if in_order else draw.shuffle(chunk.sequence.pages)
         self._inputs = runner._pad(plan, bucket, runner._feed).packed(runner.adjuster.plain(rows), None)
         give_back(engine, plan.decodes)
         if bucket not in runner.compiled:
