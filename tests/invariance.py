@@ -201,19 +201,19 @@ def score_apart(family: families.Family, *, batch_invariant: bool, num_prompts: 
 # --- what `make fuzz` shows ---
 
 
-def compositions(count: int, *, dtype: str = "float32", batch_invariant: bool = True) -> Seen:
+def compositions(count: int, *, dtype: str = "float32", **options: Any) -> Seen:
     """So many compositions in two engines of other pages, tiles and steps than each other."""
     other = {"block_size": 16, "prefill_tile": 8, "prefill_tile_buckets": (8,), "decode_row_buckets": (3, 8)}
     with (
-        new_engine(dtype=dtype, batch_invariant=batch_invariant) as one,
-        new_engine(dtype=dtype, batch_invariant=batch_invariant, num_gpu_blocks_override=70, **other) as two,
+        new_engine(dtype=dtype, **options) as one,
+        new_engine(dtype=dtype, num_gpu_blocks_override=70, **other, **options) as two,
     ):
         return Invariance([one, two]).compose(range(count))
 
 
 def equal_compositions(count: int, dtype: str) -> int:
     """How many have been seen. Raises AssertionError when one bit of one request is another than alone."""
-    seen = compositions(count, dtype=dtype)
+    seen = compositions(count, dtype=dtype, batch_invariant=True)
     kinds = ", ".join(f"{kind} {number:,}" for kind, number in sorted(seen.kinds.items()))
     print(f"  {seen.outputs:,} outputs, {seen.bytes:,} bytes, {len(seen.differ):,} differ; compositions: {kinds}")
     assert not seen.differ, seen.differ[:5]
@@ -221,8 +221,11 @@ def equal_compositions(count: int, dtype: str) -> int:
 
 
 def other_bits(count: int, dtype: str) -> int:
-    """How many outputs have other bits than alone without `batch_invariant`. Raises AssertionError when none has."""
-    seen = compositions(count, dtype=dtype, batch_invariant=False)
+    """How many outputs have other bits than alone without `batch_invariant`. Raises AssertionError when none has.
+
+    By XLA: with C++ few have in float32, and in bfloat16 none.
+    """
+    seen = compositions(count, dtype=dtype, attention_backend="xla")
     print(f"  {len(seen.differ):,} of {seen.outputs:,} outputs differ")
     assert seen.differ
     return len(seen.differ)
