@@ -15,6 +15,7 @@ from jaxpaged.config import ModelConfig
 from jaxpaged.model.cache import KVCache
 from pallas_kernels import Heads, paged_decode_attention, paged_prefill_attention, write_kv_pages
 from pallas_kernels.backends import Backend
+from pallas_kernels.rotate_heads.xla import told
 from pallas_kernels.row_tiles import RowTiles
 
 # Tokens that a batch-invariant step computes at a time. Norms and products of 6 layers of the 135M shape in float32, with 1, 16
@@ -101,25 +102,23 @@ class PagedAttention:
 
     def __call__(self, layer: int, heads: Heads, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Write the layer's new keys and values, then attend to all there are."""
+        heads = narrowed(heads, cache)
         cache = self.write(layer, heads, cache)
-        return self.told(self.read(layer, heads.q, cache), heads, cache), cache
+        return self.told(self.read(layer, heads.q, cache), heads), cache
 
     @jax.named_scope("checks")
-    def told(self, attended: jax.Array, heads: Heads, cache: KVCache) -> jax.Array:
+    def told(self, attended: jax.Array, heads: Heads) -> jax.Array:
         """What was read, [X, N, H], with NaN for each real token of which something is not finite."""
         is_sound = heads.is_finite | ~self.tokens.is_real
-        for new in (heads.k, heads.v):
-            if new.dtype != cache.dtype:  # which may lack room for a number
-                is_sound &= jnp.all(jnp.isfinite(new.astype(cache.dtype)), axis=(1, 2))
         return jnp.where(is_sound[:, None, None], attended, jnp.nan)
 
     @jax.named_scope("kv_write")
     def write(self, layer: int, heads: Heads, cache: KVCache) -> KVCache:
-        """The cache with the tokens' keys and values in their slots of a layer."""
+        """The cache with the tokens' keys and values, of its dtype, in their slots of a layer."""
         # Layer l's page p is row l * P + p of the flat pool, its null page row l * P.
         slots = self.tokens.slots + layer * cache.pages_per_layer(self.config) * cache.page_size
-        k_pages = write_kv_pages(cache.k_pages, _written(heads.k, cache), slots, backend=self.backend)
-        v_pages = write_kv_pages(cache.v_pages, _written(heads.v, cache), slots, backend=self.backend)
+        k_pages = write_kv_pages(cache.k_pages, heads.k, slots, backend=self.backend)
+        v_pages = write_kv_pages(cache.v_pages, heads.v, slots, backend=self.backend)
         return KVCache.of(k_pages, v_pages)
 
     @jax.named_scope("attention")
@@ -144,7 +143,10 @@ class PagedAttention:
         return jnp.concatenate(parts)
 
 
-def _written(new: jax.Array, cache: KVCache) -> jax.Array:
-    """New keys or values as pages hold them: finite ones, with 0 for what is not so in the pages' dtype."""
-    narrow = new.astype(cache.dtype)
-    return new if new.dtype == narrow.dtype else jnp.where(jnp.isfinite(narrow), narrow, 0)
+@jax.named_scope("checks")
+def narrowed(heads: Heads, cache: KVCache) -> Heads:
+    """The heads with keys and values as pages hold them, whose dtype may lack room for a number."""
+    if heads.k.dtype == cache.dtype:
+        return heads
+    k, v, is_finite = told(heads.k.astype(cache.dtype), heads.v.astype(cache.dtype))
+    return heads._replace(k=k, v=v, is_finite=heads.is_finite & is_finite)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.config import ModelConfig
-from jaxpaged.model.attention import PagedAttention, PagedTokens
+from jaxpaged.model.attention import PagedAttention, PagedTokens, narrowed
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.sampler import first_largest
 from jaxpaged.model.step import StepInputs, StepOutputs, sampled_logits
@@ -42,10 +42,11 @@ class _Duellists:
 
     def __call__(self, layer: int, heads: Heads, state: tuple) -> tuple[jax.Array, tuple]:
         cache, errors, queries = state
+        heads = narrowed(heads, cache)
         cache = self.attention.write(layer, heads, cache)
         ours, theirs = self.attention.read(layer, heads.q, cache), self.rival.read(layer, heads.q, cache)
         error = _distance(ours, theirs, self.attention.tokens)
-        return self.attention.told(ours, heads, cache), (cache, (*errors, error), (*queries, heads.q))
+        return self.attention.told(ours, heads), (cache, (*errors, error), (*queries, heads.q))
 
 
 def step(
