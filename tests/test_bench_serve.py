@@ -37,6 +37,10 @@ METRICS = ("ttft", "tpot", "itl", "e2el")
 SLACK_S = 0.03  # between a chunk's going and its being seen, in the median: the machine of the tests is shared
 
 
+def ramp(strategy: str, start: str, end: str) -> list[str]:
+    return ["bench", "serve", "--ramp-up-strategy", strategy, "--ramp-up-start-rps", start, "--ramp-up-end-rps", end]
+
+
 def offer(**changes: Any) -> Offer:
     options = {"backend": "openai", "path": "/v1/completions", "model": "demo", "body": {}, "request_rate": math.inf}
     options |= {"burstiness": 1.0, "max_concurrency": None, "timeout_s": 20.0, "has_counts": True, "seed": 0}
@@ -328,6 +332,17 @@ def test_the_command_writes_vllms_keys(tmp_path: Path, capsys: pytest.CaptureFix
     assert all("authorization: bearer secret-of-the-test" in head.lower() and "x-more: 1" in head for head in fake.heads)
 
 
+def test_a_ramp_sends_ever_faster_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Eight requests at 20 to 160 a second: seven gaps of together 86 ms, 44 at a steady 160."""
+    argv = [*ramp("linear", "20", "160"), "--num-prompts", "8", "--input-len", "8", "--output-len", "1", "--burstiness", "1e6"]
+    with fake_server(Script()) as fake:
+        assert cli.main([*argv, "--base-url", fake.url, "--json", "--save-result", "--result-dir", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    said = {"ramp_up_strategy": "linear", "ramp_up_start_rps": 20, "ramp_up_end_rps": 160, "request_rate": "inf"}
+    assert {name: found[name] for name in said} == said and found["duration"] >= 0.08
+    assert next(tmp_path.iterdir()).name.startswith("openai-ramp-up-linear-20qps-160qps-demo-")
+
+
 def test_results_are_appended_and_the_server_traces_meanwhile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["bench", "serve", "--num-prompts", "2", "--input-len", "8", "--output-len", "1", "--save-result", "--append-result"]
     argv += ["--result-dir", str(tmp_path), "--result-filename", "all.json"]
@@ -349,6 +364,13 @@ def test_results_are_appended_and_the_server_traces_meanwhile(tmp_path: Path, ca
         (["bench", "serv"], "unknown kind 'serv', did you mean 'serve'"),
         (["bench", "serve", "--backend", "vllm"], "--backend: got 'vllm'"),
         (["bench", "serve", "--request-rate", "0"], "--request-rate: got 0"),
+        (["bench", "serve", "--ramp-up-strategy", "steep"], "--ramp-up-start-rps: missing"),
+        (["bench", "serve", "--ramp-up-end-rps", "3"], "--ramp-up-end-rps: needs --ramp-up-strategy"),
+        ([*ramp("linear", "0", "4"), "--request-rate", "3"], "--ramp-up-strategy: not with --request-rate, got 3"),
+        (ramp("linear", "4", "3"), "ramp_up_end_rps: got 3"),
+        (ramp("linear", "nan", "3"), "ramp_up_start_rps: got nan"),
+        (ramp("exponential", "0", "3"), "ramp_up_start_rps: got 0, expected a finite number above 0"),
+        (ramp("steep", "1", "3"), "ramp_up_strategy: got 'steep', expected one of linear, exponential"),
         (["bench", "serve", "--dataset-name", "radnom"], "did you mean 'random'"),
         (["bench", "serve", "--goodput", "ttft"], "--goodput: got 'ttft', expected NAME:MS"),
         (["bench", "serve", "--goodput", "itl:3"], "goodput: got 'itl'"),

@@ -17,7 +17,7 @@ from jaxpaged.bench.datasets import Ask
 from jaxpaged.client.connection import Answer, HttpError
 from jaxpaged.client.http import Client, dump
 from jaxpaged.client.openai import CHAT_PATH, COMPLETION_PATH, DONE, EventReader, check_status, event_value, text_of
-from jaxpaged.simulate.arrivals import arrival_times
+from jaxpaged.simulate.arrivals import Ramp, arrival_times
 
 PATHS = {"openai": COMPLETION_PATH, "openai-chat": CHAT_PATH}  # by backend, vLLM's names
 _BEAT_S = 0.01  # how often the client looks whether it is late itself
@@ -77,7 +77,7 @@ class Offer:
     path: str
     model: str
     body: Mapping[str, Any]
-    request_rate: float
+    request_rate: float | Ramp
     burstiness: float
     max_concurrency: int | None
     timeout_s: float

@@ -24,6 +24,7 @@ from jaxpaged.cli.server_flags import DEFAULT_URL, add_headers, headers
 from jaxpaged.client.connection import HttpError
 from jaxpaged.client.http import Client
 from jaxpaged.client.openai import models
+from jaxpaged.simulate.arrivals import RAMPS, Ramp
 from jaxpaged.simulate.report import check_goodput, check_percentiles
 
 DESCRIPTION = """\
@@ -33,6 +34,7 @@ EPILOG = """\
 examples:
   jaxpaged bench serve --random-input-len 64 --random-output-len 32 --num-prompts 200 --request-rate 8
   jaxpaged bench serve --base-url http://host:8000 --backend openai-chat --dataset-name sharegpt --max-concurrency 16
+  jaxpaged bench serve --ramp-up-strategy linear --ramp-up-start-rps 1 --ramp-up-end-rps 40 --num-prompts 500
   jaxpaged bench serve --request-rate 20 --burstiness 0.5 --goodput ttft:200 tpot:50 --save-result --result-dir runs
   jaxpaged bench serve --dataset-name custom --dataset-path prompts.jsonl --json | jq .p99_ttft_ms
 
@@ -68,6 +70,10 @@ def add_arguments(parser: Parser) -> None:
 
     group = parser.add_argument_group("rate")
     add(group, "--request-rate", "X", "requests per second; inf is all at once (default: inf)", number, default=math.inf)
+    text = f"instead of --request-rate: it grows from the first request to the last, one of {', '.join(RAMPS)}"
+    add(group, "--ramp-up-strategy", "NAME", text)
+    add(group, "--ramp-up-start-rps", "X", "requests per second of the first", number)
+    add(group, "--ramp-up-end-rps", "X", "and of the last", number)
     add(group, "--burstiness", "X", "1 is Poisson, below 1 in bursts, above 1 evenly (default: 1)", number, default=1.0)
     add(group, "--max-concurrency", "N", "requests at a time; others wait until one has ended", whole_number)
     add(
@@ -106,11 +112,12 @@ def run(arguments: argparse.Namespace) -> int:
     serve_report.check_metrics(arguments.percentile_metrics)
     metadata = pairs_of("--metadata", arguments.metadata)
     _check(arguments)
+    rate = _rate(arguments)
     url, sent = _url(arguments), headers(arguments)
     Client(url, headers=sent)  # refuses bad ones
     path = _result_path(arguments) if arguments.save_result or arguments.save_detailed else None
     try:
-        ran, setting = asyncio.run(_measured(arguments, options, url, sent))
+        ran, setting = asyncio.run(_measured(arguments, options, rate, url, sent))
     except HttpError as error:
         raise UsageError(f"{url}: {error}") from None
 
@@ -121,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(result))
     else:
         print(serve_report.table(numbers, metrics, goals))
-    for warning in serve_report.warnings(numbers, has_rate=arguments.request_rate < math.inf):
+    for warning in serve_report.warnings(numbers, has_rate=rate != math.inf):
         print(f"jaxpaged: warning: {warning}", file=sys.stderr)
     if failed := next((seen for seen in ran.seen if seen.error is not None), None):
         print(f"jaxpaged: warning: {numbers['failed']:,} failed, the first: {failed.message}", file=sys.stderr)
@@ -151,6 +158,29 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--endpoint: got {arguments.endpoint!r}, expected a path such as /v1/completions")
 
 
+def _rate(arguments: argparse.Namespace) -> float | Ramp:
+    """Requests per second."""
+    names = ("ramp_up_start_rps", "ramp_up_end_rps")
+    flags = [f"--{name.replace('_', '-')}" for name in names]
+    given = [getattr(arguments, name) for name in names]
+    if arguments.ramp_up_strategy is None:
+        if extra := next((flag for flag, value in zip(flags, given, strict=True) if value is not None), None):
+            raise UsageError(f"{extra}: needs --ramp-up-strategy, one of {', '.join(RAMPS)}")
+        return arguments.request_rate
+    if arguments.request_rate < math.inf:
+        raise UsageError(f"--ramp-up-strategy: not with --request-rate, got {arguments.request_rate:g}")
+    if missing := next((flag for flag, value in zip(flags, given, strict=True) if value is None), None):
+        raise UsageError(f"{missing}: missing, --ramp-up-strategy needs it")
+    return Ramp(arguments.ramp_up_strategy, *given)
+
+
+def _rate_setting(rate: float | Ramp) -> dict[str, Any]:
+    if isinstance(rate, Ramp):
+        ramp = {"ramp_up_strategy": rate.strategy, "ramp_up_start_rps": rate.start_rps, "ramp_up_end_rps": rate.end_rps}
+        return {"request_rate": "inf", **ramp}
+    return {"request_rate": rate if rate < math.inf else "inf"}  # JSON has no word for it; this is vLLM's
+
+
 def _url(arguments: argparse.Namespace) -> str:
     if arguments.base_url is not None:
         if arguments.host is not None or arguments.port is not None:
@@ -163,7 +193,7 @@ def _url(arguments: argparse.Namespace) -> str:
 
 
 async def _measured(
-    arguments: argparse.Namespace, options: DatasetOptions, url: str, sent: dict[str, str]
+    arguments: argparse.Namespace, options: DatasetOptions, rate: float | Ramp, url: str, sent: dict[str, str]
 ) -> tuple[Run, dict[str, Any]]:
     """What was seen, and under which setting."""
     async with Client(url, headers=sent) as client:
@@ -182,7 +212,7 @@ async def _measured(
             path=arguments.endpoint or PATHS[arguments.backend],
             model=model,
             body=body | (arguments.extra_body or {}),
-            request_rate=arguments.request_rate,
+            request_rate=rate,
             burstiness=arguments.burstiness,
             max_concurrency=arguments.max_concurrency,
             timeout_s=arguments.request_timeout_s,
@@ -192,7 +222,6 @@ async def _measured(
         )
         date = time.strftime("%Y%m%d-%H%M%S")
         ran = await _with_progress(arguments, client, asks, before, offer)
-    rate = arguments.request_rate
     return ran, {
         "date": date,
         "endpoint_type": arguments.backend,
@@ -201,7 +230,7 @@ async def _measured(
         "model_id": model,
         "tokenizer_id": tokenizer_id,
         "num_prompts": options.num_prompts,
-        "request_rate": rate if rate < math.inf else "inf",  # JSON has no word for it; this is vLLM's
+        **_rate_setting(rate),
         "burstiness": arguments.burstiness,
         "max_concurrency": arguments.max_concurrency,
     }
@@ -258,7 +287,11 @@ def _result_path(arguments: argparse.Namespace) -> Path:
 def _filename(setting: dict[str, Any], label: str) -> str:
     concurrency = f"-concurrency{setting['max_concurrency']}" if setting["max_concurrency"] is not None else ""
     model = setting["model_id"].split("/")[-1]
-    return f"{label}-{float(setting['request_rate'])}qps{concurrency}-{model}-{setting['date']}.json"
+    if (strategy := setting.get("ramp_up_strategy")) is not None:
+        rate = f"ramp-up-{strategy}-{setting['ramp_up_start_rps']:g}qps-{setting['ramp_up_end_rps']:g}qps"
+    else:
+        rate = f"{float(setting['request_rate'])}qps"
+    return f"{label}-{rate}{concurrency}-{model}-{setting['date']}.json"
 
 
 def _save(path: Path, result: dict[str, Any], *, appends: bool) -> None:

@@ -9,10 +9,11 @@ import contextlib
 import json
 import logging
 import logging.handlers
+import os
 import queue
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -82,7 +83,15 @@ class _Handler(logging.handlers.QueueHandler):
 
 
 class _Listener(logging.handlers.QueueListener):
-    """Ends in time, be the last lines read or not."""
+    """Ends in time, be the last lines read or not. Has no handler: logging waits for their locks at the end."""
+
+    def __init__(self, waiting: queue.Queue[logging.LogRecord], write: Callable[[str], object]):
+        super().__init__(waiting)
+        self._write = write
+
+    def handle(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody is there any more
+            self._write(record.line + "\n")  # type: ignore[attr-defined]
 
     def stop(self) -> None:
         thread, self._thread = self._thread, None
@@ -92,9 +101,28 @@ class _Listener(logging.handlers.QueueListener):
             thread.join(_LAST_WORDS_S)
 
 
-class _Writer(logging.StreamHandler):
-    def format(self, record: logging.LogRecord) -> str:
-        return record.line  # type: ignore[attr-defined]
+def _writer(stream: TextIO) -> Callable[[str], object]:
+    """What writes to the stream's own descriptor, where it has one.
+
+    A thread that waits there for a reader holds no lock of Python's stream, which the end of the process would wait for.
+    """
+    try:
+        descriptor = stream.fileno()
+    except (OSError, AttributeError):
+
+        def write_text(line: str) -> None:
+            stream.write(line)
+            stream.flush()
+
+        return write_text
+
+    def write(line: str) -> None:
+        rest = line.encode("utf-8", "backslashreplace")
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+
+    stream.flush()
+    return write
 
 
 @contextlib.contextmanager
@@ -108,7 +136,7 @@ def logging_to(stream: TextIO | None = None, *, log_format: str = "text", is_ver
     waiting: queue.Queue[logging.LogRecord] = queue.Queue(_MAX_WAITING)
     handler = _Handler(waiting)
     handler.setFormatter(JsonLines() if log_format == "json" else TextLines())
-    listener = _Listener(waiting, _Writer(stream or sys.stderr))
+    listener = _Listener(waiting, _writer(stream or sys.stderr))
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:

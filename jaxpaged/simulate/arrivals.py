@@ -53,6 +53,44 @@ class Arrival:
         return (_FIRST_PREFIX + self.prefix_id,) * num_shared + (number,) * (self.num_prompt - num_shared)
 
 
+RAMPS = ("linear", "exponential")
+
+
+@dataclass(frozen=True, slots=True)
+class Ramp:
+    """A rate that grows from the first request to the last, as `--ramp-up-strategy` of vLLM's `bench serve`.
+
+    Args:
+      strategy: one of RAMPS: by the same difference from request to request, or by the same factor.
+      start_rps: requests per second at the first; 0 for linear alone.
+      end_rps: at the last.
+
+    Raises:
+      ConfigError: a value out of range.
+    """
+
+    strategy: str
+    start_rps: float
+    end_rps: float
+
+    def __post_init__(self) -> None:
+        if self.strategy not in RAMPS:
+            raise ConfigError(f"ramp_up_strategy: got {self.strategy!r}, expected one of {', '.join(RAMPS)}")
+        is_exponential = self.strategy == "exponential"
+        holds = 0 < self.start_rps < math.inf if is_exponential else 0 <= self.start_rps < math.inf
+        _check("ramp_up_start_rps", self.start_rps, holds, f"a finite number {'above 0' if is_exponential else 'of at least 0'}")
+        holds = 0 < self.end_rps < math.inf and self.end_rps >= self.start_rps
+        allowed = f"a finite number above 0 and of at least ramp_up_start_rps, {self.start_rps:g}"
+        _check("ramp_up_end_rps", self.end_rps, holds, allowed)
+
+    def rate(self, number: int, num_prompts: int) -> float:
+        """Requests per second when request `number`, counted from 0, is due."""
+        progress = number / max(num_prompts - 1, 1)
+        if self.strategy == "linear":
+            return self.start_rps + (self.end_rps - self.start_rps) * progress
+        return self.start_rps * (self.end_rps / self.start_rps) ** progress
+
+
 def random_traffic(
     num_prompts: int,
     input_len: Lengths,
@@ -106,13 +144,15 @@ def random_traffic(
     )
 
 
-def arrival_times(num_prompts: int, request_rate: float, burstiness: float, rng: random.Random) -> Iterator[float]:
-    """Seconds from the start, the first 0; see `random_traffic`."""
+def arrival_times(num_prompts: int, request_rate: float | Ramp, burstiness: float, rng: random.Random) -> Iterator[float]:
+    """Seconds from the start, the first 0; see `random_traffic`. Of a ramp each gap has the rate of the request after it."""
     now = 0.0
-    for _ in range(num_prompts):
+    for number in range(num_prompts):
+        if number:
+            rate = request_rate.rate(number, num_prompts) if isinstance(request_rate, Ramp) else request_rate
+            # Mean shape * scale, so 1 / rate at any burstiness.
+            now += rng.gammavariate(burstiness, 1 / burstiness) / rate
         yield now
-        # Mean shape * scale, so 1 / request_rate at any burstiness.
-        now += rng.gammavariate(burstiness, 1 / burstiness) / request_rate
 
 
 def _check(name: str, value: float, holds: bool, allowed: str) -> None:

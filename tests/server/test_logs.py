@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import logging
+import subprocess
 import sys
 import threading
 import time
@@ -135,6 +136,25 @@ def test_a_reader_who_does_not_read_holds_nobody_up(monkeypatch: pytest.MonkeyPa
             for number in range(11_000):
                 logging.getLogger("jaxpaged").info("line %d", number)
         assert time.monotonic() - started < 15
+
+
+def test_a_process_whose_log_nobody_reads_ends():
+    """The pipe is full, the writer hangs in it, and Python's own end waits for neither."""
+    code = """
+import logging, sys
+from jaxpaged.server.logs import logging_to
+with logging_to(is_verbose=True):
+    for number in range(3000):
+        logging.getLogger("jaxpaged").info("line %d %s", number, "x" * 100)
+sys.exit(7)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as one:
+        try:
+            assert one.wait(30) == 7
+        finally:
+            one.kill()
+        written = one.stderr.read()
+    assert written.startswith(b"jaxpaged: line 0 x") and 2**15 < len(written) < 3000 * 100
 
 
 def test_options_are_checked():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxpaged.config import ConfigError
-from jaxpaged.simulate.arrivals import VOCAB_SIZE, Arrival, random_traffic
+from jaxpaged.simulate.arrivals import VOCAB_SIZE, Arrival, Ramp, arrival_times, random_traffic
 from jaxpaged.simulate.lengths import DATASETS, Fixed, Lengths, LogNormal, Uniform
 from jaxpaged.simulate.trace import read_trace
 
@@ -42,6 +42,25 @@ def test_another_rate_is_the_same_requests_closer_together():
 def test_a_seed_is_one_traffic_and_another_seed_another():
     one, same, other = (list(random_traffic(50, *DATASETS["sharegpt"], request_rate=2, seed=seed)) for seed in (1, 1, 2))
     assert one == same != other
+
+
+@pytest.mark.parametrize("ramp", [Ramp("linear", 0.0, 8.0), Ramp("exponential", 0.5, 32.0), Ramp("linear", 3.0, 3.0)])
+def test_a_ramp_grows_from_its_first_rate_to_its_last(ramp: Ramp):
+    count = 40_000
+    times = list(arrival_times(count, ramp, 1.0, random.Random(2)))
+    found = [after - before for before, after in itertools.pairwise(times)]
+    for first in range(0, count - 4000, 4000):
+        places = range(first + 1, first + 4001)
+        if ramp.strategy == "linear":
+            rates = [ramp.start_rps + (ramp.end_rps - ramp.start_rps) * place / (count - 1) for place in places]
+        else:
+            rates = [ramp.start_rps * (ramp.end_rps / ramp.start_rps) ** (place / (count - 1)) for place in places]
+        # Gap times rate is exponential with a mean of 1, whatever the rate.
+        assert statistics.fmean(gap * rate for gap, rate in zip(found[first:], rates, strict=False)) == pytest.approx(1, rel=0.06)
+    assert times[0] == 0.0 and (ramp.rate(0, count), ramp.rate(count - 1, count)) == (ramp.start_rps, pytest.approx(ramp.end_rps))
+    steady = random_traffic(50, TEN, TEN, request_rate=3.0, seed=4)
+    same = arrival_times(50, Ramp("linear", 3.0, 3.0), 1.0, random.Random("gaps 4"))
+    assert [arrival.arrival_s for arrival in steady] == list(same)
 
 
 def test_an_infinite_rate_is_all_at_once():
