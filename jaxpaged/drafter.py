@@ -101,8 +101,8 @@ class Drafter:
         return min(bucket.decode_rows + bucket.prefill_tiles, self.max_num_seqs)
 
     def padding(self, bucket: Bucket) -> DraftInputs:
-        """A step that proposes nothing and leaves the draft's pages as they are."""
-        return DraftInputs.new(self.num_sequences(bucket), -1)
+        """A step that proposes nothing for nobody."""
+        return DraftInputs.new(self.num_sequences(bucket), 0)
 
     def moved(self, plan: StepPlan) -> None:
         """Know what comes of a plan's transfers and copies, before its step."""
@@ -113,20 +113,25 @@ class Drafter:
             if source in self._stale:
                 self._stale[target] = self._stale[source]
 
-    def inputs(self, plan: StepPlan, bucket: Bucket, rows: Seq[int]) -> DraftInputs:
-        """What the step is to propose, and for whom.
+    def inputs(self, plan: StepPlan, bucket: Bucket, rows: Seq[int]) -> DraftInputs | None:
+        """What the step is to propose, and for whom; None for a step that the draft takes no part in, which reads no prompt.
 
         Args:
           rows: of `plan.outputs()`.
         """
         proposed, self._proposed = self._proposed, {}
         num_drafts = self._num_wanted(plan, proposed)
+        self._asked, self._num_asked = [], num_drafts or 0
+        if num_drafts is None:
+            for chunk in plan.chunks():
+                self._miss(chunk)
+            return None
         inputs, asked = DraftInputs.new(self.num_sequences(bucket), num_drafts), []
         table: np.ndarray = inputs.table  # type: ignore[assignment]
         at = 0
         for chunk in plan.chunks():
             sequence, num_drafted = chunk.sequence, len(chunk.drafts)
-            known, after = self._advance(chunk) if num_drafts >= 0 else self._miss(chunk)
+            known, after = self._advance(chunk)
             if chunk.samples and _is_drawn(sequence) and (after > known or known == chunk.end):
                 if known == chunk.start and sequence in proposed:
                     known = proposed[sequence].num_known(chunk)
@@ -137,11 +142,11 @@ class Drafter:
                 num_places = len(sequence.pages) * self.page_size if after == chunk.end else 0
                 asked.append(_Asked(sequence, sequence.pages, num_places))
             at += 1 + num_drafted if chunk.samples else 0
-        self._asked, self._num_asked = asked, num_drafts
+        self._asked = asked
         return inputs
 
-    def _num_wanted(self, plan: StepPlan, proposed: Mapping[Sequence, _Proposed]) -> int:
-        """How many tokens a step is to propose; -1 when it runs without the draft model."""
+    def _num_wanted(self, plan: StepPlan, proposed: Mapping[Sequence, _Proposed]) -> int | None:
+        """How many tokens a step is to propose; None when it runs without the draft model."""
         if plan.decodes:  # else nobody can have asked
             self._num_unasked = 0 if self._is_asked else self._num_unasked + 1
         self._is_asked = False
@@ -150,7 +155,7 @@ class Drafter:
         self.num_drafts = min(max(wanted, default=self.num_drafts), self._most)
         if self._num_unasked < 2:  # the first may be one that was planned ahead, before it was known what to ask for
             return self.num_drafts
-        return 0 if plan.prefills else -1  # a prompt that the draft has not read would be too long to make up for
+        return 0 if plan.prefills else None  # a prompt that the draft has not read would be too long to make up for
 
     def with_proposals(self, result: Callable[[], Any], found: jax.Array) -> Callable[[], Any]:
         """What waits for the result of the step that `inputs` was for last, and for what it proposed, `found`, too."""

@@ -145,6 +145,7 @@ class JaxRunner:
         self.buckets = config.buckets()
         self.cache = kv_cache.init_cache(model, num_pages, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
         self.compiled: dict[Bucket, jax.stages.Compiled] = {}
+        self.compiled_alone: dict[Bucket, jax.stages.Compiled] = {}  # where there is a draft model, those it takes no part in
         self.ledger = Ledger(config.prefill_tile)  # type: ignore[arg-type]
         sizes = {"tile": config.prefill_tile, "page_size": config.block_size, "max_blocks_per_seq": config.max_blocks_per_seq}
         self._pad = functools.partial(batch.pad, known=batch.DecodeRows(sizes["max_blocks_per_seq"]), **sizes)  # type: ignore[arg-type]
@@ -169,13 +170,14 @@ class JaxRunner:
             rival = attention_backend(config, model, "compare_with")
             self.duel = duel.Duel.between(backend, rival, config, model)
             step = functools.partial(model_duel.step, rival=rival, **options)
+        self._jitted = self._jitted_alone = jax.jit(model_step.of_packed(step), donate_argnums=1)
         self.drafter = None
         if draft is not None:
             self.drafter = Drafter(*draft, config, num_pages=num_pages)
             options = {"config": draft.model, "backend": attention_backend(config, draft.model)}
             options |= {"max_drafts": self.drafter.max_drafts, "few": FEW_ON_CPU if jax.default_backend() == "cpu" else 0}
             step = functools.partial(model_draft.step_and_propose, step=step, **options)  # type: ignore[arg-type]
-        self._jitted = jax.jit(model_step.of_packed(step), donate_argnums=1)
+            self._jitted = jax.jit(model_step.of_packed(step), donate_argnums=1)
         # A step copies at most one page of each sequence; few sizes, so that a step of two copies does not move 256 null pages.
         limit: int = config.max_num_seqs  # type: ignore[assignment]
         self._copy_sizes = [*itertools.takewhile(lambda size: size < limit, (4**i for i in itertools.count(1))), limit]
@@ -203,8 +205,6 @@ class JaxRunner:
         padded = self._pad(plan, bucket, self._feed)
         inputs, rows = padded.inputs, padded.rows
         self.ledger.ran(bucket, plan.num_rows, plan.num_tokens - plan.num_rows)
-        if bucket not in self.compiled:  # enforce_eager
-            self.compiled[bucket] = self._compile(bucket)
         adjustments = self.adjuster.adjustments(plan, rows, len(inputs.sample_at), self._feed)
         extra = self._extra(plan, rows, len(inputs.sample_at))
         drafting = None
@@ -239,12 +239,16 @@ class JaxRunner:
         return lambda: _with_faults(result(), np.asarray(outputs.is_sound), plan, bucket.decode_rows, self.config.prefill_tile)  # type: ignore[arg-type]
 
     def _run(self, bucket: Bucket, inputs: PackedInputs, drafting: DraftInputs | None) -> tuple[Any, jax.Array | None]:
-        """Run a step on the pages: its outputs, and what the draft model proposes where there is one."""
-        if self.drafter is None:
-            outputs, self.cache = self.compiled[bucket](self.weights, self.cache, inputs)
+        """Run a step on the pages: its outputs, and what the draft model proposes where it takes part."""
+        is_alone = self.drafter is not None and drafting is None
+        steps = self.compiled_alone if is_alone else self.compiled
+        if bucket not in steps:  # enforce_eager
+            steps[bucket] = self._compile(bucket, is_alone=is_alone)
+        if self.drafter is None or is_alone:
+            outputs, self.cache = steps[bucket](self.weights, self.cache, inputs)
             return outputs, None
         weights, caches = (self.weights, self.drafter.weights), (self.cache, self.drafter.cache)
-        found, (self.cache, self.drafter.cache) = self.compiled[bucket](weights, caches, (inputs, drafting))
+        found, (self.cache, self.drafter.cache) = steps[bucket](weights, caches, (inputs, drafting))
         return found
 
     def _choose_late(self) -> None:
@@ -324,19 +328,23 @@ class JaxRunner:
         """Compile every bucket, in parallel, from the persistent cache where it has them."""
         started = time.perf_counter()
         # XLA's compiler is itself parallel on large programs; two at a time keeps two cores busy without swelling memory.
+        steps = [(bucket, False) for bucket in self.buckets]
+        if (
+            self.drafter is not None
+        ):  # of those that read no prompt there is one without the draft model, which is for when that loses
+            steps += [(bucket, True) for bucket in self.buckets if not bucket.prefill_tiles]
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as executor:
-            compiled = executor.map(self._compile, self.buckets)
-            progress = tqdm(
-                compiled, total=len(self.buckets), desc="Compiling steps", unit="bucket", disable=not use_tqdm, leave=False
-            )
+            compiled = executor.map(lambda step: self._compile(step[0], is_alone=step[1]), steps)
+            progress = tqdm(compiled, total=len(steps), desc="Compiling steps", unit="step", disable=not use_tqdm, leave=False)
             copiers = executor.map(self._compile_copier, self._copy_sizes)
-            self.compiled = dict(zip(self.buckets, progress, strict=True))
+            for (bucket, is_alone), found in zip(steps, progress, strict=True):
+                (self.compiled_alone if is_alone else self.compiled)[bucket] = found
             self._copiers = dict(zip(self._copy_sizes, copiers, strict=True))
         self.adjuster.warm_up()
         _ = self._zeroer
         if self.offload is not None:
             self.offload.warm_up()
-        logger.info("Compiled %d steps in %.1f s.", len(self.buckets), time.perf_counter() - started)
+        logger.info("Compiled %d steps in %.1f s.", len(steps), time.perf_counter() - started)
 
     def measure(self) -> SwapCosts | None:
         """What computing and moving pages takes here, by computing and moving the null page; None when nobody will compare it.
@@ -379,14 +387,14 @@ class JaxRunner:
             "device_memory_usage_perc": (total - free) / total,
         }
 
-    def _compile(self, bucket: Bucket) -> jax.stages.Compiled:
+    def _compile(self, bucket: Bucket, *, is_alone: bool = False) -> jax.stages.Compiled:
         started = time.perf_counter()
         padded, rest = self._padding(bucket)
         arguments = self.weights, self.cache, padded.packed(*rest)
-        if self.drafter is not None:
+        if self.drafter is not None and not is_alone:
             of_draft = self.drafter.weights, self.drafter.cache, self.drafter.padding(bucket)
             arguments = tuple(zip(arguments, of_draft, strict=True))
-        compiled = self._jitted.lower(*arguments).compile()
+        compiled = (self._jitted_alone if is_alone else self._jitted).lower(*arguments).compile()
         self.ledger.compiled(bucket, time.perf_counter() - started)
         return compiled
 
@@ -468,6 +476,7 @@ class JaxRunner:
                 array.delete()
         self._feed = self._feed._replace(token_ids=np.zeros(0, np.int32), rows={})
         self.compiled.clear()
+        self.compiled_alone.clear()
         self._copiers.clear()
 
 

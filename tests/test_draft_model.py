@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import bits
 import families
@@ -22,7 +23,7 @@ import speculation
 from driving import Ask, ShuffledPool, greedy, outputs_of
 
 from jaxpaged import LLM, drafter
-from jaxpaged.config import ConfigError, EngineConfig
+from jaxpaged.config import Bucket, ConfigError, EngineConfig
 from jaxpaged.drafter import Draft
 from jaxpaged.engine import Engine
 from jaxpaged.host.request import SamplingParams, Sequence
@@ -233,11 +234,19 @@ def test_drafts_of_somebody_else_are_read_too() -> None:
 
 
 def test_what_steps_without_the_draft_have_computed_it_makes_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind by a few tokens, by one step's backlog, and by several."""
+    """Behind by a few tokens, by one step's backlog, and by several: steps of the program that the draft model is not in."""
     asks = [Ask(LLAMA3.prompts(5)[index], greedy(70)) for index in (1, 2)]
     plain = outputs_of(engine_of(runner_of(LLAMA3), is_plain=True), asks)
     for num_missed in (3, BACKLOG, 2 * BACKLOG + 3):
         engine, found, step = engine_of(runner_of(LLAMA3)), {}, 0
+        drafting = [0, 0]  # steps without the draft model and with it
+        run = functools.partial(PoisonedRunner._run, engine.runner)  # type: ignore[arg-type]
+
+        def counted(bucket: Bucket, inputs: Any, drafts: Any) -> Any:
+            drafting[drafts is not None] += 1  # noqa: B023
+            return run(bucket, inputs, drafts)  # noqa: B023
+
+        monkeypatch.setattr(engine.runner, "_run", counted)
         is_off = range(4, 4 + num_missed)
         monkeypatch.setattr(engine.runner.drafter, "may_propose", lambda _: step not in is_off)  # noqa: B023
         for number, ask in enumerate(asks):
@@ -251,6 +260,7 @@ def test_what_steps_without_the_draft_have_computed_it_makes_up_for(monkeypatch:
                 assert engine.runner.drafter._stale  # type: ignore[union-attr]
         after = accepted(engine)
         assert found == plain and after[0] == after[1] > before[1] + 10
+        assert num_missed - 2 <= drafting[0] <= num_missed and drafting[1] > 10  # the first of them proposes for nobody
         assert not engine.runner.drafter._stale  # type: ignore[union-attr]
 
 
@@ -313,11 +323,12 @@ def test_no_step_copies_the_pages_of_either_model(small: Engine) -> None:
     runner: JaxRunner = small.runner  # type: ignore[assignment]
     sizes = [sum(array.nbytes for array in jax.tree.leaves(cache)) for cache in runner._caches()]
     assert min(sizes) > 6 * 2**20 and len(runner.compiled) == 2
-    for program in (*runner.compiled.values(), *runner._copiers.values()):
-        analysis = program.memory_analysis()
-        assert (
-            analysis is not None and analysis.alias_size_in_bytes >= sum(sizes) and analysis.temp_size_in_bytes < min(sizes) / 4
-        )
+    assert [bucket.prefill_tiles for bucket in runner.compiled_alone] == [0]
+    of_both = [*runner.compiled.values(), *runner._copiers.values()]
+    for program in (*of_both, *runner.compiled_alone.values()):
+        analysis, num_bytes = program.memory_analysis(), sum(sizes) if program in of_both else sizes[0]
+        assert analysis is not None
+        assert analysis.alias_size_in_bytes >= num_bytes and analysis.temp_size_in_bytes < min(sizes) / 4
 
 
 def test_a_draft_model_of_another_shape_changes_no_token(small: Engine) -> None:

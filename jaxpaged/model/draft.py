@@ -57,7 +57,7 @@ class DraftInputs:
 
     @property
     def num_drafts(self) -> jax.Array:
-        """int32 [], tokens to propose for each; 0 proposes none, and -1 leaves the draft's pages as they are."""
+        """int32 [], tokens to propose for each; 0 only keeps the draft's pages up with the target's."""
         return self.table[0, 3]
 
     @property
@@ -161,12 +161,12 @@ def step_and_propose(
         proposals, draft_cache = run(state[1], inputs[0], outputs.token_ids, inputs[1].first(count))
         return jnp.pad(proposals, ((0, Q - count), (0, 0))), draft_cache
 
-    is_few = jnp.sum(inputs[1].num_rows > 0) <= sizes[0]
     state = jnp.zeros((Q, 1 + max_drafts), jnp.int32), caches[1]
+    is_few = jnp.sum(inputs[1].num_rows > 0) <= sizes[0]
     for size in sizes:
-        # A loop of one turn or none: a cond with two sizes would copy the draft's pool.
-        is_chosen = (inputs[1].num_drafts >= 0) & (is_few == (size == sizes[0]))
-        state = lax.fori_loop(0, is_chosen.astype(jnp.int32), functools.partial(run_first, count=size), state)
+        # Of two sizes, loops of one turn or none: a cond would copy the draft's pool.
+        num_turns = (is_few == (size == sizes[0])).astype(jnp.int32) if len(sizes) > 1 else 1
+        state = lax.fori_loop(0, num_turns, functools.partial(run_first, count=size), state)
     proposals, draft_cache = state
     return (outputs, proposals), (cache, draft_cache)
 

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 SAMPLES = 9  # of which the median is taken: a step that the machine has interrupted counts for little
 ENOUGH = 3  # of them, to say what a step takes
+STALE = 256  # steps with proposals after which what one of a size took says nothing any more
 PLAIN_STEPS = 8  # at a time, to see what steps without proposals take; the first of them still waits for one with
 PLAIN_EVERY = 256  # steps with proposals
 TRIAL = 12  # steps before it is judged whether speculation pays
@@ -38,17 +39,26 @@ class _Counts(NamedTuple):
 
 
 class _Seconds:
-    """What something takes, by its size: the median of the last times."""
+    """What something takes, by its size: the median of the last times. A size that is not timed for long is forgotten: the first
+    times of all are those of a cold machine, and one that was slow then would never be tried again.
+    """
 
     def __init__(self) -> None:
         self._found: dict[int, deque[float]] = {}
+        self._last: dict[int, int] = {}  # which of all times was the last of a size
+        self._num_times = 0
         self.known: dict[int, float] = {}  # of each size that has been timed often enough
 
     def add(self, size: int, seconds: float) -> None:
         times = self._found.setdefault(size, deque(maxlen=SAMPLES))
         times.append(seconds)
+        self._num_times += 1
+        self._last[size] = self._num_times
         if len(times) >= ENOUGH:
             self.known[size] = statistics.median(times)
+        for old in [other for other, last in self._last.items() if last <= self._num_times - STALE]:
+            del self._found[old], self._last[old]
+            self.known.pop(old, None)
 
 
 class Adaptive:

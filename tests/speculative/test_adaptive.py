@@ -31,6 +31,7 @@ class World:
     late_s: float = 0.2
     token_s: float = 0.0  # of a token of the longest proposal
     noise: float = 0.1
+    num_cold: int = 0  # steps at first whose times say nothing
     sizes: tuple[int, ...] = (1, 4, 9, 16, 64, 144)
     seed: int = 0
 
@@ -45,7 +46,14 @@ class World:
 
     def timed(self, seconds: float) -> float:
         """What a clock says of it: now and then something else has the machine."""
-        return seconds * (1 + self.noise * self.rng.uniform(-1, 1)) * (6.0 if self.noise and self.rng.random() < 0.01 else 1.0)
+        self.num_cold -= 1
+        cold = self.rng.uniform(1, 6) if self.num_cold >= 0 else 1.0
+        return (
+            cold
+            * seconds
+            * (1 + self.noise * self.rng.uniform(-1, 1))
+            * (6.0 if self.noise and self.rng.random() < 0.01 else 1.0)
+        )
 
     def num_accepted(self, text: Text, num_proposed: int) -> int:
         return next((index for index in range(num_proposed) if self.rng.random() >= text.rate), num_proposed)
@@ -108,6 +116,17 @@ def test_never_much_slower_than_without_and_near_the_best_fixed_number(number: i
     found, plain, best = settled(world)
     assert found > 0.95 * plain, f"{found / plain:.3f} of plain"
     assert found > 0.9 * max(best, plain), f"{found / max(best, plain):.3f} of the best"
+
+
+@pytest.mark.parametrize(("rate", "row_s", "late_s"), [(0.7, 0.25, 0.5), (0.8, 0.12, 0.5), (0.6, 0.05, 0.5)])
+def test_what_steps_took_on_a_cold_machine_is_forgotten(rate: float, row_s: float, late_s: float) -> None:
+    for seed in range(6):
+        sizes = tuple(range(1, 10))
+        world = World([Text(rate)], most=8, row_s=row_s, late_s=late_s, sizes=sizes, num_cold=80, seed=seed)
+        controller = Adaptive(sizes, is_free=True)
+        world.adaptive(controller, 600)
+        share = world.adaptive(controller, 2000) / max(map(world.fixed, range(world.most + 1)))
+        assert share > 0.9, f"{share:.3f} of the best, seed {seed}"
 
 
 def test_each_sequence_has_its_own_number() -> None:
