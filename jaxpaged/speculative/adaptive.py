@@ -5,6 +5,8 @@ Knows rates and seconds, all of which it is told. Refuses to know tokens, models
 
 from __future__ import annotations
 
+import bisect
+import math
 import statistics
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping
@@ -15,8 +17,9 @@ from weakref import WeakKeyDictionary
 SAMPLES = 9  # of which the median is taken: a step that the machine has interrupted counts for little
 ENOUGH = 3  # of them, to say what a step takes
 STALE = 256  # steps with proposals after which what one of a size took says nothing any more
-PLAIN_STEPS = 8  # at a time, to see what steps without proposals take; the first of them still waits for one with
-PLAIN_EVERY = 256  # steps with proposals
+SETTLING = 3  # steps without proposals, of those after each other, that are not timed: the first still waits for one with
+PLAIN_STEPS = 8 + SETTLING  # at a time, to see what they take
+PLAIN_EVERY = (32, 256)  # steps with proposals before that, twice as many each time: at first all is cold
 TRIAL = 12  # steps before it is judged whether speculation pays
 MEMORY = 1 / 64  # share of the judgement that the last step has
 DOUBT = (0.5, 0.02)  # what it may seem to lose: over the root of the number of steps and sequences, and at least
@@ -65,7 +68,8 @@ class Adaptive:
     """Chooses how many tokens are proposed for whom, so that the most tokens per second are to be expected.
 
     A token is taken to be accepted with its sequence's rate, if all before it are, and a step to take what steps in its bucket
-    have taken; a bucket that has not been tried is hoped to take no more than a smaller one. Whether to speculate at all is
+    have taken; what it takes in a bucket that has not been tried is guessed from others, and with nothing to go by it is hoped to
+    take no longer than a plain one. Whether to speculate at all is
     judged by what came of it: the tokens of the last steps beside what steps without proposals would have needed for them. After
     a trial that is lost there is a pause, longer each time, and then another trial with new hope.
 
@@ -80,7 +84,9 @@ class Adaptive:
         self._overall = _Counts(*HOPE)
         self._each: WeakKeyDictionary[Hashable, _Counts] = WeakKeyDictionary()
         self._num_plain = PLAIN_STEPS  # steps without proposals that are still to come
+        self._num_settled = 0  # steps without proposals after each other
         self._num_steps = 0  # with proposals, since the last without
+        self._every = PLAIN_EVERY[0]
         self._pause = PAUSES[0]
         self._spent = self._needed = 0.0  # seconds of the last steps, and what their tokens would have taken without proposals
 
@@ -147,12 +153,18 @@ class Adaptive:
                 self._each[sequence] = _Counts(*(EACH * one for one in self._each[sequence]))
 
     def _step_s(self, size: int) -> float:
-        """Seconds that a step of so many rows is expected to take."""
+        """Seconds that a step of so many rows is expected to take: where none is known, what lies on a line between or behind two
+        that are, and with one alone the same.
+        """
         known = self._verified.known
         if size in known:
             return known[size]
-        smaller = [seconds for other, seconds in (*known.items(), *self._plain.known.items()) if other <= size]
-        return max(smaller, default=1.0)
+        points = sorted((self._plain.known | known).items())
+        place = bisect.bisect(points, (size, math.inf))
+        if place == 0 or len(points) == 1:
+            return points[0][1] if points else 1.0
+        (first, first_s), (second, second_s) = points[place - 1 : place + 1] if place < len(points) else points[-2:]
+        return max(first_s, first_s + (second_s - first_s) * (size - first) / (second - first))
 
     def _proposing_s(self, longest: int) -> float:
         """Likewise for proposing so many tokens."""
@@ -171,7 +183,9 @@ class Adaptive:
 
     def ran_plainly(self, num_sequences: int, seconds: float) -> None:
         """A step without proposals has given each of so many sequences a token, and nothing else."""
-        self._plain.add(self._size(num_sequences), seconds)
+        self._num_settled += 1
+        if self._num_settled > SETTLING:
+            self._plain.add(self._size(num_sequences), seconds)
         if self._num_plain:
             self._num_plain -= 1
 
@@ -184,6 +198,7 @@ class Adaptive:
           proposing_s: what that took.
           longest: proposal.
         """
+        self._num_settled = 0
         self._verified.add(self._size(num_rows), seconds - (0.0 if self.is_free else proposing_s))
         if longest and not self.is_free:
             self._proposed.add(longest, proposing_s)
@@ -201,12 +216,14 @@ class Adaptive:
         doubt = max(least, few / (min(self._num_steps, 1 / MEMORY) * num_sequences) ** 0.5)
         if self._num_steps >= TRIAL and self._needed < (1 - doubt) * self._spent:
             self._give_up()
-        elif self._num_steps >= PLAIN_EVERY:
+        elif self._num_steps >= self._every:
             self._num_steps, self._num_plain, self._pause = TRIAL, PLAIN_STEPS, PAUSES[0]
+            self._every = min(2 * self._every, PLAIN_EVERY[1])
 
     def _give_up(self) -> None:
         self._num_plain, self._num_steps = self._pause, 0
         self._pause = min(2 * self._pause, PAUSES[1])
         self._spent = self._needed = 0.0
         self._overall = _Counts(*HOPE)
+        self._verified = _Seconds()
         self._each.clear()
