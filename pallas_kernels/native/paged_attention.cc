@@ -1,8 +1,8 @@
 // Paged attention and page writes for a CPU, called by XLA through its foreign function interface. Built for one HEAD_SIZE at a
 // time, a multiple of 16, so that it builds in seconds and its loops are unrolled.
 //
-// One task is one row and one key/value head. It walks the row's pages once, in blocks of tokens, with an online softmax in
-// float32, and touches no token outside [first visible, kv_len): what unused places hold, NaN or not, is never read.
+// One task is one row and one or more of its key/value heads. It walks the row's pages once, a block of tokens after the other and
+// in each the heads, which lie behind each other, with an online softmax in float32, and touches no token outside [first visible, kv_len): what unused places hold, NaN or not, is never read.
 // Scales of pages never meet the pages' numbers: a key's multiplies its score, a value's its weight.
 // The order of a task's sums depends on its own row alone, so a row's bits do not depend on the batch.
 
@@ -60,6 +60,20 @@ struct Query {
   int64_t low, high;  // it sees positions [low, high)
 };
 
+// Where tokens lie in pages of type P. Pages lie anywhere, so the processor cannot foresee which comes next.
+template <typename P>
+struct Rows {
+  int count = 0;
+  const P *k[kBlock], *v[kBlock];  // keys are taken kTokens at a time: after the last stands that one again
+
+  static void Fetch(const P* row, int64_t size) {
+    for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(P))) __builtin_prefetch(row + i);
+  }
+};
+
+template <typename P>
+const Rows<P> kNothing{};
+
 // Tokens [start, start + count) of a row. The scales are null, or those of its tokens.
 struct Block {
   int64_t start;
@@ -94,16 +108,19 @@ __attribute__((noinline)) float Weigh(Query& query, const Block& block, float* w
   return rescale;
 }
 
-// One block for NQ queries at once, so that a row of K or V is read once for all. The row's pages are of type P; V registers of
-// kLanes make up a head. Keys are taken kTokens at a time, so after the last row the last row is there again.
+// One block for NQ queries at once, so that a row of K or V is read once for all. V registers of kLanes make up a head. What comes
+// `ahead` is fetched meanwhile, a few tokens with each few: asked for at once, it would hold up the reading of the block itself.
 template <typename P, int V, int NQ>
-inline void AttendBlock(Query* queries, const P* const* k_rows, const P* const* v_rows, const Block& block) {
+inline void AttendBlock(Query* queries, const Rows<P>& rows, const Rows<P>& ahead, const Block& block) {
+  constexpr int H = V * kLanes;
   float weights[NQ][kBlock];
   for (int j = 0; j < block.count; j += kTokens) {
+    if (j < ahead.count)
+      for (int t = 0; t < kTokens; ++t) ahead.Fetch(ahead.k[j + t], H);
     Vec dots[NQ][kTokens] = {};
     for (int v = 0; v < V; ++v) {
       Vec k[kTokens];
-      for (int t = 0; t < kTokens; ++t) k[t] = Load(k_rows[j + t] + v * kLanes);
+      for (int t = 0; t < kTokens; ++t) k[t] = Load(rows.k[j + t] + v * kLanes);
       for (int i = 0; i < NQ; ++i) {
         const Vec q = Load(queries[i].q + v * kLanes);
         for (int t = 0; t < kTokens; ++t) dots[i][t] += q * k[t];
@@ -116,11 +133,13 @@ inline void AttendBlock(Query* queries, const P* const* k_rows, const P* const* 
   Vec sums[NQ][V];
   for (int i = 0; i < NQ; ++i)
     for (int v = 0; v < V; ++v) sums[i][v] = Load(queries[i].sum + v * kLanes) * rescale[i];
-  for (int j = 0; j < block.count; ++j)
+  for (int j = 0; j < block.count; ++j) {
+    if (j < ahead.count) ahead.Fetch(ahead.v[j], H);
     for (int v = 0; v < V; ++v) {
-      const Vec value = Load(v_rows[j] + v * kLanes);
+      const Vec value = Load(rows.v[j] + v * kLanes);
       for (int i = 0; i < NQ; ++i) sums[i][v] += weights[i][j] * value;
     }
+  }
   for (int i = 0; i < NQ; ++i)
     for (int v = 0; v < V; ++v) Store(queries[i].sum + v * kLanes, sums[i][v]);
 }
@@ -132,18 +151,20 @@ constexpr int GroupSize() {
 }
 
 template <typename P, int V>
-inline void AttendQueries(Query* queries, int num_queries, const P* const* k_rows, const P* const* v_rows, const Block& block) {
+inline void AttendQueries(Query* queries, int num_queries, const Rows<P>& rows, const Rows<P>& ahead, const Block& block) {
   constexpr int kGroup = GroupSize<V>();
+  const Rows<P>* next = &ahead;  // fetched once, while the first queries meet the block
   int i = 0;
   for (; i + kGroup <= num_queries; i += kGroup) {
     if (queries[i + kGroup - 1].high <= block.start) continue;  // the block is in these queries' future
-    AttendBlock<P, V, kGroup>(queries + i, k_rows, v_rows, block);
+    AttendBlock<P, V, kGroup>(queries + i, rows, *next, block);
+    next = &kNothing<P>;
   }
   if constexpr (kGroup >= 4)
-    if (num_queries - i == 3) return AttendBlock<P, V, 3>(queries + i, k_rows, v_rows, block);
+    if (num_queries - i == 3) return AttendBlock<P, V, 3>(queries + i, rows, *next, block);
   if constexpr (kGroup >= 2)
-    for (; i + 2 <= num_queries; i += 2) AttendBlock<P, V, 2>(queries + i, k_rows, v_rows, block);
-  for (; i < num_queries; ++i) AttendBlock<P, V, 1>(queries + i, k_rows, v_rows, block);
+    for (; i + 2 <= num_queries; i += 2, next = &kNothing<P>) AttendBlock<P, V, 2>(queries + i, rows, *next, block);
+  for (; i < num_queries; ++i, next = &kNothing<P>) AttendBlock<P, V, 1>(queries + i, rows, *next, block);
 }
 
 // The slots of a row's head one after another, without a division for each.
@@ -161,97 +182,106 @@ class Slots {
   int64_t offset_, head_, K_, S_;
 };
 
-// All queries of row b that share one key/value head. A head is V * kLanes numbers.
+// The tokens of a row's head from a position on, at most a block of them.
+template <typename P>
+void Find(const Call& c, int64_t b, int64_t head, int64_t start, Rows<P>& rows) {
+  rows.count = std::clamp<int64_t>(c.kv_lens[b] - start, 0, kBlock);
+  Slots slot(c, b, head, start);
+  for (int j = 0; j < rows.count; ++j, ++slot) {
+    rows.k[j] = static_cast<const P*>(c.k_pages) + *slot * HEAD_SIZE;
+    rows.v[j] = static_cast<const P*>(c.v_pages) + *slot * HEAD_SIZE;
+  }
+  for (int j = rows.count; j % kTokens; ++j) rows.k[j] = rows.k[rows.count - 1];
+}
+
+// The queries of row b that share one of the key/value heads from `begin` to `end`. A head is V * kLanes numbers.
 template <typename P, int V>
-void AttendRow(const Call& c, int64_t b, int64_t head) {
+void AttendRow(const Call& c, int64_t b, int64_t begin, int64_t end) {
   constexpr int H = V * kLanes;
-  const P* k_pages = static_cast<const P*>(c.k_pages);
-  const P* v_pages = static_cast<const P*>(c.v_pages);
   const int64_t kv_len = c.kv_lens[b], first = c.first[b];
-  const int G = c.N / c.K, num_queries = G * c.T;
+  const int G = c.N / c.K, num_queries = G * c.T;  // of a head
   const bool converts = !std::is_same_v<P, float> && num_queries > 2 * GroupSize<V>();
   const bool has_head_scales = c.k_scales && !c.has_token_scales;
-  const float q_scale = c.scale * kUnit<P> * (has_head_scales ? c.k_scales[head] : 1.0f);
-  const float out_scale = kUnit<P> * (has_head_scales ? c.v_scales[head] : 1.0f);
+  const size_t num_all = num_queries * (end - begin);
   // Reused by every task of a thread: an allocation for each costs more than a short row.
-  thread_local std::vector<float> buffer;
+  thread_local std::vector<Vec> buffer;  // of whole lines of the cache: a load across two takes twice as long
   thread_local std::vector<Query> queries;
-  buffer.resize(static_cast<size_t>(num_queries) * 2 * H + 2 * kBlock * H);
-  queries.resize(num_queries);
-  float* k_block = buffer.data() + num_queries * 2 * H;
+  buffer.resize(num_all * 2 * V + 2 * kBlock * V);
+  queries.resize(num_all);
+  auto* numbers = reinterpret_cast<float*>(buffer.data());
+  float* k_block = numbers + num_all * 2 * H;
   float* v_block = k_block + kBlock * H;
+  const auto each = [&](const auto& visit) {
+    for (int64_t head = begin, i = 0; head < end; ++head)
+      for (int64_t t = 0; t < c.T; ++t)
+        for (int64_t g = 0; g < G; ++g, ++i) visit(queries[i], i, head, t, head * G + g);
+  };
 
-  for (int t = 0; t < c.T; ++t)
-    for (int g = 0; g < G; ++g) {
-      const int i = t * G + g, n = head * G + g;
-      const float* source = c.q + ((b * c.T + t) * c.N + n) * H;
-      float* scaled = buffer.data() + i * 2 * H;
-      for (int h = 0; h < H; ++h) scaled[h] = source[h] * q_scale;
-      std::fill(scaled + H, scaled + 2 * H, 0.0f);
-      const int64_t high = std::min(kv_len, first + t + 1);
-      const int64_t low = c.window ? std::max<int64_t>(0, first + t + 1 - c.window) : 0;
-      // A sink is a first score whose value is 0.
-      const float peak = c.sinks ? std::max(c.sinks[n], kLowest) : kLowest;
-      queries[i] = {scaled, scaled + H, peak, c.sinks ? 1.0f : 0.0f, low, high};
-    }
+  each([&](Query& query, int64_t i, int64_t head, int64_t t, int64_t n) {
+    const float q_scale = c.scale * kUnit<P> * (has_head_scales ? c.k_scales[head] : 1.0f);
+    const float* source = c.q + ((b * c.T + t) * c.N + n) * H;
+    float* scaled = numbers + i * 2 * H;
+    for (int h = 0; h < H; ++h) scaled[h] = source[h] * q_scale;
+    std::fill(scaled + H, scaled + 2 * H, 0.0f);
+    const int64_t high = std::min(kv_len, first + t + 1);
+    const int64_t low = c.window ? std::max<int64_t>(0, first + t + 1 - c.window) : 0;
+    // A sink is a first score whose value is 0.
+    const float peak = c.sinks ? std::max(c.sinks[n], kLowest) : kLowest;
+    query = {scaled, scaled + H, peak, c.sinks ? 1.0f : 0.0f, low, high};
+  });
 
-  for (int64_t start = num_queries ? queries[0].low : 0; start < kv_len; start += kBlock) {
-    const int count = std::min<int64_t>(kBlock, kv_len - start);
-    Block block{start, count, c.soft_cap, nullptr, nullptr};
-    const P* k_rows[kBlock];
-    const P* v_rows[kBlock];
+  Rows<P> found[2];
+  Rows<P>*rows = &found[0], *ahead = &found[1];
+  int64_t start = num_all ? queries[0].low : kv_len, head = begin;
+  Find(c, b, head, start, *rows);
+  while (start < kv_len) {
+    Block block{start, rows->count, c.soft_cap, nullptr, nullptr};
     float k_scales[kBlock], v_scales[kBlock];
-    Slots slot(c, b, head, start), ahead(c, b, head, start + kBlock);
-    for (int j = 0; j < count; ++j, ++slot) {
-      k_rows[j] = k_pages + *slot * H;
-      v_rows[j] = v_pages + *slot * H;
-      if (c.has_token_scales) {
-        k_scales[j] = c.k_scales[*slot];
-        v_scales[j] = c.v_scales[*slot];
-      }
-      // Pages lie anywhere, so the processor cannot foresee the next one: ask for a token of the next block with each of this.
-      if (start + kBlock + j < kv_len) {
-        const int64_t next = *ahead * H;
-        for (size_t byte = 0; byte < H * sizeof(P); byte += 64) {
-          __builtin_prefetch(reinterpret_cast<const char*>(k_pages + next) + byte);
-          __builtin_prefetch(reinterpret_cast<const char*>(v_pages + next) + byte);
-        }
-        ++ahead;
-      }
+    if (c.has_token_scales) {
+      Slots slot(c, b, head, start);
+      for (int j = 0; j < block.count; ++j, ++slot) k_scales[j] = c.k_scales[*slot], v_scales[j] = c.v_scales[*slot];
+      block.k_scales = k_scales, block.v_scales = v_scales;
     }
-    for (int j = count; j % kTokens; ++j) k_rows[j] = k_rows[count - 1];
-    if (c.has_token_scales) block.k_scales = k_scales, block.v_scales = v_scales;
+    Query* mine = queries.data() + (head - begin) * num_queries;
+    if (++head == end) head = begin, start += kBlock;
+    Find(c, b, head, start, *ahead);
     if (!converts) {
-      AttendQueries<P, V>(queries.data(), num_queries, k_rows, v_rows, block);
-      continue;
+      AttendQueries<P, V>(mine, num_queries, *rows, *ahead, block);
+    } else {  // many queries read each row: convert it once
+      Rows<float> converted;
+      converted.count = block.count;
+      for (int j = 0; j < block.count; ++j) {
+        converted.k[j] = k_block + j * H, converted.v[j] = v_block + j * H;
+        for (int v = 0; v < V; ++v) Store(k_block + j * H + v * kLanes, Load(rows->k[j] + v * kLanes));
+        for (int v = 0; v < V; ++v) Store(v_block + j * H + v * kLanes, Load(rows->v[j] + v * kLanes));
+        if (j < ahead->count) ahead->Fetch(ahead->k[j], H), ahead->Fetch(ahead->v[j], H);
+      }
+      for (int j = block.count; j % kTokens; ++j) converted.k[j] = converted.k[block.count - 1];
+      AttendQueries<float, V>(mine, num_queries, converted, kNothing<float>, block);
     }
-    // Many queries read each row: convert it once.
-    const float* k_converted[kBlock];
-    const float* v_converted[kBlock];
-    for (int j = count; j % kTokens; ++j) k_converted[j] = k_block + (count - 1) * H;
-    for (int j = 0; j < count; ++j) {
-      for (int v = 0; v < V; ++v) Store(k_block + j * H + v * kLanes, Load(k_rows[j] + v * kLanes));
-      for (int v = 0; v < V; ++v) Store(v_block + j * H + v * kLanes, Load(v_rows[j] + v * kLanes));
-      k_converted[j] = k_block + j * H;
-      v_converted[j] = v_block + j * H;
-    }
-    AttendQueries<float, V>(queries.data(), num_queries, k_converted, v_converted, block);
+    std::swap(rows, ahead);
   }
 
-  for (int t = 0; t < c.T; ++t)
-    for (int g = 0; g < G; ++g) {
-      const Query& query = queries[t * G + g];
-      const bool is_empty = query.total == 0.0f || kv_len == 0;
-      const float inverse = is_empty ? 0.0f : out_scale / query.total;
-      const int64_t n = (b * c.T + t) * c.N + head * G + g;
-      for (int h = 0; h < H; ++h) c.out[n * H + h] = query.sum[h] * inverse;
-      c.lse[n] = is_empty ? -std::numeric_limits<float>::infinity() : query.peak + std::log(query.total);
-    }
+  each([&](const Query& query, int64_t, int64_t head, int64_t t, int64_t n) {
+    const float out_scale = kUnit<P> * (has_head_scales ? c.v_scales[head] : 1.0f);
+    const bool is_empty = query.total == 0.0f || kv_len == 0;
+    const float inverse = is_empty ? 0.0f : out_scale / query.total;
+    const int64_t at = (b * c.T + t) * c.N + n;
+    for (int h = 0; h < H; ++h) c.out[at * H + h] = query.sum[h] * inverse;
+    c.lse[at] = is_empty ? -std::numeric_limits<float>::infinity() : query.peak + std::log(query.total);
+  });
 }
 
 template <typename P>
 void AttendAll(ffi::ThreadPool& pool, const Call& c) {
-  ParallelFor(pool, c.B * c.K, [&](int64_t task) { AttendRow<P, HEAD_SIZE / kLanes>(c, task / c.K, task % c.K); });
+  if (c.B == 0 || c.K == 0) return;
+  // Few rows are parted by their heads, so that every thread has some; so is a tile, whose queries would not stay in the cache.
+  const int64_t wanted = c.T > 1 ? c.K : std::min(c.K, (4 * pool.num_threads() + c.B - 1) / c.B);
+  const int64_t heads = (c.K + wanted - 1) / wanted, parts = (c.K + heads - 1) / heads;
+  ParallelFor(pool, c.B * parts, [&](int64_t task) {
+    const int64_t head = task % parts * heads;
+    AttendRow<P, HEAD_SIZE / kLanes>(c, task / parts, head, std::min(head + heads, c.K));
+  });
 }
 
 const float* DataOrNull(const ffi::Buffer<ffi::F32>& x) {

@@ -65,5 +65,18 @@ def test_the_gather_formulation_is_attention() -> None:
         np.testing.assert_allclose(np.asarray(got)[is_real], expected[is_real], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_has_the_same_bits_among_few_and_among_many(dtype: str) -> None:
+    """With few rows each of their heads is a task, with many each row is: what is fetched meanwhile is read by nobody."""
+    case = Case(6, 3, 64, dtype=dtype, window=100, lens=tuple(range(0, 400)))
+    call = operations.operation("paged_decode_attention").cases.make(case)
+    many = run("paged_decode_attention", call, "native")
+    of_rows = ("q", "block_tables", "kv_lens")
+    for row in (0, 1, 63, 64, 65, 128, 129, 399):
+        alone = {name: array[row : row + 1] if name in of_rows else array for name, array in call.arrays.items()}
+        for got, wanted in zip(run("paged_decode_attention", Call(alone, call.options), "native"), many, strict=True):
+            assert got[0].tobytes() == wanted[row].tobytes(), f"row {row}"
+
+
 def test_native_says_which_pages_it_cannot_read() -> None:
     assert native.unavailable(64, "float64") == "pages of float64 are not among float32, bfloat16, float16, float8_e4m3fn, int8"

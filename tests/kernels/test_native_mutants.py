@@ -22,6 +22,7 @@ DECODE, SOURCE, MATMUL = "paged_decode_attention", "paged_attention.cc", "matmul
 WINDOW = Case(4, 2, 64, window=24)
 SINKS = Case(4, 2, 64, has_sinks=True)
 TOKENS = Case(4, 2, 64, kv_dtype="int8", scales="token")
+MANY = Case(6, 3, 64, lens=(3, 70) * 200)  # more rows than threads: a task has all heads of one
 HALF = Case(4, 2, 64, dtype="float16", soft_cap=20.0, spread=10.0)
 FLOAT8 = Case(4, 2, 64, dtype="bfloat16", kv_dtype="float8_e4m3fn")
 
@@ -29,12 +30,15 @@ BUGS = (
     Bug(
         "the neighbour's scale",
         SOURCE,
-        "= c.k_scales[*slot];",
-        "= c.k_scales[*slot ^ 1];",
+        "= c.k_scales[*slot],",
+        "= c.k_scales[*slot ^ 1],",
         "definition",
         DECODE,
         TOKENS,
         "native",
+    ),
+    Bug(
+        "another head's queries", SOURCE, "(head - begin) * num_queries", "0 * num_queries", "definition", DECODE, MANY, "native"
     ),
     Bug("a sink that is not in the sum", SOURCE, "c.sinks ? 1.0f : 0.0f", "0.0f", "definition", DECODE, SINKS, "native"),
     Bug(
@@ -43,8 +47,8 @@ BUGS = (
     Bug(
         "tokens past the end",
         SOURCE,
-        "(kBlock, kv_len - start)",
-        "(kBlock, (kv_len - start + 3) / 4 * 4)",
+        "(c.kv_lens[b] - start, 0",
+        "((c.kv_lens[b] - start + 3) / 4 * 4, 0",
         "poison",
         DECODE,
         WINDOW,
