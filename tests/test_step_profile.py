@@ -130,6 +130,7 @@ def test_the_machine_is_measured_in_sensible_numbers() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     flags = ["--rows", "2", "--context", "24", "--turns", "2", "--host-steps", "3", "--output-json", str(path), "--thunks", "2"]
+    flags += ["--skip-tokenizer-init"]  # it loads none in any case
     assert cli.main(["bench", "profile", *flags]) == 0
     printed = capsys.readouterr().out
     assert "attention" in printed

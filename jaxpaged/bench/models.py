@@ -40,7 +40,7 @@ HELP = f"a directory or hub id, or random weights of a shape: {', '.join(SHAPES)
 def open_engine(name: str | None, **options: Any) -> Engine:
     """An engine of a model, without a tokenizer. A shape's longest context is as long as `max_model_len` asks."""
     if name not in SHAPES:
-        return LLM(name, skip_tokenizer_init=True, use_tqdm_on_load=False, **options).engine
+        return LLM(name, **{**options, "skip_tokenizer_init": True, "use_tqdm_on_load": False}).engine
     shape, dtype = SHAPES[name], options.get("dtype", "bfloat16")
     longest = max(shape["max_position_embeddings"], options.get("max_model_len") or 0)  # type: ignore[call-overload]
     model = ModelConfig.from_hf({**shape, "dtype": dtype, "max_position_embeddings": longest})
