@@ -329,9 +329,8 @@ class JaxRunner:
         started = time.perf_counter()
         # XLA's compiler is itself parallel on large programs; two at a time keeps two cores busy without swelling memory.
         steps = [(bucket, False) for bucket in self.buckets]
-        if (
-            self.drafter is not None
-        ):  # of those that read no prompt there is one without the draft model, which is for when that loses
+        # For when the draft model loses, the steps that read no prompt are there without it too.
+        if self.drafter is not None:
             steps += [(bucket, True) for bucket in self.buckets if not bucket.prefill_tiles]
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as executor:
             compiled = executor.map(lambda step: self._compile(step[0], is_alone=step[1]), steps)

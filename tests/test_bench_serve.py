@@ -25,12 +25,13 @@ from jaxpaged import cli
 from jaxpaged.bench.datasets import Ask, DatasetOptions, Words, asks
 from jaxpaged.bench.serve import Offer, Run, Seen, measure
 from jaxpaged.bench.serve_report import summarise, table, times_s, warnings
+from jaxpaged.cli import bench_serve
 from jaxpaged.client.connection import HttpError
 from jaxpaged.client.http import Client
 from jaxpaged.client.openai import EventReader
 from jaxpaged.config import ConfigError
 from jaxpaged.demo import MODEL_DIR
-from jaxpaged.simulate.arrivals import arrival_times
+from jaxpaged.simulate.arrivals import Ramp, arrival_times
 from jaxpaged.tokenizer import Tokenizer
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
@@ -332,15 +333,25 @@ def test_the_command_writes_vllms_keys(tmp_path: Path, capsys: pytest.CaptureFix
     assert all("authorization: bearer secret-of-the-test" in head.lower() and "x-more: 1" in head for head in fake.heads)
 
 
-def test_a_ramp_sends_ever_faster_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Eight requests at 20 to 160 a second: seven gaps of together 86 ms, 44 at a steady 160."""
-    argv = [*ramp("linear", "20", "160"), "--num-prompts", "8", "--input-len", "8", "--output-len", "1", "--burstiness", "1e6"]
+def test_a_ramp_sends_ever_faster_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight requests at 2 to 160 a second: even gaps of 41, 21, 14, ..., 6 ms."""
+    argv = [*ramp("linear", "2", "160"), "--num-prompts", "8", "--input-len", "8", "--output-len", "1", "--burstiness", "1e6"]
+    offers: list[Offer] = []
+
+    async def measured(client: Client, asks: list[Ask], offer: Offer, **options: Any) -> Run:
+        offers.append(offer)
+        return await measure(client, asks, offer, **options)
+
+    monkeypatch.setattr(bench_serve, "measure", measured)
     with fake_server(Script()) as fake:
         assert cli.main([*argv, "--base-url", fake.url, "--json", "--save-result", "--result-dir", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)
-    said = {"ramp_up_strategy": "linear", "ramp_up_start_rps": 20, "ramp_up_end_rps": 160, "request_rate": "inf"}
-    assert {name: found[name] for name in said} == said and found["duration"] >= 0.08
-    assert next(tmp_path.iterdir()).name.startswith("openai-ramp-up-linear-20qps-160qps-demo-")
+    said = {"ramp_up_strategy": "linear", "ramp_up_start_rps": 2, "ramp_up_end_rps": 160, "request_rate": "inf"}
+    assert {name: found[name] for name in said} == said
+    assert next(tmp_path.iterdir()).name.startswith("openai-ramp-up-linear-2qps-160qps-demo-")
+    assert found["duration"] > 0.1 and [offer.request_rate for offer in offers] == [Ramp("linear", 2, 160)]
 
 
 def test_results_are_appended_and_the_server_traces_meanwhile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import logging
 import logging.handlers
 import os
 import queue
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -117,9 +118,12 @@ def _writer(stream: TextIO) -> Callable[[str], object]:
         return write_text
 
     def write(line: str) -> None:
-        rest = line.encode("utf-8", "backslashreplace")
+        rest = line.encode(stream.encoding or "utf-8", "backslashreplace")
         while rest:
-            rest = rest[os.write(descriptor, rest) :]
+            try:
+                rest = rest[os.write(descriptor, rest) :]
+            except BlockingIOError:  # whoever has the other end has made it so
+                select.select((), (descriptor,), ())
 
     stream.flush()
     return write

@@ -16,10 +16,13 @@ from weakref import WeakKeyDictionary
 
 SAMPLES = 9  # of which the median is taken: a step that the machine has interrupted counts for little
 ENOUGH = 3  # of them, to say what a step takes
-STALE = 256  # steps with proposals after which what one of a size took says nothing any more
+STALE = 256  # times of other sizes after which what a step of a size took says nothing any more
 SETTLING = 3  # steps without proposals, of those after each other, that are not timed: the first still waits for one with
 PLAIN_STEPS = 8 + SETTLING  # at a time, to see what they take
-PLAIN_EVERY = (32, 256)  # steps with proposals before that, twice as many each time: at first all is cold
+PLAIN_EVERY = (
+    32,
+    256,
+)  # steps with proposals before that, twice as many each time, later ones from TRIAL on: at first all is cold
 TRIAL = 12  # steps before it is judged whether speculation pays
 MEMORY = 1 / 64  # share of the judgement that the last step has
 DOUBT = (0.5, 0.02)  # what it may seem to lose: over the root of the number of steps and sequences, and at least
@@ -153,17 +156,22 @@ class Adaptive:
                 self._each[sequence] = _Counts(*(EACH * one for one in self._each[sequence]))
 
     def _step_s(self, size: int) -> float:
-        """Seconds that a step of so many rows is expected to take: where none is known, what lies on a line between or behind two
-        that are, and with one alone the same.
+        """Seconds that a step of so many rows is expected to take: where none is known, what lies on a line between two that are,
+        or behind two with proposals, and where there is only one the same. A plain step waits for nobody: a line from it to one
+        with proposals says little of what lies behind that.
         """
         known = self._verified.known
         if size in known:
             return known[size]
         points = sorted((self._plain.known | known).items())
         place = bisect.bisect(points, (size, math.inf))
-        if place == 0 or len(points) == 1:
+        if place == len(points):
+            points = sorted(known.items())[-2:] or points[-1:]
+        elif place:
+            points = points[place - 1 : place + 1]
+        if len(points) < 2 or place == 0:
             return points[0][1] if points else 1.0
-        (first, first_s), (second, second_s) = points[place - 1 : place + 1] if place < len(points) else points[-2:]
+        (first, first_s), (second, second_s) = points
         return max(first_s, first_s + (second_s - first_s) * (size - first) / (second - first))
 
     def _proposing_s(self, longest: int) -> float:
@@ -184,7 +192,7 @@ class Adaptive:
     def ran_plainly(self, num_sequences: int, seconds: float) -> None:
         """A step without proposals has given each of so many sequences a token, and nothing else."""
         self._num_settled += 1
-        if self._num_settled > SETTLING:
+        if self._num_settled > (SETTLING if self._size(num_sequences) in self._plain.known else 1):
             self._plain.add(self._size(num_sequences), seconds)
         if self._num_plain:
             self._num_plain -= 1
@@ -198,17 +206,18 @@ class Adaptive:
           proposing_s: what that took.
           longest: proposal.
         """
-        self._num_settled = 0
-        self._verified.add(self._size(num_rows), seconds - (0.0 if self.is_free else proposing_s))
+        self._num_settled, size = 0, self._size(num_rows)
+        is_known = size in self._verified.known  # else it was taken to see what it takes, which says nothing against the others
+        self._verified.add(size, seconds - (0.0 if self.is_free else proposing_s))
         if longest and not self.is_free:
             self._proposed.add(longest, proposing_s)
         if self._num_plain:  # only what is sure was proposed
             self._num_plain -= 1
             return
         plain = self._plain.known.get(self._size(num_sequences))
-        if plain is None:
+        if plain is None or not is_known:
             return
-        took = self._step_s(self._size(num_rows)) + (self._proposing_s(longest) if longest and not self.is_free else 0.0)
+        took = self._step_s(size) + (self._proposing_s(longest) if longest and not self.is_free else 0.0)
         self._spent = (1 - MEMORY) * self._spent + took
         self._needed = (1 - MEMORY) * self._needed + num_tokens / num_sequences * plain
         self._num_steps += 1

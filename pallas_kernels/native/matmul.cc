@@ -343,10 +343,10 @@ void Run(ffi::ThreadPool& pool, const Call& c) {
   const int64_t weight_bytes = c.F * c.D * static_cast<int64_t>(sizeof(P)) * (c.is_gated ? 2 : 1);
   // Eight rows cost as much in arithmetic as the weight in bytes.
   const int64_t cost = weight_bytes * (8 + c.X) / 9;
-  const int64_t wanted = std::clamp<int64_t>(cost / kTaskBytes, 1, 16 * pool.num_threads());
+  const int64_t wanted = std::clamp<int64_t>(cost / kTaskBytes, 1, 16 * NumThreads(pool));
   const int64_t tiles = (num_tiles + wanted - 1) / wanted, output_tasks = (num_tiles + tiles - 1) / tiles;
   // Rows are parted where outputs are too few for the threads: each part turns the weight again.
-  const int64_t row_parts = std::clamp<int64_t>(2 * pool.num_threads() / output_tasks, 1, (c.X + 8 * kRows - 1) / (8 * kRows));
+  const int64_t row_parts = std::clamp<int64_t>(2 * NumThreads(pool) / output_tasks, 1, (c.X + 8 * kRows - 1) / (8 * kRows));
   const int64_t num_rows = (c.X + row_parts - 1) / row_parts;
   ParallelFor(pool, row_parts * output_tasks, [&](int64_t task) {
     const int64_t row = task / output_tasks * num_rows, output = task % output_tasks * tiles * width;

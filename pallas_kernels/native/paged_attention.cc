@@ -2,9 +2,10 @@
 // time, a multiple of 16, so that it builds in seconds and its loops are unrolled.
 //
 // One task is one row and one or more of its key/value heads. It walks the row's pages once, a block of tokens after the other and
-// in each the heads, which lie behind each other, with an online softmax in float32, and touches no token outside [first visible, kv_len): what unused places hold, NaN or not, is never read.
+// in each the heads, which lie behind each other, with an online softmax in float32, and touches no token outside [first visible,
+// kv_len): what unused places hold, NaN or not, is never read.
 // Scales of pages never meet the pages' numbers: a key's multiplies its score, a value's its weight.
-// The order of a task's sums depends on its own row alone, so a row's bits do not depend on the batch.
+// The order of a head's sums depends on its own row alone, so a row's bits do not depend on the batch.
 
 #include <algorithm>
 #include <cmath>
@@ -274,9 +275,16 @@ void AttendRow(const Call& c, int64_t b, int64_t begin, int64_t end) {
 
 template <typename P>
 void AttendAll(ffi::ThreadPool& pool, const Call& c) {
+  int64_t longest = 0, total = 0;
+  for (int64_t b = 0; b < c.B; ++b) {
+    const int64_t len = c.window ? std::min<int64_t>(c.kv_lens[b], c.window + c.T) : c.kv_lens[b];
+    longest = std::max(longest, len), total += len;
+  }
   if (c.B == 0 || c.K == 0) return;
-  // Few rows are parted by their heads, so that every thread has some; so is a tile, whose queries would not stay in the cache.
-  const int64_t wanted = c.T > 1 ? c.K : std::min(c.K, (4 * pool.num_threads() + c.B - 1) / c.B);
+  // A row is parted by its heads where it is much of all there is to do, so that every thread has some; so is a tile, whose queries
+  // would not stay in the cache.
+  const int64_t share = (4 * NumThreads(pool) * longest + total - 1) / std::max<int64_t>(1, total);
+  const int64_t wanted = c.T > 1 ? c.K : std::clamp<int64_t>(share, 1, c.K);
   const int64_t heads = (c.K + wanted - 1) / wanted, parts = (c.K + heads - 1) / heads;
   ParallelFor(pool, c.B * parts, [&](int64_t task) {
     const int64_t head = task % parts * heads;

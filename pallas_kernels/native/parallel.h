@@ -14,6 +14,9 @@ namespace {
 
 namespace ffi = xla::ffi;
 
+// What to cut work for. Where nobody knows the number of threads it is said to be 0.
+inline int64_t NumThreads(const ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
+
 // Several threads take tasks from one counter. The caller works too and waits only for tasks that have begun, so a pool whose
 // threads are all busy costs time but cannot deadlock.
 template <typename Task>

@@ -61,7 +61,7 @@ def attend(
         dtypes=(arrays.q.dtype.name, arrays.k_pages.dtype.name),
     )
     if choice.name == "native":
-        return native.attend(arrays, options)  # one task is one row and head: batch-invariant as it is
+        return native.attend(arrays, options)  # the sums of a row and head have an order of their own: batch-invariant as it is
 
     def call(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
         if choice.target is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -22,7 +23,7 @@ DECODE, SOURCE, MATMUL = "paged_decode_attention", "paged_attention.cc", "matmul
 WINDOW = Case(4, 2, 64, window=24)
 SINKS = Case(4, 2, 64, has_sinks=True)
 TOKENS = Case(4, 2, 64, kv_dtype="int8", scales="token")
-MANY = Case(6, 3, 64, lens=(3, 70) * 200)  # more rows than threads: a task has all heads of one
+MANY = Case(6, 3, 64, lens=(30, 70) * (100 + 4 * (os.cpu_count() or 1)))  # more rows than threads: a task has all heads of one
 HALF = Case(4, 2, 64, dtype="float16", soft_cap=20.0, spread=10.0)
 FLOAT8 = Case(4, 2, 64, dtype="bfloat16", kv_dtype="float8_e4m3fn")
 

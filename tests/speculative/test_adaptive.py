@@ -129,6 +129,30 @@ def test_what_steps_took_on_a_cold_machine_is_forgotten(rate: float, row_s: floa
         assert share > 0.9, f"{share:.3f} of the best, seed {seed}"
 
 
+def test_a_size_that_was_slow_when_all_was_cold_is_tried_again() -> None:
+    """Steps of any size take the same, and one with proposals longer than one without: no size is worse for its rows."""
+    for seed in range(6):
+        world = World([Text(0.7)], most=8, row_s=0.0, late_s=0.2, sizes=(1, 4, 9), num_cold=60, seed=seed)
+        controller = Adaptive(world.sizes, is_free=True)
+        world.adaptive(controller, 1000)
+        share = world.adaptive(controller, 2000) / world.fixed(8)
+        assert share > 0.9, f"{share:.3f} of the best, seed {seed}"
+
+
+def test_a_number_of_sequences_that_comes_and_goes_is_timed() -> None:
+    """Of two sizes the one that is never there for long has proposals too."""
+    world, controller = World([Text(0.9)]), Adaptive((8, 32), is_free=True)
+    num_wanted = 0
+    for step in range(400):
+        count = 8 if step % 4 < 2 else 9
+        if controller.is_wanted(count):
+            num_wanted += count == 9
+            controller.ran(count, count, 2 * count, world.timed(1.2), 0.0, 1)
+        else:
+            controller.ran_plainly(count, world.timed(1.0))
+    assert num_wanted > 50
+
+
 def test_each_sequence_has_its_own_number() -> None:
     world = World([Text(0.95) for _ in range(4)] + [Text(0.05) for _ in range(12)], most=8, row_s=0.02)
     found, plain, best = settled(world)
