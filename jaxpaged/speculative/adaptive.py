@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import math
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
@@ -19,10 +19,8 @@ ENOUGH = 3  # of them, to say what a step takes
 STALE = 256  # times of other sizes after which what a step of a size took says nothing any more
 SETTLING = 3  # steps without proposals, of those after each other, that are not timed: the first still waits for one with
 PLAIN_STEPS = 8 + SETTLING  # at a time, to see what they take
-PLAIN_EVERY = (
-    32,
-    256,
-)  # steps with proposals before that, twice as many each time, later ones from TRIAL on: at first all is cold
+PLAIN_EVERY = (32, 256)  # steps with proposals before that, twice as many each time, later ones from TRIAL on
+COLD = 2  # steps of a size, the first of all, that are not timed
 TRIAL = 12  # steps before it is judged whether speculation pays
 MEMORY = 1 / 64  # share of the judgement that the last step has
 DOUBT = (0.5, 0.02)  # what it may seem to lose: over the root of the number of steps and sequences, and at least
@@ -84,6 +82,7 @@ class Adaptive:
     def __init__(self, row_sizes: Seq[int], *, is_free: bool):
         self.row_sizes, self.is_free = tuple(row_sizes), is_free
         self._plain, self._verified, self._proposed = _Seconds(), _Seconds(), _Seconds()
+        self._num_runs: Counter[int] = Counter()  # with proposals, by size
         self._overall = _Counts(*HOPE)
         self._each: WeakKeyDictionary[Hashable, _Counts] = WeakKeyDictionary()
         self._num_plain = PLAIN_STEPS  # steps without proposals that are still to come
@@ -207,15 +206,16 @@ class Adaptive:
           longest: proposal.
         """
         self._num_settled, size = 0, self._size(num_rows)
-        is_known = size in self._verified.known  # else it was taken to see what it takes, which says nothing against the others
-        self._verified.add(size, seconds - (0.0 if self.is_free else proposing_s))
+        self._num_runs[size] += 1
+        if self._num_runs[size] > COLD:
+            self._verified.add(size, seconds - (0.0 if self.is_free else proposing_s))
         if longest and not self.is_free:
             self._proposed.add(longest, proposing_s)
         if self._num_plain:  # only what is sure was proposed
             self._num_plain -= 1
             return
         plain = self._plain.known.get(self._size(num_sequences))
-        if plain is None or not is_known:
+        if plain is None:
             return
         took = self._step_s(size) + (self._proposing_s(longest) if longest and not self.is_free else 0.0)
         self._spent = (1 - MEMORY) * self._spent + took
