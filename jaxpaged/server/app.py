@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
 
 from jaxpaged.async_llm import AsyncLLM
 from jaxpaged.host.request import RequestError
@@ -75,7 +76,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def _add_answers(app: FastAPI, service: Service) -> None:
     """Routes that read a body."""
 
-    def add(path: str, body: Body, answer: Answering, *, prompt: str | None = None) -> None:
+    def add(path: str, body: Body, answer: Answering, *, prompt: str | None = None, may_stream: bool = False) -> None:
         async def route(request: Request) -> Any:
             parsed: dict[str, Any] = {}
 
@@ -96,11 +97,13 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         route.__doc__ = answer.__doc__
         schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": body.schema}}}}
         service.queued_paths.add(path)
-        app.add_api_route(path, route, methods=["POST"], response_model=None, name=path.strip("/"), openapi_extra=schema)
+        told: dict[str, Any] = {"responses": _of_kinds("application/json", *["text/event-stream"] * may_stream)}
+        told |= {"name": path.strip("/"), "openapi_extra": schema}
+        app.add_api_route(path, route, methods=["POST"], response_model=None, **told)
 
-    add("/v1/chat/completions", CHAT, chat.answer, prompt="messages")
-    add("/v1/completions", COMPLETION, completions.answer, prompt="prompt")
-    add("/v1/responses", RESPONSE, responses.answer, prompt="input")
+    add("/v1/chat/completions", CHAT, chat.answer, prompt="messages", may_stream=True)
+    add("/v1/completions", COMPLETION, completions.answer, prompt="prompt", may_stream=True)
+    add("/v1/responses", RESPONSE, responses.answer, prompt="input", may_stream=True)
     add("/v1/embeddings", EMBEDDING, embeddings.answer, prompt="input")
     add("/tokenize", TOKENIZE, texts.tokenize, prompt="prompt")
     add("/detokenize", DETOKENIZE, texts.detokenize, prompt="tokens")
@@ -129,7 +132,7 @@ def _add_states(app: FastAPI, service: Service) -> None:
         return _plain({"status": "live"})
 
     @app.get("/ping", response_model=None)
-    @app.post("/ping", response_model=None, include_in_schema=False)
+    @app.post("/ping", response_model=None)
     @app.get("/health", response_model=None)
     async def health() -> Response:
         """Whether the engine begins its steps, by its own word."""
@@ -178,10 +181,15 @@ def _add_states(app: FastAPI, service: Service) -> None:
 
 
 def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_model=None, responses=_of_kinds("text/plain"), response_class=Response)
     async def scrape() -> Response:
         """Prometheus' text, with vLLM's names."""
         return Response(await metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+
+def _of_kinds(*kinds: str) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document: what an answer may be."""
+    return {200: {"description": "Successful Response", "content": {kind: {} for kind in kinds}}}
 
 
 @contextlib.contextmanager
@@ -196,8 +204,11 @@ async def _no_route(request: Request, error: Exception) -> Response:
     """What the framework refuses itself, in our shape."""
     status = getattr(error, "status_code", 500)
     message = {404: "there is no such route", 405: "the route does not take this method"}.get(status, "the request is refused")
-    told = ApiError(status, message)
-    return _plain(told.body, status, getattr(error, "headers", None))
+    told, headers = ApiError(status, message), getattr(error, "headers", None)
+    if status == 405:  # of the routes of a path the framework names the methods of one
+        routes = [one for one in request.app.routes if isinstance(one, Route) and one.matches(request.scope)[0] is not Match.NONE]
+        headers = {"Allow": ", ".join(sorted({method for one in routes for method in one.methods or ()}))}
+    return _plain(told.body, status, headers)
 
 
 async def _raw_body(request: Request) -> bytes:

@@ -36,7 +36,8 @@ async def answer(service: Service, asked: Asked) -> Any:
     body, llm = asked.body, service.llm
     model = service.model_meant(body)
     for name, allowed in UNSERVED.items():
-        if name in body and body[name] not in allowed:
+        # Of the same type too: to Python false is 0.
+        if name in body and (type(body[name]), body[name]) not in [(type(value), value) for value in allowed]:
             raise RequestError(f"{name}: got {shown(body[name])}, which is not served here")
     messages = _messages(body)
     tokenizer = service.tokenizer

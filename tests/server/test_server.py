@@ -493,6 +493,14 @@ def test_bodies_that_are_no_json_of_ours(server: Running) -> None:
         pieces = client.post("/v1/completions", content=(b" " * 2**20 for _ in range(10)))
         assert pieces.status_code == 413
         assert client.get("/v1/completions").status_code == 405 and client.post("/nowhere").status_code == 404
+        assert client.options("/ping").headers["allow"] == "GET, POST" and client.put("/health").headers["allow"] == "GET"
+        odd = client.post("/v1/responses", json={"input": "x", "top_logprobs": False}).json()["error"]
+        assert odd["param"] == "top_logprobs" and "got False" in odd["message"], "a bool is no number"
+        paths = client.get("/openapi.json").json()["paths"]
+        assert set(paths["/ping"]) == {"get", "post"}
+        kinds = {path: set(next(iter(paths[path].values()))["responses"]["200"]["content"]) for path in paths}
+        streamed = {path for path, found in kinds.items() if "text/event-stream" in found}
+        assert streamed == {"/v1/chat/completions", "/v1/completions", "/v1/responses"} and kinds["/metrics"] == {"text/plain"}
         assert client.get("/v1/models/other").status_code == 404
 
 
