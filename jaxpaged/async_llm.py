@@ -29,6 +29,7 @@ from jaxpaged.streams import ClosedError, DeadlineError, Stream
 from jaxpaged.tokenizer import Tokenizer
 
 _CHARACTERS_PER_TOKEN = 4  # a guess, for the time before a prompt is tokenised
+_SHORT_LEN = 256  # characters or ids: looking at them takes 0.1 ms, waking a thread for it no less
 
 T = TypeVar("T")
 LatePrompt = Prompt | Callable[[], Prompt]
@@ -233,7 +234,10 @@ class AsyncLLM:
             found = prompt() if callable(prompt) else prompt
             return check(self._engine, self.tokenizer, found, params, request_id=request_id, priority=priority, tenant=tenant)
 
-        pool = self._texts if getattr(params, "structured_outputs", None) is None else self._grammars
+        has_grammar = getattr(params, "structured_outputs", None) is not None
+        if not has_grammar and _is_short(prompt):
+            return checked()
+        pool = self._grammars if has_grammar else self._texts
         return await asyncio.get_running_loop().run_in_executor(pool, checked)
 
     # --- its life ---
@@ -283,6 +287,13 @@ class AsyncLLM:
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
+
+
+def _is_short(prompt: LatePrompt) -> bool:
+    """Whether a prompt is so short that a thread of its own is not worth it."""
+    if isinstance(prompt, dict):
+        prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
+    return not callable(prompt) and hasattr(prompt, "__len__") and len(prompt) <= _SHORT_LEN
 
 
 def guessed_len(prompt: LatePrompt) -> int:

@@ -148,7 +148,8 @@ class Stream:
         """See `GrowingRequest.record`; on the engine's thread."""
         with self._lock:
             is_ended = self.live.record(event, now)
-            self._ticket.release(is_served=event.token_id is not None or bool(event.token_ids))
+            if self._ticket.is_held:
+                self._ticket.release(is_served=event.token_id is not None or bool(event.token_ids))
         return is_ended
 
     def fail(self, error: Exception) -> None:

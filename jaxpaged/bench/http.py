@@ -84,7 +84,7 @@ def serving(llm: AsyncLLM) -> Iterator[tuple[str, int]]:
     """The model on a loopback port until the block ends."""
     with bind("127.0.0.1", 0) as bound:
         server = Server(llm, ServerOptions(port=0, max_outputs=1))
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])), daemon=True)
+        thread = threading.Thread(target=lambda: server.run([bound]), daemon=True)
         thread.start()
         try:
             while not server.started:

@@ -9,10 +9,10 @@ class RequestError(ValueError):
 
 def check_number(name: str, value: object, low: float, high: float, *, exclude_low: bool = False) -> None:
     """Refuse what is no finite number in [low, high], or (low, high] with `exclude_low`."""
-    allowed = f"a finite number in {'(' if exclude_low else '['}{low:g}, {high:g}]"
     # `not (low <= value)` rather than `value < low`: every comparison with NaN is False, and NaN must not pass.
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not (low <= value <= high) or (exclude_low and value == low):  # type: ignore[operator]
+        allowed = f"a finite number in {'(' if exclude_low else '['}{low:g}, {high:g}]"
         raise RequestError(f"{name}: got {shown(value)}, expected {allowed}")
 
 

@@ -6,11 +6,11 @@ Knows tokens and their limits. Refuses to know text, arrays and pages' contents.
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxpaged.config import nearest
 from jaxpaged.host.beams import BeamGroup, Candidates
@@ -129,10 +129,10 @@ class SamplingParams:
 
     def __new__(cls, *args: object, **options: object) -> SamplingParams:
         # A misspelt option must name its neighbour; the generated __init__ would only say "unexpected keyword argument".
-        known = [f.name for f in fields(cls)]
+        known = _defaults()
         for name in options:
             if name not in known:
-                raise RequestError(f"SamplingParams: unknown option {name!r}{nearest(name, known)}")
+                raise RequestError(f"SamplingParams: unknown option {name!r}{nearest(name, list(known))}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -167,7 +167,7 @@ class SamplingParams:
         object.__setattr__(self, "structured_outputs", checked_structured_outputs(self.structured_outputs))
         sampling = "best_of", "top_p", "top_k", "min_p", "seed", "stop", *_OF_TEXTS, *_LOGIT_OPTIONS, "structured_outputs"
         search = "length_penalty", "early_stopping"
-        defaults = {f.name: f.default for f in fields(self)}
+        defaults = _defaults()
         for name in sampling if self.use_beam_search else search:
             if getattr(self, name) != defaults[name]:
                 where = "beam search draws no tokens" if self.use_beam_search else "without use_beam_search there are no beams"
@@ -227,16 +227,22 @@ class SamplingParams:
         """`extra_args` by name."""
         return dict(self.extra_args or ())
 
-    @cached_property
+    @functools.cached_property
     def has_penalties(self) -> bool:
         """Whether it matters which tokens have been."""
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
 
-    @cached_property
+    @functools.cached_property
     def changes_logits(self) -> bool:
         """Whether any logit is changed before a token is chosen."""
         named = self.biases, self.bad_words_token_ids, self.min_tokens
         return self.has_penalties or self.allowed_token_ids is not None or any(named)
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """What each option of SamplingParams is where it is not given."""
+    return {field.name: field.default for field in fields(SamplingParams)}
 
 
 _LOGIT_OPTIONS = (
@@ -389,7 +395,9 @@ class Request:
             raise RequestError(f"prompt_token_ids: got {type(prompt_token_ids).__name__}, expected a list of token ids")
         if not prompt_token_ids:
             raise RequestError("prompt is empty: at least one token is needed")
-        for token_id in prompt_token_ids:
+        # Of plain numbers the least and the greatest say it all; only where they refuse is it looked for which it was.
+        are_plain = set(map(type, prompt_token_ids)) == {int} and 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < vocab_size
+        for token_id in () if are_plain else prompt_token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
                 raise RequestError(f"prompt_token_ids: got {shown(token_id)}, expected token ids in [0, {vocab_size - 1}]")
         for token_id in params.stop_token_ids:
@@ -537,7 +545,7 @@ class Sequence:
         """64 unsigned bits, another for each of the request's outputs."""
         return (self.request.seed + self.index) % 2**64
 
-    @cached_property
+    @functools.cached_property
     def drawing(self) -> Drawing:
         """How its tokens are drawn, in every step."""
         params, halves = self.request.params, divmod(self.seed, 2**32)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
@@ -34,6 +35,19 @@ from jaxpaged.version import __version__
 _LARGE_BYTES = 64 << 10  # a body or an answer of which is read or written on a thread, for it takes a millisecond and more
 
 Answering = Callable[[Service, Asked], Awaitable[Any]]
+
+
+class _Bare(APIRoute):
+    """A route that is documented as any other, and whose function gets the request itself: the framework's own reading of bodies,
+    parameters and answers, which it does not need, costs as much as all that is done for a short request here.
+    """
+
+    async def handle(self, scope: Any, receive: Any, send: Any) -> None:
+        """See Starlette's `Route`."""
+        if scope["method"] not in (self.methods or ()):
+            return await super().handle(scope, receive, send)  # which refuses it
+        answer = await self.endpoint(Request(scope, receive, send))
+        await answer(scope, receive, send)
 
 
 def build_app(llm: AsyncLLM, options: ServerOptions | None = None, *, tracer: Tracer | None = None, **injected: Any) -> FastAPI:
@@ -99,7 +113,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         service.queued_paths.add(path)
         told: dict[str, Any] = {"responses": _of_kinds("application/json", *["text/event-stream"] * may_stream)}
         told |= {"name": path.strip("/"), "openapi_extra": schema}
-        app.add_api_route(path, route, methods=["POST"], response_model=None, **told)
+        app.router.add_api_route(path, route, methods=["POST"], response_model=None, route_class_override=_Bare, **told)
 
     add("/v1/chat/completions", CHAT, chat.answer, prompt="messages", may_stream=True)
     add("/v1/completions", COMPLETION, completions.answer, prompt="prompt", may_stream=True)

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from jaxpaged.config import ConfigError
 from jaxpaged.host.checks import shown
 from jaxpaged.server.bodies import dump_json, parse_json
 from jaxpaged.server.errors import ApiError
+from jaxpaged.server.ids import new_id
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 MAX_LINE_BYTES = 8 << 20
@@ -207,7 +207,7 @@ async def answer_all(
     output: Output,
     *,
     max_concurrency: int,
-    make_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+    make_id: Callable[[], str] = new_id,
     on_end: Callable[[Counts], None] = lambda _: None,
 ) -> Counts:
     """Answer the lines that are not done, so many at a time; no more of the file than these is held.

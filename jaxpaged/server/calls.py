@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 from jaxpaged.host.checks import shown
 from jaxpaged.host.request import RequestError, SamplingParams
 from jaxpaged.prompts import parser_meant, with_special_tokens
+from jaxpaged.server.ids import new_id
 from jaxpaged.tokenizer import Tokenizer
 from jaxpaged.tools import Content, collect, tool_parser
 
@@ -113,7 +113,7 @@ def _constrained(params: SamplingParams, schema: dict[str, Any]) -> SamplingPara
 
 
 def _new_id() -> str:
-    return f"chatcmpl-tool-{uuid.uuid4().hex}"
+    return f"chatcmpl-tool-{new_id()}"
 
 
 def _call(index: int, id: str, name: str, arguments: str) -> dict[str, Any]:

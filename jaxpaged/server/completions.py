@@ -6,6 +6,7 @@ import functools
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from jaxpaged.async_llm import LatePrompt
 from jaxpaged.host.request import RequestError, SamplingParams
 from jaxpaged.outputs import CompletionOutput, RequestOutput
 from jaxpaged.prompts import Prompt
@@ -49,14 +50,13 @@ async def answer(service: Service, asked: Asked) -> Any:
     return await whole(asked.receive, streams, _whole(shape, streams))
 
 
-def _late(service: Service, prompt: Prompt, add_special_tokens: bool, salt: str | None) -> Any:
-    def found() -> dict[str, Any]:
-        whole: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
-        if isinstance(prompt, str) and not add_special_tokens:
-            whole["prompt_token_ids"] = service.tokenizer.encode(prompt, add_special_tokens=False)
-        return whole if salt is None else {**whole, "cache_salt": salt}
-
-    return found
+def _late(service: Service, prompt: Prompt, add_special_tokens: bool, salt: str | None) -> LatePrompt:
+    whole: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+    if salt is not None:
+        whole["cache_salt"] = salt
+    if not isinstance(prompt, str) or add_special_tokens:
+        return whole
+    return lambda: {**whole, "prompt_token_ids": service.tokenizer.encode(prompt, add_special_tokens=False)}
 
 
 class _Shape:

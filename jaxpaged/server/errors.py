@@ -52,8 +52,10 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """OpenAI's object. What a client has sent may be quoted in it, and is not to turn a terminal's text around."""
-        message = "".join(one if one.isprintable() else "?" for one in " ".join(str(self).split()))[:MAX_MESSAGE_LEN]
-        return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
+        message = " ".join(str(self).split())
+        if not message.isprintable():
+            message = "".join(one if one.isprintable() else "?" for one in message)
+        return {"error": {"message": message[:MAX_MESSAGE_LEN], "type": self.type, "param": self.param, "code": self.code}}
 
 
 def as_api_error(error: BaseException, *, given: Collection[str] = (), prompt: str | None = None) -> ApiError:

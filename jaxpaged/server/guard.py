@@ -11,7 +11,6 @@ import functools
 import hashlib
 import hmac
 import re
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from jaxpaged.server.bodies import dump_json
 from jaxpaged.server.errors import ApiError, as_api_error
+from jaxpaged.server.ids import new_id
 from jaxpaged.server.options import ServerOptions
 
 OPEN_PATHS = ("/live", "/ui")  # the second is a document that says nothing: what it shows needs a key
@@ -43,7 +43,7 @@ class Guard:
         options: ServerOptions,
         *,
         check_room: Callable[[str, str], None] = lambda method, path: None,
-        make_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+        make_id: Callable[[], str] = new_id,
     ):
         """`check_room` raises where a request of a method and a path, that of a route, is not to be read."""
         self._app, self._options, self._check_room, self._make_id = app, options, check_room, make_id

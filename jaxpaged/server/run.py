@@ -38,7 +38,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             build_app(llm, options),
             **{"host": options.host, "port": options.port, "http": http, "ws": "none", "lifespan": "off"},
-            **{"log_config": None, "access_log": False, "server_header": False, "timeout_keep_alive": 30},
+            **{"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False, "timeout_keep_alive": 30},
             timeout_graceful_shutdown=int(_LAST_WORDS_S),
         )
         super().__init__(config)
@@ -98,7 +98,7 @@ def serve(
             gc.freeze()
             if when_ready is not None:
                 when_ready(address_of(bound))
-            asyncio.run(server.serve([bound]))
+            server.run([bound])
         finally:
             llm.shutdown()
 

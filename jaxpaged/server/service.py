@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from jaxpaged.async_llm import AsyncLLM
 from jaxpaged.host.checks import shown
 from jaxpaged.host.request import RequestError
 from jaxpaged.server.errors import ApiError
+from jaxpaged.server.ids import new_id
 from jaxpaged.server.options import ServerOptions
 from jaxpaged.tokenizer import Tokenizer
 
@@ -42,7 +42,7 @@ class Service:
         llm: AsyncLLM,
         options: ServerOptions,
         *,
-        make_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+        make_id: Callable[[], str] = new_id,
         time_s: Callable[[], float] = time.time,
     ):
         self.llm, self.options, self.make_id, self._time_s = llm, options, make_id, time_s

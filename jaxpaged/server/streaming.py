@@ -78,24 +78,26 @@ async def whole(receive: Any, streams: list[Stream], work: Coroutine[Any, Any, T
 
 async def unless_left(receive: Any, work: Coroutine[Any, Any, T]) -> T:
     """What the work gives; it is cancelled when the client leaves. Raises ConnectionResetError then."""
-    task = asyncio.ensure_future(work)
-    left = asyncio.ensure_future(_left(receive))
+    # As asyncio's own timeouts do it: who works is this task, which is cancelled while it waits.
+    working, is_left = asyncio.current_task(), False
+
+    async def watch() -> None:
+        nonlocal is_left
+        with contextlib.suppress(Exception):  # of a connection that can say nothing any more
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        is_left = True
+        working.cancel()  # type: ignore[union-attr]
+
+    watching = asyncio.ensure_future(watch())
     try:
-        await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ConnectionResetError
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if is_left and not working.uncancel():  # type: ignore[union-attr]
+            raise ConnectionResetError from None
+        raise
     finally:
-        left.cancel()
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-
-
-async def _left(receive: Any) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        watching.cancel()
 
 
 class EventStream(Response):

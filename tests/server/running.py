@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 import time
@@ -33,7 +32,7 @@ class Running:
         self.llm, self.server = llm, Server(llm, options)
         self._socket = bind(options.host, port)
         self.url = address_of(self._socket)
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([self._socket])), daemon=True)
+        self.thread = threading.Thread(target=lambda: self.server.run([self._socket]), daemon=True)
         self.thread.start()
         wait_until(lambda: self.server.started)
 
