@@ -25,6 +25,7 @@ class QueueOptions:
       num_text_threads: threads that tokenise and fill in chat templates, and as many that compile grammars.
       max_stream_events_per_s: of all answers that are told while they grow. Where steps would bring more, an answer's tokens come
         several at a time, at most 50 ms apart; its first comes at once. 0 is no limit: each token by itself.
+      stream_interval: tokens of a request that are told together while it grows, as vLLM's; its first and its end come at once.
       stall_s: an engine that has begun no step for so long is not healthy. Longer than the longest step, and with enforce_eager
         than the longest compilation.
 
@@ -36,10 +37,12 @@ class QueueOptions:
     max_queued_tokens: int = 262_144
     num_text_threads: int = 4
     max_stream_events_per_s: int = 1_500
+    stream_interval: int = 1
     stall_s: float = 30.0
 
     def __post_init__(self) -> None:
-        for name, most in (("max_queued_requests", 2**20), ("max_queued_tokens", 2**40), ("num_text_threads", 64)):
+        limits = {"max_queued_requests": 2**20, "max_queued_tokens": 2**40, "num_text_threads": 64, "stream_interval": 2**20}
+        for name, most in limits.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise ConfigError(f"{name}: got {value!r}, expected a whole number in [1, {most}]")

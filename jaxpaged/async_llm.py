@@ -126,7 +126,8 @@ class AsyncLLM:
                 checked = await self._checked(prompt, params, request_id or f"req-{next(self._ids)}", priority, tenant)
             ticket.resize(len(checked.request.prompt_token_ids))
             live = GrowingRequest(checked.request, checked.prompt, self.tokenizer)
-            stream = Stream(live, ticket=ticket, pacer=self._pacer_here(), end=self._thread.end)
+            how = {"pacer": self._pacer_here(), "interval": self.queue.stream_interval}
+            stream = Stream(live, ticket=ticket, end=self._thread.end, **how)
             self._thread.add(stream)
             if timeout_s is not None:
                 stream.expire_after(self._time_left(ticket, timeout_s) or 0.0, self._thread.expire)

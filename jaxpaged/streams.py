@@ -81,8 +81,11 @@ class Stream:
         ticket: Ticket,
         pacer: Pacer,
         end: Callable[[Stream], None],
+        interval: int = 1,
     ):
-        """`end` takes a request out of its engine; `pacer` has the loop on which there is someone to wake."""
+        """`end` takes a request out of its engine; `pacer` has the loop on which there is someone to wake; `interval`: see
+        `stream_interval` of QueueOptions.
+        """
         self.request, self.pacer = live.request, pacer
         self.due_s = 0.0  # the pacer's
         self.live, self.times = live, Times()  # what has come of it, and when: both the engine's thread writes
@@ -93,7 +96,8 @@ class Stream:
         params = self.request.params
         self._is_told_at_end = params.is_ranked or params.output_kind is RequestOutputKind.FINAL_ONLY
         self._is_told_news = params.output_kind is RequestOutputKind.DELTA
-        self._num_seen = 0
+        self._interval = interval
+        self._num_seen = self._num_tokens_seen = 0
         self._is_told = False
         self._deadline: asyncio.TimerHandle | None = None
 
@@ -110,7 +114,12 @@ class Stream:
     @property
     def is_to_wake(self) -> bool:
         """Whether an event is something to tell: of an answer that is told as a whole only the last is."""
-        return not self._is_told_at_end or self.is_over
+        return self.is_over or (not self._is_told_at_end and self._is_due)
+
+    @property
+    def _is_due(self) -> bool:
+        """Whether there are so many tokens that they are told before the end."""
+        return self._interval == 1 or not self._num_seen or self.num_generated - self._num_tokens_seen >= self._interval
 
     @property
     def num_generated(self) -> int:
@@ -171,12 +180,10 @@ class Stream:
                 self._forget_deadline()
                 raise self._error
             live = self.live
-            if live.num_events == self._num_seen:
+            if live.num_events == self._num_seen or not self.is_to_wake:
                 return None
-            self._num_seen = live.num_events
+            self._num_seen, self._num_tokens_seen = live.num_events, self.num_generated
             self._is_told = live.is_finished
             if self._is_told:
                 self._forget_deadline()
-            if self._is_told_at_end and not live.is_finished:
-                return None
             return live.news() if self._is_told_news else live.output()

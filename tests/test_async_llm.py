@@ -144,6 +144,25 @@ def test_a_slow_consumer_gets_more_at_once() -> None:
     served(task)
 
 
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("interval", [2, 7, 1000])
+def test_an_interval_tells_the_same_tokens_less_often(interval: int, n: int) -> None:
+    """The first at once, then as many together as it says or more, the rest at the end."""
+
+    async def task(llm: AsyncLLM, runner: Gated) -> None:
+        runner.pause_s = 0.001  # so that each step could be told by itself
+        asked = params(50, n=n, output_kind=DELTA)
+        pieces = [output async for output in llm.generate([1, 2, 3], asked)]
+        sizes = [sum(len(one.token_ids) for one in piece.outputs) for piece in pieces]
+        assert sum(sizes) == 50 * n and sizes[0] < 50 * n and pieces[-1].finished
+        assert all(size >= interval for size in sizes[1:-1]), sizes
+        assert len(sizes) > 2 or interval > 50 * n
+        found = await tokens_of(llm, [1, 2, 3], asked)
+        assert found == await tokens_of(llm, [1, 2, 3], params(50, n=n))
+
+    served(task, stream_interval=interval, max_stream_events_per_s=0)
+
+
 @pytest.mark.parametrize("how", ["cancel", "abort", "leave"])
 def test_whoever_leaves_takes_nothing_along(how: str) -> None:
     async def task(llm: AsyncLLM, runner: Gated) -> None:
@@ -441,7 +460,7 @@ def test_stats_and_the_prefix_cache_are_asked_between_steps() -> None:
     served(task)
 
 
-@pytest.mark.parametrize("name", ["max_queued_requests", "max_queued_tokens", "num_text_threads", "stall_s"])
+@pytest.mark.parametrize("name", ["max_queued_requests", "max_queued_tokens", "num_text_threads", "stream_interval", "stall_s"])
 @pytest.mark.parametrize("value", [0, -1, True, "4", 2**60, float("nan")])
 def test_options_of_the_queue_are_checked(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=name):

@@ -154,6 +154,17 @@ def check_concurrency() -> None:
     assert 99 < numbers["median_ttft_ms"] < 190
 
 
+@pytest.mark.parametrize("burstiness", [0.3, 1.0, 50.0])
+def test_the_rate_is_what_was_asked_for_whatever_the_seed(burstiness: float) -> None:
+    drawn = set()
+    for seed in range(20):
+        due = offer(request_rate=8.0, burstiness=burstiness, seed=seed).due_s(33)
+        assert due == sorted(due) and due[0] == 0.0 and due[-1] == pytest.approx(32 / 8.0)
+        drawn.add(tuple(due))
+    assert len(drawn) == 20
+    assert offer(request_rate=8.0).due_s(1) == [0.0] and offer(request_rate=math.inf).due_s(3) == [0.0] * 3
+
+
 def test_an_open_loop_does_not_wait_for_answers() -> None:
     in_one_of_three(check_open_loop)
 
@@ -162,7 +173,8 @@ def check_open_loop() -> None:
     """Arrivals are those of the seed, though each answer takes longer than all gaps together."""
     with fake_server(Script([(0.5, 1)])) as fake:
         run = measured(fake.url, 20, request_rate=80.0, seed=3)
-    expected = list(arrival_times(20, 80.0, 1.0, random.Random("gaps 3")))
+    drawn = list(arrival_times(20, 80.0, 1.0, random.Random("gaps 3")))
+    expected = [one * 19 / 80.0 / drawn[-1] for one in drawn]  # 19 gaps of 1/80 s together
     sent = sorted(seen.sent_s - run.started_s for seen in run.seen)
     late = [after - due for after, due in zip(sent, expected, strict=True)]
     assert min(late) >= 0.0 and statistics.median(late) < 0.02

@@ -85,6 +85,16 @@ class Offer:
     seed: int
     has_texts: bool = False
 
+    def due_s(self, num_prompts: int) -> list[float]:
+        """When each is sent, in seconds from the start. Gaps at a constant rate are scaled so that the last is sent when it would
+        be without chance, as vLLM does it: whatever the seed, the rate is what was asked for.
+        """
+        times = list(arrival_times(num_prompts, self.request_rate, self.burstiness, random.Random(f"gaps {self.seed}")))
+        if isinstance(self.request_rate, Ramp) or not times[-1]:
+            return times
+        factor = (num_prompts - 1) / self.request_rate / times[-1]
+        return [one * factor for one in times]
+
     def request(self, ask: Ask) -> bytes:
         """The body of one request."""
         options: dict[str, Any] = {"include_usage": True}
@@ -100,8 +110,7 @@ class Offer:
 
 async def measure(client: Client, asks: Sequence[Ask], offer: Offer, *, on_end: Callable[[Seen], None] = lambda _: None) -> Run:
     """Send all of them by their schedule. When it is cancelled, it gives what there is: what has not ended is left out."""
-    rng = random.Random(f"gaps {offer.seed}")
-    times = arrival_times(len(asks), offer.request_rate, offer.burstiness, rng)
+    times = offer.due_s(len(asks))
     places = asyncio.Semaphore(offer.max_concurrency) if offer.max_concurrency else None
     clock = client.clock
     run = Run([], clock(), 0.0, [], len(asks))
