@@ -28,9 +28,11 @@ from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import transformer
 from jaxpaged.model import weights as model_weights
 from jaxpaged.model.cache import KVCache
+from jaxpaged.model.panels import PanelMatrix
 from jaxpaged.model.step import StepInputs, forward_paged
 from jaxpaged.model.weights import Weights
 from jaxpaged.runner import JaxRunner, ResourceError, plan_memory
+from pallas_kernels.matmul.panels import LANES
 
 # Grouped heads, biases, one layer that sees everything and one with a window: the most that a single family asks of a step.
 (FAMILY,) = [family for family in families.FAMILIES if family.name == "qwen2-window"]
@@ -179,7 +181,13 @@ def test_nan_in_every_unused_slot_changes_no_bit(engine: Engine) -> None:
 
 def with_nan_embedding(engine: Engine, token_id: int) -> Engine:
     sick = watched(engine)
-    sick.runner.weights = dataclasses.replace(sick.runner.weights, embed=sick.runner.weights.embed.at[token_id].set(jnp.nan))
+    embed = sick.runner.weights.embed
+    if isinstance(embed, PanelMatrix):
+        panels = embed.panels.at[token_id // LANES, :, token_id % LANES].set(jnp.nan)
+        embed = dataclasses.replace(embed, panels=panels)
+    else:
+        embed = embed.at[token_id].set(jnp.nan)
+    sick.runner.weights = dataclasses.replace(sick.runner.weights, embed=embed)
     return sick
 
 

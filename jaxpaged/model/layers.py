@@ -12,20 +12,21 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.config import ModelConfig, RopeConfig
+from jaxpaged.model.panels import PanelMatrix
 from jaxpaged.model.quantization import QuantizedMatrix
 from pallas_kernels import matmul
 from pallas_kernels.backends import Backend
 from pallas_kernels.matmul.around import finish, rms_norm
 
 if TYPE_CHECKING:
-    from jaxpaged.model.weights import Layer
+    from jaxpaged.model.weights import Layer, Matrix
 
 __all__ = ["gated_mlp", "linear", "lookup", "rms_norm", "rope_frequencies", "rope_tables"]
 
 
 def linear(
     x: jax.Array,
-    weight: jax.Array | QuantizedMatrix,
+    weight: Matrix,
     bias: jax.Array | None = None,
     *,
     norm: jax.Array | None = None,
@@ -49,13 +50,14 @@ def linear(
             out = finish(out, flat_bias, residual, is_gated=is_gated, out_dtype=out_dtype or x.dtype)
         else:
             how: dict[str, Any] = {"norm": norm, "eps": eps, "is_gated": is_gated, "residual": residual, "out_dtype": out_dtype}
-            out = matmul(x, weight.reshape(-1, weight.shape[-1]), flat_bias, backend=backend, **how)
+            flat = weight.panels if isinstance(weight, PanelMatrix) else weight.reshape(-1, weight.shape[-1])
+            out = matmul(x, flat, flat_bias, backend=backend, **how)
     return out.reshape(-1, *weight.shape[1 if is_gated else 0 : -1])
 
 
-def lookup(matrix: jax.Array | QuantizedMatrix, indices: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def lookup(matrix: Matrix, indices: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Rows of a matrix [V, D], in `dtype`."""
-    return matrix.take(indices, dtype) if isinstance(matrix, QuantizedMatrix) else matrix[indices].astype(dtype)
+    return matrix[indices].astype(dtype) if isinstance(matrix, jax.Array) else matrix.take(indices, dtype)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> jax.Array:

@@ -17,9 +17,10 @@ import numpy as np
 
 from jaxpaged.config import DTYPE_BYTES, ModelConfig
 from jaxpaged.model import quantization as quantizations
+from jaxpaged.model.panels import PanelMatrix, in_panels
 from jaxpaged.model.quantization import QuantizedMatrix, quantized
 
-Matrix = jax.Array | QuantizedMatrix
+Matrix = jax.Array | QuantizedMatrix | PanelMatrix
 
 
 @flax.struct.dataclass
@@ -216,6 +217,16 @@ def quantize(weights: Weights, config: ModelConfig) -> Weights:
     def leaf(parameter: Parameter) -> Any:
         found = get(weights, parameter.path)
         return quantized(found) if parameter.is_matrix and not isinstance(found, QuantizedMatrix) else found
+
+    return build(config, leaf)
+
+
+def turn(weights: Weights, config: ModelConfig) -> Weights:
+    """The same with matrices of floats as `PanelMatrix`, one after the other: those that were given are deleted."""
+
+    def leaf(parameter: Parameter) -> Any:
+        found = get(weights, parameter.path)
+        return in_panels(found) if parameter.is_matrix and isinstance(found, jax.Array) else found
 
     return build(config, leaf)
 

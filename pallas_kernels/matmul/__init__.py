@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import backends
+from pallas_kernels.matmul.panels import LANES, from_panels
 from pallas_kernels.native import matmul as native
 
-__all__ = ["matmul"]
+__all__ = ["matmul", "prefers_panels"]
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -39,8 +40,8 @@ def matmul(
 
     Args:
       x: [X, D], of float32, bfloat16 or float16.
-      weight: [F, D], or [2F, D] when gated, of float32, bfloat16 or float16. The native backend counts subnormal numbers of a
-        bfloat16 product, those below 1.2e-38, as 0.
+      weight: [F, D], or [2F, D] when gated, of float32, bfloat16 or float16; or its panels, which give the same bits: see
+        `pallas_kernels.matmul.panels`. The native backend counts subnormal numbers of a bfloat16 product, below 1.2e-38, as 0.
       bias: [F], or [2F] when gated.
       norm: [D] of x's dtype, the scale of a norm of the rows; None for rows as they are.
       eps: of that norm.
@@ -61,7 +62,14 @@ def matmul(
     choice = backends.choose("matmul", backend, native=native.unavailable)
     # For any number of rows: with XLA's products for some, the last bits of a request would depend on how many others there are.
     module = native if choice.name == "native" else importlib.import_module(f"pallas_kernels.matmul.{choice.name}")
+    if module is not native and weight.ndim == 4:
+        weight = from_panels(weight)
     return module.matmul(x, weight, bias, norm, residual, eps=eps, is_gated=is_gated, out_dtype=dtype)
+
+
+def prefers_panels(backend: backends.Backend) -> bool:
+    """Whether a weight that stays is better kept as panels for this backend here."""
+    return backends.choose("matmul", backend, native=native.unavailable).name == "native"
 
 
 def _check(
@@ -76,16 +84,22 @@ def _check(
     def refuse(what: str) -> None:
         raise ValueError(f"matmul: {what}")
 
-    if x.ndim != 2 or weight.ndim != 2:
-        refuse(f"x and weight have {x.ndim} and {weight.ndim} axes, expected 2 and 2")
+    if x.ndim != 2 or weight.ndim not in (2, 4):
+        refuse(f"x and weight have {x.ndim} and {weight.ndim} axes, expected 2 and 2, or 4 of panels")
     for name, array in (("x", x), ("weight", weight)):
         if array.dtype.name not in _FLOATS:
             refuse(f"{name} of {array.dtype} is not supported; {', '.join(_FLOATS)} are")
-    (X, D), num_outputs = x.shape, weight.shape[0]
-    if weight.shape[1] != D:
+    (X, D), num_outputs, unit = x.shape, weight.shape[0], 1
+    if weight.ndim == 4:
+        num_outputs, unit = num_outputs * LANES, LANES
+        at_a_step = weight.shape[3]
+        if weight.shape[2] != LANES or (weight.dtype.name, at_a_step) not in (("float32", 1), ("bfloat16", 2)):
+            expected = "float32[P, D, 16, 1] or bfloat16[P, D / 2, 16, 2]"
+            refuse(f"panels of the weight are {weight.dtype}{list(weight.shape)}, expected {expected}")
+    if weight.size != num_outputs * D:
         refuse(f"weight is {list(weight.shape)}, expected [F, {D}] for x of [{X}, {D}]")
-    if is_gated and num_outputs % 2:
-        refuse(f"a gated weight has {num_outputs} outputs, expected an even number")
+    if is_gated and num_outputs // unit % 2:
+        refuse(f"a gated weight has {num_outputs} outputs, expected an even number of {'panels' if unit > 1 else 'them'}")
     if bias is not None and bias.shape != (num_outputs,):
         refuse(f"bias is {list(bias.shape)}, expected [{num_outputs}]")
     if norm is not None and (norm.shape != (D,) or norm.dtype != x.dtype):

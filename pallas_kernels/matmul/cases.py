@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels.matmul.panels import to_panels
 from pallas_kernels.operations import Call, Cost
 
 OUTPUTS = ("out",)
@@ -30,11 +32,12 @@ class Case:
     has_residual: bool = False
     is_gated: bool = False
     has_outliers: bool = False  # two columns of x a hundred times larger
+    has_panels: bool = False  # of the weight, in place of what the checkpoint has
 
     def __str__(self) -> str:
         parts = [f"X{self.X}-D{self.D}-F{self.F}", self.dtype, f"by-{self.weight}" * bool(self.weight)]
         parts += [f"to-{self.out}" * bool(self.out)]
-        parts += [name for name in ("bias", "norm", "residual", "outliers") if getattr(self, f"has_{name}")]
+        parts += [name for name in ("bias", "norm", "residual", "outliers", "panels") if getattr(self, f"has_{name}")]
         return "-".join(filter(None, [*parts, "gated" * self.is_gated]))
 
 
@@ -58,6 +61,12 @@ CHECK = (
     Case(9, 96, 20, "float32", weight="bfloat16", has_bias=True),
     Case(4, 50, 20, weight="float32", is_gated=True, has_norm=True),
     Case(70, 64, 12, "float32", weight="float16"),
+    Case(1, 576, 96, has_panels=True),
+    Case(2, 30, 16, "float32", has_panels=True),
+    Case(13, 100, 48, "float32", has_outliers=True, has_panels=True, **_ALL),
+    Case(40, 72, 1040, is_gated=True, has_panels=True, **_ALL),
+    Case(9, 98, 80, "float32", weight="bfloat16", has_panels=True, has_bias=True),
+    Case(4, 50, 32, weight="float32", is_gated=True, has_norm=True, has_panels=True),
 )
 # The products of a layer of 135M parameters and its head; those of a layer of 600M.
 BENCH = (
@@ -70,6 +79,13 @@ BENCH = (
     ),
     *(Case(X, 576, 3072, dtype, has_norm=True, is_gated=True) for X in (1, 16) for dtype in ("bfloat16", "float32")),
     *(Case(X, 1024, 6144) for X in (1, 16, 512)),
+    *(
+        Case(X, D, F, dtype, has_panels=True)
+        for D, F in ((576, 3072), (1024, 6144))
+        for X in (1, 8, 16, 512)
+        for dtype in DTYPES
+        if dtype != "float16"
+    ),
 )
 
 
@@ -83,6 +99,8 @@ def make(case: Case) -> Call:
         x[:, rng.integers(0, case.D, 2)] *= 100
     weight = rng.standard_normal((num_outputs, case.D)) * case.D**-0.5
     arrays = {"x": x.astype(dtype), "weight": weight.astype(DTYPES[case.weight or case.dtype])}
+    if case.has_panels:
+        arrays["weight"] = np.asarray(to_panels(jnp.asarray(arrays["weight"])))
     options: dict[str, object] = {"is_gated": case.is_gated}
     if case.out:
         options["out_dtype"] = case.out
@@ -115,7 +133,10 @@ def _compute(call: Call, wide: type, rounded) -> np.ndarray:
         if wide is np.float32:
             x = x.astype(a["x"].dtype)
         x = (x * a["norm"].astype(x.dtype)).astype(wide)
-    out = x @ a["weight"].astype(wide).T
+    weight = a["weight"]
+    if weight.ndim == 4:  # panels: of sixteen outputs a step, then the next
+        weight = np.concatenate([np.concatenate(list(panel), axis=1) for panel in weight])
+    out = x @ weight.astype(wide).T
     if "bias" in a:
         out = out + a["bias"].astype(wide)
     out = rounded(out)

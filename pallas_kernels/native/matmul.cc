@@ -1,7 +1,7 @@
 // Rows times the transpose of a weight for a CPU, called by XLA through its foreign function interface.
 //
-// A weight is read as the checkpoint has it, [F, D], sixteen outputs at a time, and turned on its way into a panel: what a tile needs
-// of them at a step along D lies side by side. A tile multiplies up to twelve rows by two panels, of neighbouring outputs or of a
+// A panel is sixteen outputs of a weight, turned: what a tile needs of them at a step along D lies side by side. A weight comes as its
+// panels, [F / 16, D / n, 16, n] with n numbers a step, or as the checkpoint has it, [F, D], and is turned on its way. A tile multiplies up to twelve rows by two panels, of neighbouring outputs or of a
 // gate and what it is for, whose sums never leave the registers; while the first rows meet a panel, the next is fetched.
 // Every sum is one lane that walks D in order, whatever rows and outputs are computed beside it, on whatever thread: a row's bits
 // depend on the row and the weight alone. Only that order counts here: this source is not built with -fassociative-math.
@@ -27,6 +27,7 @@ constexpr int kRows = 2;
 constexpr int kFewRows = 1;
 #endif
 constexpr int kPanels = 2;                // of a tile
+constexpr int64_t kAheadBytes = 2 << 10;  // of a panel of a weight are fetched ahead
 constexpr int64_t kTaskBytes = 64 << 10;  // of weight: less is not worth waking a thread
 
 // What sixteen outputs have for a step along D: a float each, two bfloat16 or four bytes.
@@ -34,6 +35,7 @@ typedef int32_t Dwords __attribute__((vector_size(64)));
 
 // What a product is made of: how many numbers a step takes, and how it adds them to the sums of sixteen outputs.
 struct Singles {
+  using Itself = Singles;
   using Row = float;
   using Lanes = Vec;
   static constexpr int kGroup = 1;
@@ -59,6 +61,7 @@ INLINE __m512i Repeat(const void* p) {
 #ifdef __AVX512BF16__
 // The products are exact, each pair adds to its sum with two roundings to nearest. Subnormal numbers, those below 1.2e-38, count as 0.
 struct Pairs {
+  using Itself = Pairs;
   using Row = BFloat16;
   using Lanes = Vec;
   static constexpr int kGroup = 2;
@@ -72,12 +75,34 @@ struct Pairs {
 };
 #endif
 
+// Panels of bfloat16 for rows of floats: one number of a pair after the other, with the sums of Singles.
+struct WidePairs {
+  using Itself = WidePairs;
+  using Row = float;
+  using Lanes = Vec;
+  static constexpr int kGroup = 2;
+  static INLINE void Add(Lanes& sum, const Row* x, Dwords w) {
+    sum += x[0] * reinterpret_cast<Vec>(w << 16);
+    sum += x[1] * reinterpret_cast<Vec>(w & -65536);
+  }
+  static INLINE Vec Floats(Lanes sum) { return sum; }
+};
+
+// A product whose weight comes as panels.
+template <typename A>
+struct Turned : A {};
+template <typename A>
+constexpr bool kIsTurned = false;
+template <typename A>
+constexpr bool kIsTurned<Turned<A>> = true;
+
 using Shifted = uint8_t;  // an integer from -127 to 127, with 128 added
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 // The instruction multiplies bytes without a sign by bytes with one, so rows come shifted; a sum starts with -128 times those of the
 // weight, and what comes out is exact.
 struct Quads {
+  using Itself = Quads;
   using Row = Shifted;
   using Lanes = Dwords;
   static constexpr int kGroup = 4;
@@ -94,6 +119,7 @@ struct Quads {
 };
 #else
 struct Wholes {  // the same numbers, one at a time
+  using Itself = Wholes;
   using Row = int32_t;
   using Lanes = Dwords;
   static constexpr int kGroup = 1;
@@ -225,18 +251,24 @@ inline void Streams(int64_t num_rows, const typename A::Row* x, int64_t stride, 
   if constexpr (NR < kFewRows) Streams<A, P, 2 * NR>(num_rows, x, stride, outputs, ahead, out);
 }
 
+// Two panels, and what their sums start with.
+struct Panels {
+  const Dwords* from[kPanels];
+  Dwords starts[kPanels];
+};
+
 // NR rows, `stride` numbers apart, times two panels: sums[p * kRows + r].
 template <typename A, int NR>
-__attribute__((noinline)) void Tile(const typename A::Row* x, int64_t stride, const Dwords* const* panels, int64_t steps, Ahead ahead, Vec* out) {
+__attribute__((noinline)) void Tile(const typename A::Row* x, int64_t stride, const Panels& panels, int64_t steps, Ahead ahead, Vec* out) {
   typename A::Lanes sums[NR][kPanels];
   UNROLL for (int r = 0; r < NR; ++r)
-    UNROLL for (int p = 0; p < kPanels; ++p) sums[r][p] = reinterpret_cast<typename A::Lanes>(panels[p][0]);
+    UNROLL for (int p = 0; p < kPanels; ++p) sums[r][p] = reinterpret_cast<typename A::Lanes>(panels.starts[p]);
   const typename A::Row* rows[(NR + 2) / 3];  // an address is one of these and up to two strides
   UNROLL for (int i = 0; i < (NR + 2) / 3; ++i) rows[i] = x + 3 * i * stride;
   for (int64_t s = 0; s < steps; ++s) {
     Dwords w[kPanels];
     UNROLL for (int p = 0; p < kPanels; ++p) {
-      w[p] = panels[p][1 + s];
+      std::memcpy(&w[p], panels.from[p] + s, sizeof w[p]);  // of a weight they begin anywhere
       __builtin_prefetch(ahead.from[p] + s * ahead.step);
     }
     UNROLL for (int r = 0; r < NR; ++r)
@@ -248,9 +280,10 @@ __attribute__((noinline)) void Tile(const typename A::Row* x, int64_t stride, co
 }
 
 template <typename A, int NR = kRows>
-inline void Tiles(int64_t num_rows, const typename A::Row* x, int64_t stride, const Dwords* const* panels, int64_t steps, Ahead ahead, Vec* out) {
-  if (num_rows >= NR) return Tile<A, NR>(x, stride, panels, steps, ahead, out);
-  if constexpr (NR > std::min(kFewRows + 1, kRows / 2)) Tiles<A, NR - 1>(num_rows, x, stride, panels, steps, ahead, out);
+inline void Tiles(int64_t num_rows, const typename A::Row* x, int64_t stride, const Panels& panels, int64_t steps, Ahead ahead, Vec* out) {
+  constexpr int kFewest = kIsTurned<A> ? 1 : std::min(kFewRows + 1, kRows / 2);
+  if (num_rows >= NR) return Tile<typename A::Itself, NR>(x, stride, panels, steps, ahead, out);
+  if constexpr (NR > kFewest) Tiles<A, NR - 1>(num_rows, x, stride, panels, steps, ahead, out);
 }
 
 // One call. Optional arrays are null when they were not given.
@@ -259,7 +292,7 @@ struct Call {
   bool is_gated;
   const void* x;       // [X, D], of the type that the product takes
   int64_t stride;      // numbers from a row to the next
-  const void* weight;  // [F, D] or [2F, D]
+  const void* weight;  // [F, D] or [2F, D], or the panels of it
   const float* scales; // [F], of a weight of int8
   const float* bias;
   const void* residual;  // [X, F], as the result
@@ -305,33 +338,56 @@ __attribute__((noinline)) void Finish(const Call& c, int64_t row, int64_t num_ro
 template <typename A, typename P, typename Out>
 void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t end) {
   const int64_t width = c.Width(), num_tiles = (last - first + kRows - 1) / kRows;
-  const int64_t steps = (c.D + A::kGroup - 1) / A::kGroup, panel_size = 1 + (steps + kLanes - 1) / kLanes * kLanes;
-  thread_local std::vector<Dwords> storage;
-  storage.resize(kPanels * panel_size);
-  const Dwords* const panels[] = {storage.data(), storage.data() + panel_size};
-  const auto weight_of = [&](int64_t at, int p) {  // a panel past the end is that of the last output
-    return static_cast<const P*>(c.weight) + (c.is_gated ? at + p * c.F : std::min(at + p * kLanes, c.F - 1)) * c.D;
-  };
-  const auto count_of = [&](int64_t at, int p) { return std::clamp<int64_t>(c.F - at - (c.is_gated ? 0 : p * kLanes), 1, kLanes); };
+  const int64_t steps = (c.D + A::kGroup - 1) / A::kGroup;
   const auto* x = static_cast<const typename A::Row*>(c.x);
   alignas(64) Vec sums[kPanels * kRows];
-  Ahead ahead{{nullptr, nullptr}, static_cast<int64_t>(kLanes * sizeof(P)) * A::kGroup};
-  for (int64_t at = begin; at < end; at += width) {
-    const int64_t after = std::min(at + width, c.F - 1);
-    for (int p = 0; p < kPanels; ++p) ahead.from[p] = reinterpret_cast<const char*>(weight_of(after, p));
-    if (last - first <= kFewRows) {
-      const Outputs<A, P> outputs[] = {{weight_of(at, 0), count_of(at, 0), c.D}, {weight_of(at, 1), count_of(at, 1), c.D}};
-      Streams<A, P>(last - first, x + first * c.stride, c.stride, outputs, ahead, sums);
-      Finish<Out>(c, first, last - first, at, sums);
-      continue;
-    }
-    for (int p = 0; p < kPanels; ++p) Pack<A>(weight_of(at, p), count_of(at, p), c.D, storage.data() + p * panel_size);
+  Panels panels = {};
+  const auto multiply = [&](int64_t at, Ahead ahead) {
     int64_t row = first;
     for (int64_t tile = 0; tile < num_tiles; ++tile) {  // tiles of as many rows, or one less
       const int64_t num_rows = (last - row) / (num_tiles - tile);
       Tiles<A>(num_rows, x + row * c.stride, c.stride, panels, steps, ahead, sums);
       Finish<Out>(c, row, num_rows, at, sums);
       row += num_rows;
+    }
+  };
+  if constexpr (kIsTurned<A>) {
+    const int64_t count = c.F / kLanes;
+    for (int64_t at = begin; at < end; at += width) {
+      Ahead ahead{{nullptr, nullptr}, sizeof(Dwords)};
+      for (int p = 0; p < kPanels; ++p) {
+        const int64_t panel = c.is_gated ? at / kLanes + p * count : std::min(at / kLanes + p, count - 1);
+        panels.from[p] = static_cast<const Dwords*>(c.weight) + panel * steps;
+        ahead.from[p] = reinterpret_cast<const char*>(panels.from[p]) + kAheadBytes;
+      }
+      multiply(at, ahead);
+    }
+    return;
+  } else {
+    const int64_t panel_size = 1 + (steps + kLanes - 1) / kLanes * kLanes;
+    thread_local std::vector<Dwords> storage;
+    storage.resize(kPanels * panel_size);
+    const auto weight_of = [&](int64_t at, int p) {  // a panel past the end is that of the last output
+      return static_cast<const P*>(c.weight) + (c.is_gated ? at + p * c.F : std::min(at + p * kLanes, c.F - 1)) * c.D;
+    };
+    const auto count_of = [&](int64_t at, int p) { return std::clamp<int64_t>(c.F - at - (c.is_gated ? 0 : p * kLanes), 1, kLanes); };
+    Ahead ahead{{nullptr, nullptr}, static_cast<int64_t>(kLanes * sizeof(P)) * A::kGroup};
+    for (int64_t at = begin; at < end; at += width) {
+      const int64_t after = std::min(at + width, c.F - 1);
+      for (int p = 0; p < kPanels; ++p) ahead.from[p] = reinterpret_cast<const char*>(weight_of(after, p));
+      if (last - first <= kFewRows) {
+        const Outputs<A, P> outputs[] = {{weight_of(at, 0), count_of(at, 0), c.D}, {weight_of(at, 1), count_of(at, 1), c.D}};
+        Streams<A, P>(last - first, x + first * c.stride, c.stride, outputs, ahead, sums);
+        Finish<Out>(c, first, last - first, at, sums);
+        continue;
+      }
+      for (int p = 0; p < kPanels; ++p) {
+        Dwords* const panel = storage.data() + p * panel_size;
+        Pack<A>(weight_of(at, p), count_of(at, p), c.D, panel);
+        panels.starts[p] = panel[0];
+        panels.from[p] = panel + 1;
+      }
+      multiply(at, ahead);
     }
   }
 }
@@ -423,19 +479,34 @@ void RunAs(ffi::ThreadPool& pool, Call& c, const P* scale, float eps, ffi::DataT
 }
 
 template <typename P>
-ffi::Error RunRows(ffi::ThreadPool& pool, Call& c, const void* scale, float eps, ffi::DataType weight, ffi::DataType out) {
+ffi::Error RunRows(ffi::ThreadPool& pool, Call& c, const void* scale, float eps, ffi::DataType weight, bool is_turned, ffi::DataType out) {
+  if (is_turned && weight != ffi::F32 && weight != ffi::BF16) return ffi::Error::Internal("no panels of this type");
   const P* scales = static_cast<const P*>(scale);
   switch (weight) {
-    case ffi::F32: RunAs<Singles, float>(pool, c, scales, eps, out); break;
+    case ffi::F32:
+      if (is_turned) {
+        RunAs<Turned<Singles>, float>(pool, c, scales, eps, out);
+      } else {
+        RunAs<Singles, float>(pool, c, scales, eps, out);
+      }
+      break;
     case ffi::F16: RunAs<Singles, Half>(pool, c, scales, eps, out); break;
     case ffi::BF16:
 #ifdef __AVX512BF16__
       if constexpr (std::is_same_v<P, BFloat16>) {
-        RunAs<Pairs, BFloat16>(pool, c, scales, eps, out);
+        if (is_turned) {
+          RunAs<Turned<Pairs>, BFloat16>(pool, c, scales, eps, out);
+        } else {
+          RunAs<Pairs, BFloat16>(pool, c, scales, eps, out);
+        }
         break;
       }
 #endif
-      RunAs<Singles, BFloat16>(pool, c, scales, eps, out);
+      if (is_turned) {
+        RunAs<Turned<WidePairs>, BFloat16>(pool, c, scales, eps, out);
+      } else {
+        RunAs<Singles, BFloat16>(pool, c, scales, eps, out);
+      }
       break;
     default: return ffi::Error::Internal("unknown type of weight");
   }
@@ -452,10 +523,11 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
          .bias = bias.element_count() ? bias.typed_data() : nullptr,
          .residual = DataOrNull(residual), .out = out->untyped_data()};
   const ffi::DataType of_weight = weight.element_type(), of_out = out->element_type();
+  const bool is_turned = weight.dimensions().size() == 4;
   switch (x.element_type()) {
-    case ffi::F32: return RunRows<float>(pool, c, DataOrNull(norm), eps, of_weight, of_out);
-    case ffi::BF16: return RunRows<BFloat16>(pool, c, DataOrNull(norm), eps, of_weight, of_out);
-    case ffi::F16: return RunRows<Half>(pool, c, DataOrNull(norm), eps, of_weight, of_out);
+    case ffi::F32: return RunRows<float>(pool, c, DataOrNull(norm), eps, of_weight, is_turned, of_out);
+    case ffi::BF16: return RunRows<BFloat16>(pool, c, DataOrNull(norm), eps, of_weight, is_turned, of_out);
+    case ffi::F16: return RunRows<Half>(pool, c, DataOrNull(norm), eps, of_weight, is_turned, of_out);
     default: return ffi::Error::Internal("unknown type of rows");
   }
 }

@@ -40,7 +40,7 @@ def matmul(
     out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """See the contract in `pallas_kernels.matmul`."""
-    num_outputs = weight.shape[0] // (2 if is_gated else 1)
+    num_outputs = weight.shape[0] * (weight.shape[2] if weight.ndim == 4 else 1) // (2 if is_gated else 1)
     call = jax.ffi.ffi_call(_target("Matmul"), jax.ShapeDtypeStruct((x.shape[0], num_outputs), out_dtype))
     absent = jnp.zeros(0, jnp.float32)
     optional = (absent if bias is None else bias.astype(jnp.float32), *(absent if a is None else a for a in (norm, residual)))

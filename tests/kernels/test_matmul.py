@@ -11,6 +11,7 @@ import pytest
 
 from pallas_kernels import backends, matmul
 from pallas_kernels.matmul import native as module
+from pallas_kernels.matmul import panels
 
 RNG = np.random.default_rng(0)
 INVARIANT = (  # rows, D, outputs, dtype, weight's dtype
@@ -43,6 +44,51 @@ def rows_differ(num_rows: int, D: int, F: int, dtype: str, weight_dtype: str) ->
         order = rng.permutation(num_rows)[:count]
         found[count] = np.asarray(compute(x[order], residual[order])).tobytes() == wanted[order].tobytes()
     return [count for count, same in found.items() if not same]
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("bfloat16", "float32")]
+)
+def test_panels_give_the_bits_of_the_weight_that_they_are_of(dtypes: tuple[str, str]) -> None:
+    """For numbers of rows around those of a tile, outputs of one panel, an odd and an even number of them, gated or not."""
+    needs_native()
+    rng = np.random.default_rng(7)
+    for D, F, is_gated in ((30, 16, False), (100, 48, False), (64, 96, False), (66, 16, True), (34, 48, True)):
+        weight = jnp.asarray(rng.standard_normal((F * (1 + is_gated), D)), dtypes[1])
+        turned = panels.to_panels(weight)
+        assert panels.has_panels((2, F, D) if is_gated else (F, D), dtypes[1])
+        np.testing.assert_array_equal(panels.from_panels(turned), weight)
+        some = jnp.asarray([[0, F - 1], [15, 3]])
+        np.testing.assert_array_equal(panels.rows_of(turned, some), weight[some])
+        for X in (0, 1, 2, 4, 5, 11, 12, 13, 25, 100):
+            x = jnp.asarray(rng.standard_normal((X, D)), dtypes[0])
+            options = {"norm": jnp.asarray(rng.uniform(0.5, 1.5, D), dtypes[0]), "eps": 1e-5, "is_gated": is_gated}
+            for backend in ("native", "xla"):
+                wanted, found = (matmul(x, one, backend=backend, **options) for one in (weight, turned))  # type: ignore[arg-type]
+                assert np.asarray(found).tobytes() == np.asarray(wanted).tobytes(), (D, F, is_gated, X, backend)
+
+
+def test_what_has_no_panels_stays_what_it_is_and_what_is_none_is_refused() -> None:
+    for shape, dtype in (
+        ((24, 64), "float32"),
+        ((16, 63), "bfloat16"),
+        ((2, 8, 64), "float32"),
+        ((16, 64), "float16"),
+        ((64,), "float32"),
+    ):
+        assert not panels.has_panels(shape, dtype)
+    assert panels.has_panels((3, 4, 8, 64), "float32")
+    x = jnp.ones((2, 64))
+    for weight in (
+        jnp.ones((1, 64, 8, 1)),
+        jnp.ones((1, 32, 16, 2)),
+        jnp.ones((1, 64, 16, 1), "bfloat16"),
+        jnp.ones((1, 32, 16, 1)),
+    ):
+        with pytest.raises(ValueError, match="weight"):
+            matmul(x, weight)
+    with pytest.raises(ValueError, match="even number of panels"):
+        matmul(x, jnp.ones((3, 64, 16, 1)), is_gated=True)
 
 
 @pytest.mark.parametrize("shape", INVARIANT, ids=str)

@@ -61,9 +61,22 @@ BUGS = (
 PRODUCT = cases.Case(13, 100, 33, has_bias=True, has_norm=True, has_residual=True)
 GATED = cases.Case(40, 72, 1030, is_gated=True, has_bias=True)
 WIDE = cases.Case(9, 96, 20, "float32", weight="bfloat16")
+TURNED = cases.Case(40, 72, 1040, is_gated=True, has_panels=True)
+WIDE_PAIRS = cases.Case(9, 98, 80, "float32", weight="bfloat16", has_panels=True)
 PRODUCT_BUGS = (
     Bug("a last output twice", "matmul.cc", "(i, count - 1) * D", "(i, count - 2) * D", "definition", MATMUL, PRODUCT, "native"),
     Bug("another row's residual", "matmul.cc", "residual) + at", "residual) + first", "definition", MATMUL, PRODUCT, "native"),
+    Bug("the next step's panel", "matmul.cc", "panel * steps", "panel * (steps - 1)", "definition", MATMUL, TURNED, "native"),
+    Bug(
+        "half of a pair twice",
+        "matmul.cc",
+        "x[1] * reinterpret",
+        "x[0] * reinterpret",
+        "definition",
+        MATMUL,
+        WIDE_PAIRS,
+        "native",
+    ),
     Bug("the gate's bias for both", "matmul.cc", "p * c.F : 0) + at", "0 : 0) + at", "definition", MATMUL, GATED, "native"),
 )
 
@@ -144,7 +157,7 @@ def test_without_avx512_it_is_the_definition_too(use: Callable[..., None]) -> No
     """Sums and conversions are written twice; a cheap machine for `make test` may have only one of them."""
     use({}, tunings=(("-march=native", "-mno-avx512f"), ("-mcpu=native",), ()))
     assert [first_rung(DECODE, case, "native") for case in (TOKENS, FLOAT8, HALF)] == ["", "", ""]
-    assert [first_rung(MATMUL, case, "native") for case in (PRODUCT, GATED, WIDE)] == ["", "", ""]
+    assert [first_rung(MATMUL, case, "native") for case in (PRODUCT, GATED, WIDE, TURNED, WIDE_PAIRS)] == [""] * 5
     assert [test_matmul.rows_differ(*each) for each in test_matmul.INVARIANT] == [[]] * len(test_matmul.INVARIANT)
     assert [first_rung(ROTATE, case, "native") for case in (HOLES, Heads(5, 2, 4, 40, "float16"))] == ["", ""]
     assert not is_nan_lost()

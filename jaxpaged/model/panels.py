@@ -1,0 +1,37 @@
+"""Matrices as the panels that products in C++ read as they are: another order of the same numbers.
+
+Knows `pallas_kernels.matmul.panels`. Refuses to know which parameters are kept so: that is `jaxpaged.model.weights`.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+
+from pallas_kernels.matmul import panels as turned
+
+
+@flax.struct.dataclass
+class PanelMatrix:
+    """A matrix of this shape, [O..., I], of which only the panels are kept."""
+
+    panels: jax.Array  # [O / 16, I / n, 16, n]
+    shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+    def take(self, indices: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Rows of a matrix [V, D], in `dtype`."""
+        return turned.rows_of(self.panels, indices).astype(dtype)
+
+
+def in_panels(matrix: jax.Array) -> PanelMatrix | jax.Array:
+    """The matrix in place of the one given, which is deleted; that one where it has no panels."""
+    if not turned.has_panels(matrix.shape, matrix.dtype):
+        return matrix
+    found = PanelMatrix(jax.block_until_ready(_turn(matrix)), matrix.shape)
+    matrix.delete()
+    return found
+
+
+@jax.jit
+def _turn(matrix: jax.Array) -> jax.Array:
+    return turned.to_panels(matrix.reshape(-1, matrix.shape[-1]))

@@ -1,0 +1,86 @@
+"""Weights as panels: the engine computes the same bits as with those of the checkpoint, and keeps no second copy of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from driving import few_steps, greedy
+from families import FAMILIES, Family
+
+from jaxpaged import engine as engine_module
+from jaxpaged.config import EngineConfig
+from jaxpaged.embedder import Embedder
+from jaxpaged.engine import Engine
+from jaxpaged.host.request import SamplingParams
+from jaxpaged.model.panels import PanelMatrix
+from jaxpaged.model.weights import Weights, num_bytes
+from pallas_kernels.matmul.panels import has_panels
+from pallas_kernels.native import matmul as native
+
+BY_NAME = {family.name: family for family in FAMILIES}
+
+
+@pytest.fixture(autouse=True)
+def _needs_native() -> None:
+    if (reason := native.unavailable()) is not None:
+        pytest.skip(reason)
+
+
+def weights_of(family: Family, dtype: str) -> Weights:
+    return jax.tree.map(lambda array: array.astype(dtype), family.weights())
+
+
+def computed(family: Family, dtype: str) -> tuple[list[Any], np.ndarray, list[Any]]:
+    """All events of some requests, an embedding, and what the engine keeps of its matrices."""
+    config = EngineConfig(**{**few_steps(8, 96), "dtype": dtype})  # type: ignore[arg-type]
+    asked = [(prompt, greedy(8)) for prompt in family.prompts(6)]
+    asked.append((family.prompts(5)[4], SamplingParams(max_tokens=8, ignore_eos=True, seed=3, logprobs=3, prompt_logprobs=1)))
+    with Engine.from_weights(config, family.config, weights_of(family, dtype)) as engine:
+        vectors = np.asarray(Embedder(engine).embed([family.prompts(5)[4]]))
+        for number, (prompt, params) in enumerate(asked):
+            engine.add_request(prompt, params, request_id=str(number))
+        events = []
+        while engine.has_unfinished:
+            events += engine.step()
+        weights = engine.runner.weights  # type: ignore[attr-defined]
+        return (
+            events,
+            vectors,
+            [weights.embed, weights.lm_head, *(getattr(weights.layers[0], name) for name in ("qkv", "o", "gate_up", "down"))],
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "llama-biases"])
+def test_an_engine_computes_the_same_bits(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    events, vectors, kept = computed(BY_NAME[name], dtype)
+    monkeypatch.setattr(engine_module, "prefers_panels", lambda backend: False)
+    plain_events, plain_vectors, plain_kept = computed(BY_NAME[name], dtype)
+    there = [one for one in kept if one is not None]
+    assert [isinstance(one, PanelMatrix) for one in there] == [has_panels(one.shape, dtype) for one in there]
+    assert isinstance(there[0], PanelMatrix) and all(one is None or isinstance(one, jax.Array) for one in plain_kept)
+    assert events == plain_events and any(event.likelihood is not None for event in events)
+    np.testing.assert_array_equal(vectors, plain_vectors)
+
+
+def test_the_matrices_that_came_are_gone() -> None:
+    family = BY_NAME["llama3"]
+    given = family.weights()
+    config = EngineConfig(**few_steps(8, 96), enforce_eager=True)  # type: ignore[arg-type]
+    with Engine.from_weights(config, family.config, given) as engine:
+        kept = jax.tree.leaves(engine.runner.weights)  # type: ignore[attr-defined]
+        assert sum(array.nbytes for array in kept) == num_bytes(family.config, "float32")
+        assert given.embed.is_deleted() and given.layers[-1].down.is_deleted()  # type: ignore[union-attr]
+        assert given.norm is engine.runner.weights.norm  # type: ignore[attr-defined]
+    assert all(array.is_deleted() for array in kept)
+
+
+def test_two_backends_that_are_compared_have_the_weights_of_the_checkpoint() -> None:
+    """Each multiplies them in its own way, and panels are for one."""
+    family = BY_NAME["llama3"]
+    config = EngineConfig(**few_steps(8, 96), enforce_eager=True, compare_with="xla")  # type: ignore[arg-type]
+    with Engine.from_weights(config, family.config, family.weights()) as engine:
+        assert isinstance(engine.runner.weights.embed, jax.Array)  # type: ignore[attr-defined]
