@@ -108,8 +108,10 @@ def test_enforce_eager_compiles_a_bucket_at_its_first_use() -> None:
         assert set(compiled) == {Bucket(2, 0), Bucket(2, 1)}
 
 
-@pytest.mark.parametrize("backend", ["auto", "xla"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "xla"), pytest.param("float32", "xla", marks=pytest.mark.slow)],
+)
 def test_no_step_copies_the_pool(dtype: str, backend: str) -> None:
     """The temporaries of every step, of one row as of many, stay under a twentieth of the pool."""
     model = dataclasses.replace(MODEL, head_dim=64)
