@@ -10,7 +10,7 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from jaxpaged.streams import ClosedError, DeadlineError, Stream
 from jaxpaged.tokenizer import Tokenizer
 
 _CHARACTERS_PER_TOKEN = 4  # a guess, for the time before a prompt is tokenised
+_AT_ONCE = 16  # prompts of one request that may be looked at before others have their turn
 _SHORT_LEN = 256  # characters or ids: looking at them takes 0.1 ms, waking a thread for it no less
 
 T = TypeVar("T")
@@ -178,6 +179,8 @@ class AsyncLLM:
             async with asyncio.timeout(self._time_left(ticket, timeout_s)):
                 checked: list[Checked] = []
                 for place, prompt in enumerate(prompts):
+                    if place % _AT_ONCE == _AT_ONCE - 1:
+                        await asyncio.sleep(0)
                     try:
                         name = f"embd-{next(self._ids)}"
                         checked.append(await self._checked(prompt, SamplingParams(max_tokens=1), name, 0, ""))
@@ -236,7 +239,7 @@ class AsyncLLM:
             return check(self._engine, self.tokenizer, found, params, request_id=request_id, priority=priority, tenant=tenant)
 
         has_grammar = getattr(params, "structured_outputs", None) is not None
-        if not has_grammar and _is_short(prompt):
+        if not has_grammar and _is_quick(prompt, params):
             return checked()
         pool = self._grammars if has_grammar else self._texts
         return await asyncio.get_running_loop().run_in_executor(pool, checked)
@@ -290,11 +293,12 @@ class AsyncLLM:
         self.shutdown()
 
 
-def _is_short(prompt: LatePrompt) -> bool:
-    """Whether a prompt is so short that a thread of its own is not worth it."""
-    if isinstance(prompt, dict):
+def _is_quick(prompt: LatePrompt, params: SamplingParams) -> bool:
+    """Whether a prompt is checked so fast that a thread is not worth it: it is short, and so is what else is looked at."""
+    if isinstance(prompt, Mapping):
         prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
-    return not callable(prompt) and hasattr(prompt, "__len__") and len(prompt) <= _SHORT_LEN
+    is_short = not callable(prompt) and hasattr(prompt, "__len__") and len(prompt) <= _SHORT_LEN
+    return is_short and isinstance(params, SamplingParams) and not (params.bad_words or params.changes_logits)
 
 
 def guessed_len(prompt: LatePrompt) -> int:

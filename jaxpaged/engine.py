@@ -29,7 +29,7 @@ from jaxpaged.host.request import FinishReason, Likelihood, Request, RequestErro
 from jaxpaged.model import weights as model_weights
 from jaxpaged.model.quantization import QuantizedMatrix
 from jaxpaged.model.transformer import products_of
-from jaxpaged.model.weights import Weights
+from jaxpaged.model.weights import Matrix, Weights
 from jaxpaged.observe import eyes
 from jaxpaged.runner import JaxRunner, Result, Runner, attention_backend, plan_memory, use_compilation_cache
 from jaxpaged.speculative import Proposer
@@ -112,8 +112,9 @@ class Engine:
         draft = draft._replace(weights=_as_asked(draft.weights, draft.model, config)) if draft is not None else None
         use_compilation_cache(config.compilation_cache_dir)
         num_pages = plan_memory(config, model, draft.model if draft is not None else None)
-        weights = _as_read(weights, model, config)
-        draft = draft._replace(weights=_as_read(draft.weights, draft.model, config)) if draft is not None else None
+        turned: dict[int, tuple[jax.Array, Matrix]] = {}
+        weights = _as_read(weights, model, config, turned)
+        draft = draft._replace(weights=_as_read(draft.weights, draft.model, config, turned)) if draft is not None else None
         runner = JaxRunner(config, model, weights, num_pages=num_pages, draft=draft, grammars=grammars)
         if not config.enforce_eager:
             runner.warm_up(use_tqdm=use_tqdm)
@@ -474,12 +475,12 @@ def _as_asked(weights: Weights, model: ModelConfig, config: EngineConfig) -> Wei
     return found
 
 
-def _as_read(weights: Weights, model: ModelConfig, config: EngineConfig) -> Weights:
+def _as_read(weights: Weights, model: ModelConfig, config: EngineConfig, turned: dict[int, tuple[jax.Array, Matrix]]) -> Weights:
     """The same numbers in the order in which the step's products read them fastest; matrices that it replaces are deleted."""
     # A duel computes with the products of two backends, which are to have the same weights.
     if config.compare_with is not None or not prefers_panels(products_of(attention_backend(config, model))):
         return weights
-    return model_weights.turn(weights, model)
+    return model_weights.turn(weights, model, turned)
 
 
 def _is_quantized(leaf: object) -> bool:

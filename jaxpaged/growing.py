@@ -156,6 +156,11 @@ class GrowingRequest:
         return not self._num_open
 
     @property
+    def has_untold_end(self) -> bool:
+        """Whether an output has ended since `news` was asked for."""
+        return any(output.finish_reason is not None and output.index not in self._ended for output in self.outputs)
+
+    @property
     def num_generated(self) -> int:
         """Tokens of all outputs."""
         return sum(len(output.token_ids) for output in self.outputs)

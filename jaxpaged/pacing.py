@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Protocol
 
 MAX_PAUSE_S = 0.05
+_CLOCK_S = 0.001
 
 
 class Sleeper(Protocol):
@@ -65,6 +66,7 @@ class Pacer:
     def _wake_late(self) -> None:
         self._timer = None
         now = self.loop.time()
-        for one in [one for one in self._late if one.due_s <= now]:
+        # A loop whose clock has whole milliseconds calls up to one too early, and would again at once.
+        for one in [one for one in self._late if one.due_s <= now + _CLOCK_S]:
             self._wake(one, now)
         self._look_again()

@@ -119,7 +119,9 @@ class Stream:
     @property
     def _is_due(self) -> bool:
         """Whether there are so many tokens that they are told before the end."""
-        return self._interval == 1 or not self._num_seen or self.num_generated - self._num_tokens_seen >= self._interval
+        if self._interval == 1 or not self._num_seen or self.live.has_untold_end:
+            return True
+        return self.num_generated - self._num_tokens_seen >= self._interval
 
     @property
     def num_generated(self) -> int:

@@ -11,9 +11,11 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
+from jaxpaged import async_llm
 from jaxpaged.admission import Admission, QueueFullError, QueueOptions
 from jaxpaged.async_llm import AsyncLLM
 from jaxpaged.config import ConfigError
@@ -465,3 +467,15 @@ def test_stats_and_the_prefix_cache_are_asked_between_steps() -> None:
 def test_options_of_the_queue_are_checked(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=name):
         QueueOptions(**{name: value})  # type: ignore[arg-type]
+
+
+def test_what_takes_long_to_look_at_is_not_looked_at_on_the_loop() -> None:
+    """A short prompt is, but with words or rules beside it, which may be many, a thread looks."""
+    short, long = "a" * 256, "a" * 257
+    for prompt in (short, [1] * 256, {"prompt": short}, MappingProxyType({"prompt": short})):
+        assert async_llm._is_quick(prompt, params())
+        for options in ({"bad_words": ["b"]}, {"logit_bias": {1: 1.0}}, {"allowed_token_ids": [1]}, {"min_tokens": 2}):
+            assert not async_llm._is_quick(prompt, params(**options))
+    for prompt in (long, [1] * 257, {"prompt": long}, MappingProxyType({"prompt": long}), lambda: short, None):
+        assert not async_llm._is_quick(prompt, params())  # type: ignore[arg-type]
+    assert not async_llm._is_quick(short, {"n": 1})  # type: ignore[arg-type]

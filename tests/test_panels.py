@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from families import FAMILIES, Family
 
 from jaxpaged import engine as engine_module
 from jaxpaged.config import EngineConfig
+from jaxpaged.drafter import Draft
 from jaxpaged.embedder import Embedder
 from jaxpaged.engine import Engine
 from jaxpaged.host.request import SamplingParams
@@ -84,3 +86,16 @@ def test_two_backends_that_are_compared_have_the_weights_of_the_checkpoint() -> 
     config = EngineConfig(**few_steps(8, 96), enforce_eager=True, compare_with="xla")  # type: ignore[arg-type]
     with Engine.from_weights(config, family.config, family.weights()) as engine:
         assert isinstance(engine.runner.weights.embed, jax.Array)  # type: ignore[attr-defined]
+
+
+def test_a_matrix_in_two_places_stays_one() -> None:
+    """A head that is the embedding's array, and a draft model that is the model itself."""
+    family = BY_NAME["llama3"]
+    given = family.weights()
+    given = dataclasses.replace(given, lm_head=given.embed)
+    speculative = {"method": "draft_model", "model": "of the test", "num_speculative_tokens": 2}
+    config = EngineConfig(**few_steps(8, 96), enforce_eager=True, speculative_config=speculative)  # type: ignore[arg-type]
+    with Engine.from_weights(config, family.config, given, draft=Draft(family.config, given)) as engine:
+        kept, drafting = engine.runner.weights, engine.runner.drafter.weights  # type: ignore[attr-defined]
+        assert kept.embed.panels is kept.lm_head.panels is drafting.embed.panels
+        assert not any(array.is_deleted() for array in jax.tree.leaves((kept, drafting)))

@@ -90,7 +90,7 @@ class Offer:
         be without chance, as vLLM does it: whatever the seed, the rate is what was asked for.
         """
         times = list(arrival_times(num_prompts, self.request_rate, self.burstiness, random.Random(f"gaps {self.seed}")))
-        if isinstance(self.request_rate, Ramp) or not times[-1]:
+        if isinstance(self.request_rate, Ramp) or not any(times):
             return times
         factor = (num_prompts - 1) / self.request_rate / times[-1]
         return [one * factor for one in times]

@@ -335,7 +335,7 @@ def _check_logit_rules(params: SamplingParams, vocab_size: int, eos_token_ids: S
         raise RequestError(f"logit_bias: got {num_rules:,} {what}, the limit is {MAX_RULES:,}")
     never = ends | {word[0] for word in params.bad_words_token_ids if len(word) == 1}
     allowed = range(vocab_size) if params.allowed_token_ids is None else params.allowed_token_ids
-    if len(never) >= len(set(allowed)) and never.issuperset(allowed):
+    if never and all(token_id in never for token_id in allowed):  # the first that is not ends it
         raise RequestError("allowed_token_ids: bad_words and min_tokens leave no token to choose")
 
 

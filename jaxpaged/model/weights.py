@@ -221,12 +221,19 @@ def quantize(weights: Weights, config: ModelConfig) -> Weights:
     return build(config, leaf)
 
 
-def turn(weights: Weights, config: ModelConfig) -> Weights:
-    """The same with matrices of floats as `PanelMatrix`, one after the other: those that were given are deleted."""
+def turn(weights: Weights, config: ModelConfig, turned: dict[int, tuple[jax.Array, Matrix]]) -> Weights:
+    """The same with matrices of floats as `PanelMatrix`, one after the other: those that were given are deleted.
+
+    `turned` has what became of matrices, by their id, for those that stand in several places or models.
+    """
 
     def leaf(parameter: Parameter) -> Any:
         found = get(weights, parameter.path)
-        return in_panels(found) if parameter.is_matrix and isinstance(found, jax.Array) else found
+        if not parameter.is_matrix or not isinstance(found, jax.Array):
+            return found
+        if id(found) not in turned:
+            turned[id(found)] = found, in_panels(found)
+        return turned[id(found)][1]
 
     return build(config, leaf)
 

@@ -253,7 +253,7 @@ inline void Streams(int64_t num_rows, const typename A::Row* x, int64_t stride, 
 
 // Two panels, and what their sums start with.
 struct Panels {
-  const Dwords* from[kPanels];
+  const char* from[kPanels];  // of a weight they begin anywhere
   Dwords starts[kPanels];
 };
 
@@ -268,7 +268,7 @@ __attribute__((noinline)) void Tile(const typename A::Row* x, int64_t stride, co
   for (int64_t s = 0; s < steps; ++s) {
     Dwords w[kPanels];
     UNROLL for (int p = 0; p < kPanels; ++p) {
-      std::memcpy(&w[p], panels.from[p] + s, sizeof w[p]);  // of a weight they begin anywhere
+      std::memcpy(&w[p], panels.from[p] + s * sizeof w[p], sizeof w[p]);
       __builtin_prefetch(ahead.from[p] + s * ahead.step);
     }
     UNROLL for (int r = 0; r < NR; ++r)
@@ -357,8 +357,8 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
       Ahead ahead{{nullptr, nullptr}, sizeof(Dwords)};
       for (int p = 0; p < kPanels; ++p) {
         const int64_t panel = c.is_gated ? at / kLanes + p * count : std::min(at / kLanes + p, count - 1);
-        panels.from[p] = static_cast<const Dwords*>(c.weight) + panel * steps;
-        ahead.from[p] = reinterpret_cast<const char*>(panels.from[p]) + kAheadBytes;
+        panels.from[p] = static_cast<const char*>(c.weight) + panel * steps * sizeof(Dwords);
+        ahead.from[p] = panels.from[p] + kAheadBytes;
       }
       multiply(at, ahead);
     }
@@ -385,7 +385,7 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
         Dwords* const panel = storage.data() + p * panel_size;
         Pack<A>(weight_of(at, p), count_of(at, p), c.D, panel);
         panels.starts[p] = panel[0];
-        panels.from[p] = panel + 1;
+        panels.from[p] = reinterpret_cast<const char*>(panel + 1);
       }
       multiply(at, ahead);
     }
