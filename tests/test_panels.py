@@ -55,8 +55,15 @@ def computed(family: Family, dtype: str) -> tuple[list[Any], np.ndarray, list[An
         )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["llama3", "qwen2", "llama-biases"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llama3", "bfloat16"),
+        ("qwen2", "float32"),  # tied
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("llama-biases", "float32"), ("llama3", "float32"))),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("llama-biases", "bfloat16"), ("qwen2", "bfloat16"))),
+    ],
+)
 def test_an_engine_computes_the_same_bits(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     events, vectors, kept = computed(BY_NAME[name], dtype)
     monkeypatch.setattr(engine_module, "prefers_panels", lambda backend: False)

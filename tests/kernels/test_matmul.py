@@ -53,17 +53,17 @@ def test_panels_give_the_bits_of_the_weight_that_they_are_of(dtypes: tuple[str, 
     """For numbers of rows around those of a tile, outputs of one panel, an odd and an even number of them, gated or not."""
     needs_native()
     rng = np.random.default_rng(7)
-    for D, F, is_gated in ((30, 16, False), (100, 48, False), (64, 96, False), (66, 16, True), (34, 48, True)):
+    for D, F, is_gated in ((30, 16, False), (100, 48, False), (34, 48, True)):
         weight = jnp.asarray(rng.standard_normal((F * (1 + is_gated), D)), dtypes[1])
         turned = panels.to_panels(weight)
         assert panels.has_panels((2, F, D) if is_gated else (F, D), dtypes[1])
         np.testing.assert_array_equal(panels.from_panels(turned), weight)
         some = jnp.asarray([[0, F - 1], [15, 3]])
         np.testing.assert_array_equal(panels.rows_of(turned, some), weight[some])
-        for X in (0, 1, 2, 4, 5, 11, 12, 13, 25, 100):
+        for X in (0, 1, 4, 5, 12, 13, 100):
             x = jnp.asarray(rng.standard_normal((X, D)), dtypes[0])
             options = {"norm": jnp.asarray(rng.uniform(0.5, 1.5, D), dtypes[0]), "eps": 1e-5, "is_gated": is_gated}
-            for backend in ("native", "xla"):
+            for backend in ("native", "xla") if X == 5 else ("native",):
                 wanted, found = (matmul(x, one, backend=backend, **options) for one in (weight, turned))  # type: ignore[arg-type]
                 assert np.asarray(found).tobytes() == np.asarray(wanted).tobytes(), (D, F, is_gated, X, backend)
 
