@@ -29,7 +29,7 @@ from jaxpaged.streams import ClosedError, DeadlineError, Stream
 from jaxpaged.tokenizer import Tokenizer
 
 _CHARACTERS_PER_TOKEN = 4  # a guess, for the time before a prompt is tokenised
-_AT_ONCE = 16  # prompts of one request that may be looked at before others have their turn
+_AT_ONCE = 16  # prompts that may be looked at on the loop before others have their turn
 _SHORT_LEN = 256  # characters or ids: looking at them takes 0.1 ms, waking a thread for it no less
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class AsyncLLM:
         self._grammars = ThreadPoolExecutor(threads, "jaxpaged-grammar")  # a grammar may take seconds, and no text waits for it
         self._embedding = ThreadPoolExecutor(1, "jaxpaged-embed")
         self._embedder = Embedder(engine)
-        self._ids = itertools.count()
+        self._ids, self._num_quick = itertools.count(), itertools.count(1)
         self._is_draining = False
         self._pacer: Pacer | None = None
         self._engine = engine  # for what does not change; all else is the thread's
@@ -179,8 +179,6 @@ class AsyncLLM:
             async with asyncio.timeout(self._time_left(ticket, timeout_s)):
                 checked: list[Checked] = []
                 for place, prompt in enumerate(prompts):
-                    if place % _AT_ONCE == _AT_ONCE - 1:
-                        await asyncio.sleep(0)
                     try:
                         name = f"embd-{next(self._ids)}"
                         checked.append(await self._checked(prompt, SamplingParams(max_tokens=1), name, 0, ""))
@@ -240,6 +238,8 @@ class AsyncLLM:
 
         has_grammar = getattr(params, "structured_outputs", None) is not None
         if not has_grammar and _is_quick(prompt, params):
+            if not next(self._num_quick) % _AT_ONCE:
+                await asyncio.sleep(0)
             return checked()
         pool = self._grammars if has_grammar else self._texts
         return await asyncio.get_running_loop().run_in_executor(pool, checked)

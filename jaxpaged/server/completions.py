@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -17,8 +16,6 @@ from jaxpaged.server.sampling import check_outputs, completion_sampling, is_stre
 from jaxpaged.server.service import Asked, Service
 from jaxpaged.server.streaming import Events, EventStream, event, merged, whole
 from jaxpaged.streams import Stream
-
-_AT_ONCE = 16  # prompts that may be looked at before others have their turn
 
 
 async def answer(service: Service, asked: Asked) -> Any:
@@ -35,8 +32,6 @@ async def answer(service: Service, asked: Asked) -> Any:
     streams: list[Stream] = []
     try:
         for place, prompt in enumerate(prompts):
-            if place % _AT_ONCE == _AT_ONCE - 1:
-                await asyncio.sleep(0)
             late = _late(service, prompt, body.get("add_special_tokens", True), salt)
             try:
                 options = {"priority": body.get("priority", 0), "tenant": asked.tenant, "timeout_s": timeout_s}
