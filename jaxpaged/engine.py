@@ -241,12 +241,21 @@ class Engine:
         """Whether `step` has something to do."""
         return self.scheduler.has_unfinished or bool(self._untold)
 
-    def step(self) -> list[TokenEvent]:
+    @property
+    def is_ahead(self) -> bool:
+        """Whether a step runs already that nobody has waited for."""
+        return bool(self._in_flight)
+
+    def step(self, before_waiting: Callable[[], None] = lambda: None) -> list[TokenEvent]:
         """Start the next step and finish the oldest: at most one new token per output of a running request, and one more for each
         of its drafts that was right; none of a beam search before its end.
 
         With async_scheduling the oldest is the step before, and the first call finishes none; when there may be drafts, it is
         finished before the next is planned. Empty also when nothing is to be done, and when only prompts and beams have advanced.
+
+        Args:
+          before_waiting: called before each wait for the device, which has as much to do then as it can have: the time for what
+            may as well come late. It may call `stop` and `abort`, and must not raise.
         """
         events, self._untold = self._untold, []
         try:
@@ -255,6 +264,7 @@ class Engine:
             is_wanted = self._drafting is not None and self._drafting.is_wanted(self._unforced(drafts))
             if is_wanted or drafts or any(chunk.drafts for plan, _ in self._in_flight for chunk in plan.decodes):
                 while self._in_flight:
+                    before_waiting()
                     events += self._finish_step()
                 drafts = self._forced()
             if is_wanted:
@@ -269,7 +279,9 @@ class Engine:
             elif not self._in_flight and self.has_unfinished:
                 self._take_fetched(wait=True)  # it is for these that they wait
             is_ahead = plan is not None and self.config.async_scheduling and len(self._in_flight) == 1
-            events += [] if is_ahead or not self._in_flight else self._finish_step()
+            if self._in_flight and not is_ahead:
+                before_waiting()
+                events += self._finish_step()
             # What runs for nobody is not waited for: all that it was for has ended.
             while self._in_flight and not any(chunk.sequence.finish_reason is None for chunk in self._in_flight[0][0].chunks()):
                 self._finish_step(is_awaited=False)

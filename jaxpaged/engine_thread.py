@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
 from jaxpaged.engine import Engine
-from jaxpaged.host.request import RequestError
-from jaxpaged.live import record_step
+from jaxpaged.host.request import RequestError, TokenEvent
+from jaxpaged.live import record
 from jaxpaged.pacing import Pacer
 from jaxpaged.streams import ClosedError, DeadlineError, RequestFaultError, StalledError, StepFailedError, Stream
 from jaxpaged.suspects import Suspects
@@ -53,8 +53,10 @@ class Observer(Protocol):
 class EngineThread:
     """Owns an engine, which nobody else drives.
 
-    Invariant: a stream that was added and is not over is in the engine or on its way there; when the thread ends, all are over.
-    What goes wrong in one request ends that one alone.
+    Invariant: a stream that was added and is not over is in the engine, on its way there, or its last event is untold; when the
+    thread ends, all are over. What goes wrong in one request ends that one alone.
+
+    What a step brings is told after the next has been begun, so that the device never waits for texts.
     """
 
     def __init__(self, engine: Engine, *, stall_s: float):
@@ -63,6 +65,7 @@ class EngineThread:
         self._streams: dict[str, Stream] = {}  # not over, by request id
         self._suspects = Suspects()
         self._num_failed = 0  # steps, in a row, but those of a trial
+        self._untold: list[TokenEvent] | None = None  # what the last step brought
         self.observer: Observer | None = None
         self._lock = threading.Condition()  # of what follows
         self._commands: list[Callable[[], None]] = []
@@ -203,7 +206,7 @@ class EngineThread:
         with self._lock:
             self._is_closing = True
             commands, self._commands = self._commands, []
-        for command in commands:
+        for command in (self._tell_untold, *commands):
             with contextlib.suppress(Exception):
                 command()
         for stream in list(self._streams.values()):
@@ -225,20 +228,35 @@ class EngineThread:
             command()
         if self.engine.has_unfinished:
             self._step()
+        else:
+            self._tell_untold()
         return True
 
     def _step(self) -> None:
         try:
             self.engine.single_out(self._suspects.on_trial)
-            changed = record_step(self.engine, self._streams, self._fault)
+            events = self.engine.step(self._tell_untold)
         except Exception as error:
+            self._tell_untold()
             self._step_failed(error)
             return
         self._num_failed = 0
+        self._tell_untold()  # where nothing was waited for
+        self._untold = events
+        if not events or not self.engine.is_ahead:
+            self._tell_untold()
+
+    def _tell_untold(self) -> None:
+        """Tell what the last step brought, if it has not been told: before its requests are taken out, for one."""
+        events, self._untold = self._untold, None
+        if events is None:
+            return
+        changed = record(self.engine, events, self._streams, self._fault)
         self._tell(lambda observer: observer.stepped(self.engine, changed, self._beat_s))
         for stream in changed:
             self._suspects.over(stream.request.request_id)
-            self._forget_if_over(stream)
+            if stream.live.is_finished:  # one that has expired is in the engine still, and keeps its id
+                self._forget_if_over(stream)
         self._wake(stream for stream in changed if stream.is_to_wake)
 
     def _step_failed(self, error: Exception) -> None:
@@ -272,6 +290,7 @@ class EngineThread:
             self._fault(stream, error)
 
     def _abort(self, stream: Stream) -> None:
+        self._tell_untold()
         if stream.is_over:
             return
         events = self.engine.abort(stream.request.request_id)
@@ -284,16 +303,17 @@ class EngineThread:
         self._wake([stream])
 
     def _drop(self, stream: Stream) -> None:
-        # Who comes with the same id has been told so after this was sent, so it is not theirs.
+        self._tell_untold()
+        # Who has come with the same id was told so after this was sent, so it is not theirs.
         self.engine.abort(stream.request.request_id)
         self._forget_if_over(stream)
 
     def _forget_if_over(self, stream: Stream) -> None:
-        if stream.is_over:
-            self._suspects.over(stream.request.request_id)
-            was_here = self._streams.pop(stream.request.request_id, None)
-            if was_here is not None:
-                self._tell(lambda observer: observer.ended(stream))
+        request_id = stream.request.request_id
+        if stream.is_over and self._streams.get(request_id) is stream:  # not another that has come with its id
+            self._suspects.over(request_id)
+            del self._streams[request_id]
+            self._tell(lambda observer: observer.ended(stream))
 
     def _tell(self, what: Callable[[Observer], None]) -> None:
         """Who only looks ends nobody's request: one that raises is told no more."""

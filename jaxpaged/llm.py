@@ -23,7 +23,7 @@ from jaxpaged.engine import Engine
 from jaxpaged.growing import GrowingRequest
 from jaxpaged.host.beam_params import BeamSearchParams
 from jaxpaged.host.request import RequestError, RequestOutputKind, SamplingParams
-from jaxpaged.live import record_step
+from jaxpaged.live import record
 from jaxpaged.loading import load, load_weights, open_model
 from jaxpaged.outputs import (
     BeamSearchOutput,
@@ -283,7 +283,7 @@ class LLM:
     def _step(self) -> list[GrowingRequest]:
         """One step of the engine, whoever's requests it serves: those that it changed."""
         engine = self._open_engine()
-        changed = record_step(engine, self._live)
+        changed = record(engine, engine.step(), self._live)
         for live in changed:
             if live.is_finished:
                 del self._live[live.request.request_id]

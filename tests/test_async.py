@@ -117,6 +117,42 @@ def test_what_runs_for_nobody_is_not_waited_for() -> None:
     assert engine.step() == [] and not engine._in_flight
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_what_is_ended_before_a_wait_takes_nothing_along(is_async: bool, tmp_path: Path) -> None:
+    """Between the plan of a step and the commit of the one before it: others' tokens stay, and the recording knows."""
+
+    def day(seed: int | None) -> tuple[Engine, dict]:
+        engine, outputs, rng, ended = new_engine(async_scheduling=is_async), {}, random.Random(seed), set()
+
+        def before_waiting() -> None:
+            seen = [one for one in outputs if one not in ended]
+            if seed is not None and seen and rng.random() < 0.2:
+                request_id, index = one = rng.choice(seen)
+                ended.add(one)
+                if rng.random() < 0.5:
+                    engine.stop(request_id, index)
+                else:
+                    ended.update((event.request_id, event.index) for event in engine.abort(request_id))
+                engine.scheduler.check()
+
+        for number in range(40):
+            engine.add_request([number % 7 + 1] * (20 + number % 30), greedy(30, n=1 + number % 3), request_id=str(number))
+        while engine.has_unfinished:
+            for event in engine.step(before_waiting):
+                assert (event.request_id, event.index) not in ended
+                outputs.setdefault((event.request_id, event.index), []).append(event.token_id)
+        assert engine.pool.num_used == 0
+        return engine, outputs
+
+    whole = day(None)[1]
+    for seed in range(5):
+        engine, outputs = day(seed)
+        num_whole = sum(found == whole[one] for one, found in outputs.items())
+        assert all(found == whole[one][: len(found)] for one, found in outputs.items()) and 10 < num_whole < len(whole) - 10
+        replay = Replay(Recording.load(engine.save_recording(tmp_path / f"{seed}.recording")))
+        assert replay.run(check=True) is None
+
+
 class Flaky(FakeRunner):
     """Fails at random: when a step is to start, or when it is waited for."""
 

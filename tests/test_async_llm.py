@@ -165,6 +165,42 @@ def test_an_interval_tells_the_same_tokens_less_often(interval: int, n: int) -> 
     served(task, stream_interval=interval, max_stream_events_per_s=0)
 
 
+def test_tokens_are_told_when_the_device_has_its_next_step_and_no_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is let through one step at a time: it waits for no text, and no text waits for it."""
+    record, begun = GrowingRequest.record, []
+
+    def noted(self, event, now):
+        begun.append(runner.num_begun)
+        return record(self, event, now)
+
+    class Counting(Gated):
+        num_begun = 0
+        room = threading.Semaphore(0)
+
+        def submit(self, plan):
+            self.num_begun += 1
+            wait = super().submit(plan)
+
+            def waited():
+                self.room.acquire(timeout=20)
+                return wait()
+
+            return waited
+
+    runner = Counting()
+
+    async def task(llm: AsyncLLM, _: Gated) -> None:
+        monkeypatch.setattr(GrowingRequest, "record", noted)
+        stream = await llm.start([1, 2, 3], params(10, output_kind=DELTA))
+        for number in range(1, 11):
+            runner.room.release()
+            output = await anext(stream)
+            assert len(output.outputs[0].token_ids) == 1 and output.finished == (number == 10)
+        assert begun == [min(number + 2, 10) for number in range(1, 11)]
+
+    served(task, runner=runner, max_stream_events_per_s=0)
+
+
 @pytest.mark.parametrize("how", ["cancel", "abort", "leave"])
 def test_whoever_leaves_takes_nothing_along(how: str) -> None:
     async def task(llm: AsyncLLM, runner: Gated) -> None:
@@ -246,6 +282,41 @@ def test_a_deadline_ends_a_request_wherever_it_is_and_no_other(where: str) -> No
         assert await other == await tokens_of(llm, PROMPTS[2], params(100))
 
     served(task)
+
+
+def test_the_id_of_one_that_expired_is_taken_until_the_engine_is_rid_of_it() -> None:
+    """It expires after a step was begun, so that the engine has tokens of it when somebody else comes with its id."""
+    is_begun = threading.Event()
+
+    class Slow(Gated):
+        late = None
+
+        def submit(self, plan):
+            if self.late is not None and self.late.num_generated > 3 and not is_begun.is_set():
+                self.gate.clear()
+                is_begun.set()
+                while self.late.error is None:
+                    time.sleep(0.001)
+            return super().submit(plan)
+
+    runner = Slow()
+
+    async def task(llm: AsyncLLM, _: Gated) -> None:
+        alone = await tokens_of(llm, PROMPTS[1], params(5))
+        runner.late = await llm.start([7] * 40, params(450, output_kind=DELTA), request_id="late")
+        await until(is_begun.is_set)
+        llm._thread.expire(runner.late)
+        with pytest.raises(DeadlineError):
+            async for _ in runner.late:
+                pass
+        await asyncio.sleep(0.02)  # the engine waits for the device, and has told what came before
+        with pytest.raises(RequestError, match="already in use"):
+            await llm.start(PROMPTS[1], params(5), request_id="late")
+        runner.gate.set()
+        await until(lambda: llm._thread.find("late") is None)
+        assert await tokens_of(llm, PROMPTS[1], params(5), request_id="late") == alone
+
+    served(task, runner=runner)
 
 
 def test_a_fault_in_one_is_no_fault_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
