@@ -293,18 +293,21 @@ class AsyncLLM:
         self.shutdown()
 
 
+def _sent(prompt: LatePrompt) -> Any:
+    """The text or the ids of a prompt, as far as it has the shape of one."""
+    return (prompt.get("prompt_token_ids") or prompt.get("prompt") or "") if isinstance(prompt, Mapping) else prompt
+
+
 def _is_quick(prompt: LatePrompt, params: SamplingParams) -> bool:
     """Whether a prompt is checked so fast that a thread is not worth it: it is short, and so is what else is looked at."""
-    if isinstance(prompt, Mapping):
-        prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
-    is_short = not callable(prompt) and hasattr(prompt, "__len__") and len(prompt) <= _SHORT_LEN
+    sent = _sent(prompt)
+    is_short = not callable(sent) and hasattr(sent, "__len__") and len(sent) <= _SHORT_LEN
     return is_short and isinstance(params, SamplingParams) and not (params.bad_words or params.changes_logits)
 
 
 def guessed_len(prompt: LatePrompt) -> int:
     """Tokens of a prompt that has not been tokenised."""
-    if isinstance(prompt, dict):
-        prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
-    if isinstance(prompt, str):
-        return max(1, len(prompt) // _CHARACTERS_PER_TOKEN)
-    return len(prompt) if hasattr(prompt, "__len__") else 1  # type: ignore[arg-type]
+    sent = _sent(prompt)
+    if isinstance(sent, str):
+        return max(1, len(sent) // _CHARACTERS_PER_TOKEN)
+    return len(sent) if hasattr(sent, "__len__") else 1
