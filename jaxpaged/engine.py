@@ -219,11 +219,16 @@ class Engine:
         return next(name for name in (f"req-{number}" for number in self._ids) if name not in self.scheduler)
 
     def abort(self, request_id: str) -> list[TokenEvent]:
-        """End a request now; its pages are free when this returns. An event for each output that had not ended."""
+        """End a request now; its pages are free when this returns. An event for each output that had not ended, behind those that
+        a step which failed has left untold.
+        """
         self._eyes.changing()
         events = self.scheduler.abort(request_id)
         self._eyes.aborted(request_id, bool(events))
         self._prompts.pop(request_id, None)
+        if self._untold:
+            events = [event for event in self._untold if event.request_id == request_id] + events
+            self._untold = [event for event in self._untold if event.request_id != request_id]
         return events
 
     def stop(self, request_id: str, index: int = 0) -> bool:
@@ -232,8 +237,7 @@ class Engine:
         """
         self._eyes.changing()
         was_live = self.scheduler.stop(request_id, index)
-        if was_live:
-            self._eyes.stopped(request_id, index)
+        self._eyes.stopped(request_id, index, was_live)
         return was_live
 
     @property
@@ -255,7 +259,8 @@ class Engine:
 
         Args:
           before_waiting: called before each wait for the device, which has as much to do then as it can have: the time for what
-            may as well come late. It may call `stop` and `abort`, and must not raise.
+            may as well come late, after a compilation too where one is needed (`enforce_eager`). It may call `stop` and `abort`,
+            and must not raise.
         """
         events, self._untold = self._untold, []
         try:
@@ -277,6 +282,7 @@ class Engine:
             if plan is not None:
                 self._in_flight.append((plan, self.runner.submit(plan)))
             elif not self._in_flight and self.has_unfinished:
+                before_waiting()
                 self._take_fetched(wait=True)  # it is for these that they wait
             is_ahead = plan is not None and self.config.async_scheduling and len(self._in_flight) == 1
             if self._in_flight and not is_ahead:

@@ -31,7 +31,9 @@ T = TypeVar("T")
 
 
 class Observer(Protocol):
-    """Told what happens to streams, on the engine's thread but for `started`; the next step waits for it."""
+    """Told what happens to streams, on the engine's thread but for `started`; in the middle of a step, which waits for it and may
+    have two in flight.
+    """
 
     def started(self, stream: Stream) -> None:
         """It has been taken; told on the thread, and in the context, of whoever asked for it."""
@@ -42,7 +44,7 @@ class Observer(Protocol):
         ...
 
     def stepped(self, engine: Engine, changed: list[Stream], began_s: float) -> None:
-        """A step was made, and changed these: the ones that are over still among them."""
+        """A step was made, and changed these: the ones that are over still among them. Another began at `began_s`."""
         ...
 
     def ended(self, stream: Stream) -> None:
@@ -233,6 +235,7 @@ class EngineThread:
         return True
 
     def _step(self) -> None:
+        self._untold = self._untold or []  # whoever looks is told of each step
         try:
             self.engine.single_out(self._suspects.on_trial)
             events = self.engine.step(self._tell_untold)
@@ -243,7 +246,8 @@ class EngineThread:
         self._num_failed = 0
         self._tell_untold()  # where nothing was waited for
         self._untold = events
-        if not events or not self.engine.is_ahead:
+        # Who has had a token in a trial is not suspected in the next step.
+        if not events or not self.engine.is_ahead or self._suspects.on_trial is not None:
             self._tell_untold()
 
     def _tell_untold(self) -> None:
@@ -281,6 +285,8 @@ class EngineThread:
         self._wake([stream])
 
     def _queue(self, stream: Stream) -> None:
+        if stream.is_over:  # given up with all others before it was here
+            return
         try:
             self.engine.queue(stream.request)
             self._tell(lambda observer: observer.queued(self.engine, stream))
@@ -304,9 +310,9 @@ class EngineThread:
 
     def _drop(self, stream: Stream) -> None:
         self._tell_untold()
-        # Who has come with the same id was told so after this was sent, so it is not theirs.
-        self.engine.abort(stream.request.request_id)
-        self._forget_if_over(stream)
+        if self._streams.get(stream.request.request_id) is stream:  # not one that has come with its id since it ended
+            self.engine.abort(stream.request.request_id)
+            self._forget_if_over(stream)
 
     def _forget_if_over(self, stream: Stream) -> None:
         request_id = stream.request.request_id

@@ -63,7 +63,7 @@ class Times:
     scheduled_s: float = 0.0  # the step began that was the first to compute it
     first_token_s: float = 0.0
     last_token_s: float = 0.0
-    last_step_s: float = 0.0  # the step ended that brought the last token
+    last_step_s: float = 0.0  # what a step brought was told, the last token among it
     ended_s: float = 0.0
     num_preemptions: int = 0
 

@@ -382,6 +382,49 @@ def test_one_whose_steps_fail_is_given_up_and_the_engine_goes_on() -> None:
     served(task)
 
 
+def test_one_that_had_a_token_in_its_trial_stands_for_nobody_else() -> None:
+    """Two steps of both fail, then the second of a trial, in which one of them has had its token."""
+
+    async def task(llm: AsyncLLM, runner: Gated) -> None:
+        alone = [await tokens_of(llm, prompt, params(60)) for prompt in PROMPTS[:2]]
+        num_failed, num_alone = 0, 0
+
+        def raises(request_ids: set[str]) -> bool:
+            nonlocal num_failed, num_alone
+            num_alone += request_ids == {"a"}
+            is_bad = num_failed < 2 or (request_ids == {"a"} and num_alone == 2)
+            num_failed += is_bad
+            return is_bad
+
+        runner.pause_s = 0.002
+        crowd = [
+            asyncio.create_task(tokens_of(llm, prompt, params(60), request_id=name))
+            for name, prompt in zip("ab", PROMPTS, strict=False)
+        ]
+        await until(lambda: all(one is not None and one.num_generated > 2 for one in map(llm._thread.find, "ab")))
+        runner.raises = raises
+        assert await asyncio.gather(*crowd) == alone and num_failed >= 2
+
+    served(task)
+
+
+def test_one_that_was_given_up_before_the_engine_had_it_never_runs() -> None:
+    async def task(llm: AsyncLLM, runner: Gated) -> None:
+        stream = await llm.start([1, 2, 3], params(5), request_id="first")
+        await until(lambda: stream.is_over)
+        runner.gate.clear()
+        busy = asyncio.create_task(tokens_of(llm, PROMPTS[3], params(20)))
+        await until(lambda: llm._engine.is_ahead)
+        late = await llm.start([1, 2, 3], params(400), request_id="late")
+        late.fail(StepFailedError("all were given up"))
+        llm._thread._streams.pop("late")
+        runner.gate.set()
+        await busy
+        assert "late" not in llm._engine.scheduler and not late.num_generated
+
+    served(task)
+
+
 def test_steps_that_all_fail_are_told_and_are_no_health(monkeypatch: pytest.MonkeyPatch) -> None:
     """What raises is the scheduler, so that no request can be named."""
 

@@ -75,9 +75,9 @@ class Eyes:
             self._recorder.aborted(request_id)
         self._end()
 
-    def stopped(self, request_id: str, index: int) -> None:
-        """The scheduler has ended an output for its text."""
-        if self._recorder is not None:
+    def stopped(self, request_id: str, index: int, was_live: bool) -> None:
+        """The scheduler has ended an output for its text, or it had ended."""
+        if was_live and self._recorder is not None:
             self._recorder.stopped(request_id, index)
         self._end()
 

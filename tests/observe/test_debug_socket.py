@@ -195,3 +195,12 @@ def test_a_path_that_is_taken_is_refused(path: str) -> None:
         new_engine(debug_socket=f"{path}-no/s")
     with pytest.raises(ConfigError, match=r"debug_socket: .*too long"):
         new_engine(debug_socket="x" * 200)
+
+
+def test_an_output_that_had_ended_when_it_was_stopped_leaves_the_socket_answering(path: str) -> None:
+    engine = new_engine(debug_socket=path)
+    engine.add_request([1, 2, 3], SamplingParams(max_tokens=1), request_id="a")
+    while engine.has_unfinished:
+        engine.step()
+    assert not engine.stop("a", 0)
+    assert ask(path, "scheduler")["num_running"] == 0

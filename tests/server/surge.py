@@ -1,7 +1,7 @@
 """R35: more requests than can be served, from a process beside the server's, at a rate that does not care how it fares.
 
-The client's loop is uvloop, for its own time is in the times that it takes: asyncio's was busy all the time at 3,600 connections a
-second.
+The client's loop is uvloop, for its own time is in the times that it takes: asyncio's was busy all the time at 3,600 connections
+a second.
 
 `surge` raises when a law is broken and returns how many requests it has sent.
 """
