@@ -153,6 +153,21 @@ def test_what_is_ended_before_a_wait_takes_nothing_along(is_async: bool, tmp_pat
         assert replay.run(check=True) is None
 
 
+def test_what_a_failed_step_left_untold_is_told_with_the_end() -> None:
+    """Of that request, in front of its end; what is of others is left."""
+    engine = new_engine()
+    for name in "ab":
+        engine.add_request([1, 2, 3], greedy(9), request_id=name)
+    engine.step()
+    untold = engine.step()
+    assert [event.request_id for event in untold] == ["a", "b"]
+    engine._untold = list(untold)
+    first, last = engine.abort("a")
+    assert first == untold[0] and last.finish_reason is FinishReason.ABORT
+    events = engine.step()
+    assert events[0] == untold[1] and all(event.request_id == "b" for event in events)
+
+
 class Flaky(FakeRunner):
     """Fails at random: when a step is to start, or when it is waited for."""
 
