@@ -230,7 +230,7 @@ class EngineThread:
             command()
         if self.engine.has_unfinished:
             self._step()
-        else:
+        else:  # whoever looked between two steps may have ended all that ran
             self._tell_untold()
         return True
 
@@ -247,7 +247,7 @@ class EngineThread:
         self._tell_untold()  # where nothing was waited for
         self._untold = events
         # Who has had a token in a trial is not suspected in the next step.
-        if not events or not self.engine.is_ahead or self._suspects.on_trial is not None:
+        if not self.engine.is_ahead or self._suspects.on_trial is not None:
             self._tell_untold()
 
     def _tell_untold(self) -> None:
@@ -310,15 +310,18 @@ class EngineThread:
 
     def _drop(self, stream: Stream) -> None:
         self._tell_untold()
-        if self._streams.get(stream.request.request_id) is stream:  # not one that has come with its id since it ended
+        if self._has(stream):
             self.engine.abort(stream.request.request_id)
             self._forget_if_over(stream)
 
+    def _has(self, stream: Stream) -> bool:
+        """Whether its id is still its own: another may have come with it since it ended."""
+        return self._streams.get(stream.request.request_id) is stream
+
     def _forget_if_over(self, stream: Stream) -> None:
-        request_id = stream.request.request_id
-        if stream.is_over and self._streams.get(request_id) is stream:  # not another that has come with its id
-            self._suspects.over(request_id)
-            del self._streams[request_id]
+        if stream.is_over and self._has(stream):
+            self._suspects.over(stream.request.request_id)
+            del self._streams[stream.request.request_id]
             self._tell(lambda observer: observer.ended(stream))
 
     def _tell(self, what: Callable[[Observer], None]) -> None:
