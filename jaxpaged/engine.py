@@ -37,7 +37,7 @@ from jaxpaged.speculative.draft_model import DraftModelProposer
 from jaxpaged.speculative.drafting import Drafting, new_drafting
 from jaxpaged.structured.grammars import Grammars
 from jaxpaged.structured.matchers import is_constrained
-from pallas_kernels.matmul import prefers_panels
+from pallas_kernels.matmul import is_native
 
 
 class Engine:
@@ -496,7 +496,7 @@ def _as_asked(weights: Weights, model: ModelConfig, config: EngineConfig) -> Wei
 def _as_read(weights: Weights, model: ModelConfig, config: EngineConfig, turned: dict[int, tuple[jax.Array, Matrix]]) -> Weights:
     """The same numbers in the order in which the step's products read them fastest; matrices that it replaces are deleted."""
     # A duel computes with the products of two backends, which are to have the same weights.
-    if config.compare_with is not None or not prefers_panels(products_of(attention_backend(config, model))):
+    if config.compare_with is not None or not is_native(products_of(attention_backend(config, model))):
         return weights
     return model_weights.turn(weights, model, turned)
 

@@ -61,7 +61,7 @@ def test_half_of_it_would_show(broken: str, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(attention.PagedTokens, "apart", lambda self: self)
         monkeypatch.setattr(attention, "paged_prefill_attention", _without(attention.paged_prefill_attention))
     else:
-        monkeypatch.setattr(attention.PagedTokens, "row_tiles", lambda self, *, batch_invariant: None)
+        monkeypatch.setattr(step, "of_rows", lambda *given, batch_invariant: {**of_rows(*given, batch_invariant=False)})
     with invariance.new_engine(batch_invariant=True, attention_backend="xla") as engine:
         assert Invariance([engine]).compose(range(4)).differ
 

@@ -66,7 +66,7 @@ def computed(family: Family, dtype: str) -> tuple[list[Any], np.ndarray, list[An
 )
 def test_an_engine_computes_the_same_bits(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     events, vectors, kept = computed(BY_NAME[name], dtype)
-    monkeypatch.setattr(engine_module, "prefers_panels", lambda backend: False)
+    monkeypatch.setattr(engine_module, "is_native", lambda backend: False)
     plain_events, plain_vectors, plain_kept = computed(BY_NAME[name], dtype)
     there = [one for one in kept if one is not None]
     assert [isinstance(one, PanelMatrix) for one in there] == [has_panels(one.shape, dtype) for one in there]

@@ -16,12 +16,6 @@ from jaxpaged.model.cache import KVCache
 from pallas_kernels import Heads, paged_decode_attention, paged_prefill_attention, write_kv_pages
 from pallas_kernels.backends import Backend
 from pallas_kernels.rotate_heads.xla import told
-from pallas_kernels.row_tiles import RowTiles
-
-# Tokens that a batch-invariant step computes at a time. Norms and products of 6 layers of the 135M shape in float32, with 1, 16
-# and 512 tokens: 12, 11 and 196 ms in tiles of 16; 7, 17 and 383 in tiles of 8; 16, 15 and 204 in tiles of 32; 3, 11 and 124 all
-# at once (lowest of 8 turns, 2 loaded CPU cores, jax 0.10.2, November 2026). In bfloat16 one row alone costs more than sixteen.
-ROW_TILE = 16
 
 
 @flax.struct.dataclass
@@ -71,10 +65,6 @@ class PagedTokens:
         is_sound = jnp.all(jnp.isfinite(hidden), axis=-1) | ~self.is_real
         tiles = is_sound[self.num_rows :].reshape(self.num_tiles, self.tile)
         return jnp.concatenate([is_sound[: self.num_rows], jnp.all(tiles, axis=-1)])
-
-    def row_tiles(self, *, batch_invariant: bool) -> RowTiles | None:
-        """What the tokens are computed in, None for all at once."""
-        return RowTiles.of(self.is_real, ROW_TILE) if batch_invariant else None
 
     def apart(self) -> PagedTokens:
         """The same tokens, each of them a tile of one: what it yields is one sum, whether it comes in a row or in a tile."""

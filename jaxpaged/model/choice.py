@@ -70,7 +70,9 @@ def choose(
       logprobs_mode: whether log-probabilities, or logits, are told of what the model alone finds (raw) or of what is drawn by.
       allowed: as in `Masks`; None allows all.
     """
-    is_finite, changed = jnp.all(jnp.isfinite(logits), axis=-1), logits
+    # 0 times what is not finite is NaN. XLA's CPU backend would keep what it finds of each of 64 rows of 49,152 logits before it
+    # looks at all of a row: 6.4 ms for this function against 1.8 (2 cores, jax 0.10.2, November 2026).
+    is_finite, changed = jnp.sum(logits * 0.0, axis=-1) == 0.0, logits
     if processors:
         changed, has_some = process(processors, logits, LogitsRows(rows.positions, rows.last, rows.extra or {}))
         is_finite &= has_some

@@ -18,7 +18,7 @@ from jaxpaged.model.attention import PagedAttention, PagedTokens, narrowed
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.sampler import first_largest
 from jaxpaged.model.step import StepInputs, StepOutputs, sampled_logits
-from jaxpaged.model.transformer import forward, products_of
+from jaxpaged.model.transformer import forward, of_rows
 from jaxpaged.model.weights import Weights
 from pallas_kernels import Heads
 from pallas_kernels.backends import Backend
@@ -69,8 +69,8 @@ def step(
     tokens = inputs.fed_tokens()
     how: dict[str, Any] = {"config": config, "batch_invariant": batch_invariant}
     attention, opponent = (PagedAttention(tokens, backend=name, **how) for name in (backend, rival))
-    of_rows = {"tiles": tokens.row_tiles(batch_invariant=batch_invariant), "backend": products_of(backend)}
-    run = functools.partial(forward, weights, config, tokens.token_ids, tokens.positions, **of_rows)
+    rows = of_rows(tokens.is_real, backend, batch_invariant=batch_invariant)
+    run = functools.partial(forward, weights, config, tokens.token_ids, tokens.positions, **rows)
     how["backend"] = backend
     hidden, (cache, errors, queries) = run(_Duellists(attention, opponent), (cache, (), ()))
     scores = sampled_logits(weights, hidden, inputs, **how)

@@ -33,6 +33,7 @@ def linear(
     eps: float = 0.0,
     is_gated: bool = False,
     residual: jax.Array | None = None,
+    is_real: jax.Array | None = None,
     out_dtype: str | None = None,
     backend: Backend = "xla",
     scope: str = "matmul",
@@ -50,6 +51,7 @@ def linear(
             out = finish(out, flat_bias, residual, is_gated=is_gated, out_dtype=out_dtype or x.dtype)
         else:
             how: dict[str, Any] = {"norm": norm, "eps": eps, "is_gated": is_gated, "residual": residual, "out_dtype": out_dtype}
+            how["is_real"] = is_real
             flat = weight.panels if isinstance(weight, PanelMatrix) else weight.reshape(-1, weight.shape[-1])
             out = matmul(x, flat, flat_bias, backend=backend, **how)
     return out.reshape(-1, *weight.shape[1 if is_gated else 0 : -1])
@@ -89,8 +91,16 @@ def rope_tables(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, j
 
 @jax.named_scope("mlp")
 def gated_mlp(
-    x: jax.Array, layer: Layer, *, backend: Backend = "xla", residual: jax.Array | None = None, **norm: Any
+    x: jax.Array,
+    layer: Layer,
+    *,
+    norm: jax.Array | None = None,
+    eps: float = 0.0,
+    residual: jax.Array | None = None,
+    **how: Any,
 ) -> jax.Array:
-    """down(silu(gate(x)) * up(x)), plus the residual; `norm` and `eps` are of a norm of x. Source: SwiGLU, arXiv 2002.05202."""
-    gated = linear(x, layer.gate_up, layer.gate_up_bias, is_gated=True, backend=backend, **norm)
-    return linear(gated, layer.down, layer.down_bias, residual=residual, backend=backend)
+    """down(silu(gate(x)) * up(x)), plus the residual; `norm` and `eps` are of a norm of x, `how` has what both products take of
+    `linear`. Source: SwiGLU, arXiv 2002.05202.
+    """
+    gated = linear(x, layer.gate_up, layer.gate_up_bias, is_gated=True, norm=norm, eps=eps, **how)
+    return linear(gated, layer.down, layer.down_bias, residual=residual, **how)

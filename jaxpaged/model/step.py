@@ -16,15 +16,14 @@ from jax import lax
 
 from jaxpaged.config import ModelConfig
 from jaxpaged.model.adjust import Adjustments
-from jaxpaged.model.attention import ROW_TILE, PagedAttention, PagedTokens
+from jaxpaged.model.attention import PagedAttention, PagedTokens
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.choice import Rows, choose
 from jaxpaged.model.packed import Layout
 from jaxpaged.model.sampler import SamplingInputs, likeliest, logprobs_of
-from jaxpaged.model.transformer import forward, logits, products_of
+from jaxpaged.model.transformer import forward, logits, of_rows, products_of
 from jaxpaged.model.weights import Weights
 from pallas_kernels.backends import Backend
-from pallas_kernels.row_tiles import RowTiles
 
 
 @flax.struct.dataclass
@@ -68,6 +67,12 @@ class StepInputs:
         sampling = SamplingInputs(*(arrays[name] for name in ("temperature", "top_k", "top_p", "min_p", "seeds")))
         asked = (arrays[name] for name in ("beam_temperature", "wants_logprobs", "prompt_targets"))
         return cls(tokens, arrays["fed"], previous, arrays["sample_at"], sampling, *asked, **others)
+
+    @property
+    def is_sampled(self) -> jax.Array:
+        """bool [R], rows whose token the plan wants. Where none is, `sample_at` is 0, which is the first row's own."""
+        first = jnp.concatenate([self.tokens.row_lens, self.tokens.tile_lens])[:1] > 0
+        return (self.sample_at > 0).at[:1].set(first)
 
     def rows(self) -> Rows:
         """What there is to know of the rows that may sample."""
@@ -147,8 +152,7 @@ class PromptLogprobs:
         def compute(tile: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
             states, targets = tile
             is_wanted = targets > 0
-            row_tiles = RowTiles.of(is_wanted, ROW_TILE) if batch_invariant else None
-            scores = logits(weights, config, states, tiles=row_tiles, backend=products_of(backend))
+            scores = logits(weights, config, states, **of_rows(is_wanted, backend, batch_invariant=batch_invariant))
             best = likeliest(scores, jnp.ones(T, jnp.float32), count)
             return *logprobs_of(scores, jnp.maximum(targets - 1, 0), is_wanted), *best
 
@@ -235,7 +239,7 @@ def forward_paged(
 ) -> tuple[jax.Array, KVCache]:
     """Hidden states [X, D] of a step's tokens, and the cache with their keys and values written."""
     attention = PagedAttention(tokens, config, backend, batch_invariant)
-    how: dict[str, Any] = {"tiles": tokens.row_tiles(batch_invariant=batch_invariant), "backend": products_of(backend)}
+    how = of_rows(tokens.is_real, backend, batch_invariant=batch_invariant)
     return forward(weights, config, tokens.token_ids, tokens.positions, attention, cache, **how)
 
 
@@ -249,9 +253,8 @@ def sampled_logits(
     batch_invariant: bool = False,
 ) -> jax.Array:
     """Logits, float32 [R, V], of the rows that may sample, from the hidden states [X, D] of a step's tokens."""
-    is_real = inputs.tokens.is_real[inputs.sample_at]
-    tiles = RowTiles.of(is_real, ROW_TILE) if batch_invariant else None
-    return logits(weights, config, hidden[inputs.sample_at], tiles=tiles, backend=products_of(backend))
+    how = of_rows(inputs.is_sampled, backend, batch_invariant=batch_invariant)
+    return logits(weights, config, hidden[inputs.sample_at], **how)
 
 
 def prefill(

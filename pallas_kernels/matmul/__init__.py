@@ -11,7 +11,7 @@ from pallas_kernels import backends
 from pallas_kernels.matmul.panels import LANES, from_panels
 from pallas_kernels.native import matmul as native
 
-__all__ = ["matmul", "prefers_panels"]
+__all__ = ["is_native", "matmul"]
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -25,6 +25,7 @@ def matmul(
     eps: float = 0.0,
     is_gated: bool = False,
     residual: jax.Array | None = None,
+    is_real: jax.Array | None = None,
     out_dtype: str | None = None,
     backend: backends.Backend = "auto",
 ) -> jax.Array:
@@ -46,6 +47,7 @@ def matmul(
       norm: [D] of x's dtype, the scale of a norm of the rows; None for rows as they are.
       eps: of that norm.
       residual: [X, F] of the result's dtype, added to it.
+      is_real: bool [X], rows that count; the others yield 0, and cost nothing on the native backend. None for all.
       out_dtype: "float32" or x's dtype, which it is when left out.
       backend: of "native" a row's bits depend on that row and the weight alone, not on the number of rows. "auto" is it on a
         CPU.
@@ -58,17 +60,19 @@ def matmul(
       NotImplementedError: the named backend cannot run here; the message says why.
     """
     dtype = jnp.dtype(out_dtype or x.dtype)
-    _check(x, weight, bias, norm, residual, is_gated, dtype)
+    _check(x, weight, bias, norm, residual, is_real, is_gated, dtype)
     choice = backends.choose("matmul", backend, native=native.unavailable)
     # For any number of rows: with XLA's products for some, the last bits of a request would depend on how many others there are.
     module = native if choice.name == "native" else importlib.import_module(f"pallas_kernels.matmul.{choice.name}")
     if module is not native and weight.ndim == 4:
         weight = from_panels(weight)
-    return module.matmul(x, weight, bias, norm, residual, eps=eps, is_gated=is_gated, out_dtype=dtype)
+    return module.matmul(x, weight, bias, norm, residual, is_real, eps=eps, is_gated=is_gated, out_dtype=dtype)
 
 
-def prefers_panels(backend: backends.Backend) -> bool:
-    """Whether a weight that stays is better kept as panels for this backend here."""
+def is_native(backend: backends.Backend) -> bool:
+    """Whether this backend's products are in C++ here: a weight that stays is then better kept as panels, and rows that do not
+    count cost nothing.
+    """
     return backends.choose("matmul", backend, native=native.unavailable).name == "native"
 
 
@@ -78,6 +82,7 @@ def _check(
     bias: jax.Array | None,
     norm: jax.Array | None,
     residual: jax.Array | None,
+    is_real: jax.Array | None,
     is_gated: bool,
     dtype: jnp.dtype,
 ) -> None:
@@ -109,3 +114,5 @@ def _check(
     result = (X, num_outputs // (2 if is_gated else 1))
     if residual is not None and (residual.shape != result or residual.dtype != dtype):
         refuse(f"residual is {residual.dtype}{list(residual.shape)}, expected {dtype}{list(result)} as the result")
+    if is_real is not None and (is_real.shape != (X,) or is_real.dtype != bool):
+        refuse(f"is_real is {is_real.dtype}{list(is_real.shape)}, expected bool[{X}]")

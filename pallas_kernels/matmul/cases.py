@@ -33,12 +33,13 @@ class Case:
     is_gated: bool = False
     has_outliers: bool = False  # two columns of x a hundred times larger
     has_panels: bool = False  # of the weight, in place of what the checkpoint has
+    holes: float = 0.0  # the share of rows that do not count, of which some are not finite
 
     def __str__(self) -> str:
         parts = [f"X{self.X}-D{self.D}-F{self.F}", self.dtype, f"by-{self.weight}" * bool(self.weight)]
         parts += [f"to-{self.out}" * bool(self.out)]
         parts += [name for name in ("bias", "norm", "residual", "outliers", "panels") if getattr(self, f"has_{name}")]
-        return "-".join(filter(None, [*parts, "gated" * self.is_gated]))
+        return "-".join(filter(None, [*parts, "gated" * self.is_gated, f"holes{self.holes}" * bool(self.holes)]))
 
 
 _ALL: dict[str, Any] = {"has_bias": True, "has_norm": True, "has_residual": True}
@@ -67,6 +68,10 @@ CHECK = (
     Case(40, 72, 1040, is_gated=True, has_panels=True, **_ALL),
     Case(9, 98, 80, "float32", weight="bfloat16", has_panels=True, has_bias=True),
     Case(4, 50, 32, weight="float32", is_gated=True, has_norm=True, has_panels=True),
+    Case(64, 72, 40, holes=0.3, **_ALL),
+    Case(100, 96, 48, "float32", holes=0.1, is_gated=True, has_panels=True, **_ALL),
+    Case(64, 576, 96, has_panels=True, has_norm=True, holes=0.5),
+    Case(9, 64, 20, holes=1.0, has_residual=True),
 )
 # The products of a layer of 135M parameters and its head; those of a layer of 600M.
 BENCH = (
@@ -111,6 +116,10 @@ def make(case: Case) -> Call:
         options["eps"] = EPS
     if case.has_residual:
         arrays["residual"] = rng.standard_normal((case.X, case.F)).astype(DTYPES[case.out or case.dtype])
+    if case.holes:
+        # Stretches of both kinds, some of them of a single row.
+        arrays["is_real"] = np.repeat(rng.random(case.X) >= case.holes, rng.integers(1, 20, case.X))[: case.X]
+        arrays["x"][~arrays["is_real"]] = np.nan
     return Call(arrays, options)
 
 
@@ -128,6 +137,8 @@ def plain(call: Call) -> tuple[np.ndarray]:
 def _compute(call: Call, wide: type, rounded) -> np.ndarray:
     a = call.arrays
     x = a["x"].astype(wide)
+    if "is_real" in a:
+        x = np.where(a["is_real"][:, None], x, wide(0))
     if "norm" in a:
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + wide(call.options["eps"]))
         if wide is np.float32:
@@ -143,7 +154,9 @@ def _compute(call: Call, wide: type, rounded) -> np.ndarray:
     if call.options["is_gated"]:
         gate, up = np.split(out, 2, axis=-1)
         out = rounded(rounded(gate.astype(wide) / (1 + np.exp(-gate.astype(wide)))).astype(wide) * up.astype(wide))
-    return rounded(out.astype(wide) + a["residual"].astype(wide)) if "residual" in a else out
+    if "residual" in a:
+        out = rounded(out.astype(wide) + a["residual"].astype(wide))
+    return np.where(a["is_real"][:, None], out, out.dtype.type(0)) if "is_real" in a else out
 
 
 def cost(case: Case) -> Cost:

@@ -12,6 +12,7 @@ def matmul(
     bias: jax.Array | None,
     norm: jax.Array | None,
     residual: jax.Array | None,
+    is_real: jax.Array | None,
     *,
     eps: float,
     is_gated: bool,
@@ -30,4 +31,6 @@ def matmul(
         out = jax.nn.silu(gate) * up
     if residual is not None:
         out += residual.astype(jnp.float32)
+    if is_real is not None:
+        out = jnp.where(is_real[:, None], out, 0)
     return out.astype(out_dtype)

@@ -19,6 +19,7 @@ def matmul(
     bias: jax.Array | None,
     norm: jax.Array | None,
     residual: jax.Array | None,
+    is_real: jax.Array | None,
     *,
     eps: float,
     is_gated: bool,
@@ -27,7 +28,8 @@ def matmul(
     """See the contract in `pallas_kernels.matmul`; each part rounds to the result's dtype."""
     if norm is not None:
         x = rms_norm(x, norm, eps)
-    return finish(_product(x, weight), bias, residual, is_gated=is_gated, out_dtype=out_dtype)
+    out = finish(_product(x, weight), bias, residual, is_gated=is_gated, out_dtype=out_dtype)
+    return out if is_real is None else jnp.where(is_real[:, None], out, 0)
 
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -282,10 +282,14 @@ __attribute__((noinline)) void Tile(const typename A::Row* x, int64_t stride, co
 
 template <typename A, int NR = kRows>
 inline void Tiles(int64_t num_rows, const typename A::Row* x, int64_t stride, const Panels& panels, int64_t steps, Ahead ahead, Vec* out) {
-  constexpr int kFewest = kIsTurned<A> ? 1 : std::min(kFewRows + 1, kRows / 2);
   if (num_rows >= NR) return Tile<typename A::Itself, NR>(x, stride, panels, steps, ahead, out);
-  if constexpr (NR > kFewest) Tiles<A, NR - 1>(num_rows, x, stride, panels, steps, ahead, out);
+  if constexpr (NR > 1) Tiles<A, NR - 1>(num_rows, x, stride, panels, steps, ahead, out);
 }
+
+// Rows beside each other that are multiplied together, up to kRows.
+struct Rows {
+  int64_t first, count;
+};
 
 // One call. Optional arrays are null when they were not given.
 struct Call {
@@ -297,9 +301,23 @@ struct Call {
   const float* scales; // [F], of a weight of int8
   const float* bias;
   const void* residual;  // [X, F], as the result
+  const bool* is_real;   // [X], rows that count; the others are 0
   void* out;             // [X, F]
+  std::vector<Rows> tiles = {};  // of the rows that count, in their order
 
   int64_t Width() const { return is_gated ? kLanes : kPanels * kLanes; }  // outputs of a tile
+  bool IsReal(int64_t row) const { return !is_real || is_real[row]; }
+
+  // Cuts the rows that count into tiles: those of a stretch without a hole have as many rows each, or one less.
+  void Part() {
+    for (int64_t row = 0, end; row < X; row = end + 1) {
+      for (end = row; end < X && IsReal(end);) ++end;
+      for (int64_t left = (end - row + kRows - 1) / kRows; left; --left) {
+        tiles.push_back({row, (end - row) / left});
+        row += tiles.back().count;
+      }
+    }
+  }
 };
 
 inline float Silu(float x) {
@@ -335,21 +353,18 @@ __attribute__((noinline)) void Finish(const Call& c, int64_t row, int64_t num_ro
   }
 }
 
-// Rows [first, last) times outputs [begin, end).
+// Rows of tiles [first, last) times outputs [begin, end).
 template <typename A, typename P, typename Out>
-void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t end) {
-  const int64_t width = c.Width(), num_tiles = (last - first + kRows - 1) / kRows;
+void Compute(const Call& c, const Rows* first, const Rows* last, int64_t begin, int64_t end) {
+  const int64_t width = c.Width();
   const int64_t steps = (c.D + A::kGroup - 1) / A::kGroup;
   const auto* x = static_cast<const typename A::Row*>(c.x);
   alignas(64) Vec sums[kPanels * kRows];
   Panels panels = {};
   const auto multiply = [&](int64_t at, Ahead ahead) {
-    int64_t row = first;
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {  // tiles of as many rows, or one less
-      const int64_t num_rows = (last - row) / (num_tiles - tile);
-      Tiles<A>(num_rows, x + row * c.stride, c.stride, panels, steps, ahead, sums);
-      Finish<Out>(c, row, num_rows, at, sums);
-      row += num_rows;
+    for (const Rows* tile = first; tile < last; ++tile) {
+      Tiles<A>(tile->count, x + tile->first * c.stride, c.stride, panels, steps, ahead, sums);
+      Finish<Out>(c, tile->first, tile->count, at, sums);
     }
   };
   if constexpr (kIsTurned<A>) {
@@ -375,10 +390,10 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
     for (int64_t at = begin; at < end; at += width) {
       const int64_t after = std::min(at + width, c.F - 1);
       for (int p = 0; p < kPanels; ++p) ahead.from[p] = reinterpret_cast<const char*>(weight_of(after, p));
-      if (last - first <= kFewRows) {
+      if (last - first == 1 && first->count <= kFewRows) {
         const Outputs<A, P> outputs[] = {{weight_of(at, 0), count_of(at, 0), c.D}, {weight_of(at, 1), count_of(at, 1), c.D}};
-        Streams<A, P>(last - first, x + first * c.stride, c.stride, outputs, ahead, sums);
-        Finish<Out>(c, first, last - first, at, sums);
+        Streams<A, P>(first->count, x + first->first * c.stride, c.stride, outputs, ahead, sums);
+        Finish<Out>(c, first->first, first->count, at, sums);
         continue;
       }
       for (int p = 0; p < kPanels; ++p) {
@@ -392,21 +407,29 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
   }
 }
 
+// Outputs [begin, end) of the rows that do not count.
+template <typename Out>
+void Clear(const Call& c, int64_t begin, int64_t end) {
+  for (int64_t row = 0; row < c.X; ++row)
+    if (!c.IsReal(row)) std::memset(static_cast<Out*>(c.out) + row * c.F + begin, 0, (end - begin) * sizeof(Out));
+}
+
 template <typename A, typename P, typename Out>
 void Run(ffi::ThreadPool& pool, const Call& c) {
   if (c.X == 0 || c.F == 0) return;
-  const int64_t width = c.Width(), num_tiles = (c.F + width - 1) / width;
+  const int64_t width = c.Width(), num_tiles = (c.F + width - 1) / width, num_rows = c.tiles.size() * kRows;
   const int64_t weight_bytes = c.F * c.D * static_cast<int64_t>(sizeof(P)) * (c.is_gated ? 2 : 1);
   // Eight rows cost as much in arithmetic as the weight in bytes.
-  const int64_t cost = weight_bytes * (8 + c.X) / 9;
+  const int64_t cost = weight_bytes * (8 + std::min(num_rows, c.X)) / 9;
   const int64_t wanted = std::clamp<int64_t>(cost / kTaskBytes, 1, 16 * NumThreads(pool));
   const int64_t tiles = (num_tiles + wanted - 1) / wanted, output_tasks = (num_tiles + tiles - 1) / tiles;
   // Rows are parted where outputs are too few for the threads: each part turns the weight again.
-  const int64_t row_parts = std::clamp<int64_t>(2 * NumThreads(pool) / output_tasks, 1, (c.X + 8 * kRows - 1) / (8 * kRows));
-  const int64_t num_rows = (c.X + row_parts - 1) / row_parts;
+  const int64_t num_all = c.tiles.size(), row_parts = std::clamp<int64_t>(2 * NumThreads(pool) / output_tasks, 1, std::max<int64_t>(1, (num_all + 7) / 8));
+  const int64_t some = (num_all + row_parts - 1) / row_parts;
   ParallelFor(pool, row_parts * output_tasks, [&](int64_t task) {
-    const int64_t row = task / output_tasks * num_rows, output = task % output_tasks * tiles * width;
-    if (row < c.X) Compute<A, P, Out>(c, row, std::min(row + num_rows, c.X), output, std::min(output + tiles * width, c.F));
+    const int64_t first = task / output_tasks * some, output = task % output_tasks * tiles * width, end = std::min(output + tiles * width, c.F);
+    if (first == 0) Clear<Out>(c, output, end);
+    if (first < num_all) Compute<A, P, Out>(c, &c.tiles[first], c.tiles.data() + std::min(first + some, num_all), output, end);
   });
 }
 
@@ -449,9 +472,11 @@ void Prepare(ffi::ThreadPool& pool, Call& c, const P* scale, float eps) {
   // Of the calling thread, which takes no other call before this one ends.
   thread_local std::vector<Row> prepared;
   prepared.resize(static_cast<size_t>(c.X) * c.stride);
-  const int64_t D = c.D, stride = c.stride, some = std::max<int64_t>(1, kTaskBytes / (D * 16));  // rows of a task: a norm is several passes
-  ParallelFor(pool, (c.X + some - 1) / some, [&, target = prepared.data()](int64_t task) {
-    for (int64_t r = task * some; r < std::min((task + 1) * some, c.X); ++r) {
+  const int64_t D = c.D, stride = c.stride, num_tiles = c.tiles.size();
+  const int64_t some = std::max<int64_t>(1, kTaskBytes / (D * 16 * kRows));  // tiles of a task: a norm is several passes
+  ParallelFor(pool, (num_tiles + some - 1) / some, [&, target = prepared.data()](int64_t task) {
+    const Rows &from = c.tiles[task * some], &to = c.tiles[std::min((task + 1) * some, num_tiles) - 1];
+    for (int64_t r = from.first; r < to.first + to.count; ++r) {
       Row* row = target + r * stride;
       std::fill(row + D, row + stride, Row{});
       if (!scale) {
@@ -517,11 +542,12 @@ const void* DataOrNull(const ffi::AnyBuffer& x) { return x.element_count() ? x.u
 
 // Optional arrays have no element when they are not given.
 ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::Buffer<ffi::F32> bias, ffi::AnyBuffer norm,
-                    ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> out, float eps, bool is_gated) {
+                    ffi::AnyBuffer residual, ffi::Buffer<ffi::PRED> is_real, ffi::Result<ffi::AnyBuffer> out, float eps, bool is_gated) {
   const auto xd = x.dimensions(), od = out->dimensions();
   Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = is_gated, .x = x.untyped_data(), .stride = xd[1], .weight = weight.untyped_data(), .scales = nullptr,
          .bias = bias.element_count() ? bias.typed_data() : nullptr,
-         .residual = DataOrNull(residual), .out = out->untyped_data()};
+         .residual = DataOrNull(residual), .is_real = is_real.element_count() ? is_real.typed_data() : nullptr, .out = out->untyped_data()};
+  c.Part();
   const ffi::DataType of_weight = weight.element_type(), of_out = out->element_type();
   const bool is_turned = weight.dimensions().size() == 4;
   switch (x.element_type()) {
@@ -536,8 +562,9 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
 ffi::Error MultiplyInt8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> weight, ffi::Buffer<ffi::F32> scales,
                         ffi::Result<ffi::Buffer<ffi::F32>> out) {
   const auto xd = x.dimensions(), od = out->dimensions();
-  const Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = false, .x = x.typed_data(), .stride = xd[1], .weight = weight.typed_data(),
-               .scales = scales.typed_data(), .bias = nullptr, .residual = nullptr, .out = out->typed_data()};
+  Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = false, .x = x.typed_data(), .stride = xd[1], .weight = weight.typed_data(),
+         .scales = scales.typed_data(), .bias = nullptr, .residual = nullptr, .is_real = nullptr, .out = out->typed_data()};
+  c.Part();
   Run<Singles, Int8, float>(pool, c);
   return ffi::Error::Success();
 }
@@ -547,7 +574,8 @@ ffi::Error MultiplyIntegers(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x, ffi::B
                             ffi::Result<ffi::Buffer<ffi::F32>> out) {
   const auto xd = x.dimensions(), od = out->dimensions();
   Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = false, .x = x.typed_data(), .stride = xd[1], .weight = weight.typed_data(),
-         .scales = scales.typed_data(), .bias = nullptr, .residual = nullptr, .out = out->typed_data()};
+         .scales = scales.typed_data(), .bias = nullptr, .residual = nullptr, .is_real = nullptr, .out = out->typed_data()};
+  c.Part();
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
   Prepare<Quads, Shifted>(pool, c, nullptr, 0.0f);
   Run<Quads, Int8, float>(pool, c);
@@ -585,6 +613,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Matmul, Multiply,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<float>("eps")
                                   .Attr<bool>("is_gated"));

@@ -34,6 +34,7 @@ def matmul(
     bias: jax.Array | None,
     norm: jax.Array | None,
     residual: jax.Array | None,
+    is_real: jax.Array | None,
     *,
     eps: float,
     is_gated: bool,
@@ -44,7 +45,8 @@ def matmul(
     call = jax.ffi.ffi_call(_target("Matmul"), jax.ShapeDtypeStruct((x.shape[0], num_outputs), out_dtype))
     absent = jnp.zeros(0, jnp.float32)
     optional = (absent if bias is None else bias.astype(jnp.float32), *(absent if a is None else a for a in (norm, residual)))
-    return call(x, weight, *optional, eps=np.float32(eps), is_gated=is_gated)
+    rows = jnp.zeros(0, bool) if is_real is None else is_real
+    return call(x, weight, *optional, rows, eps=np.float32(eps), is_gated=is_gated)
 
 
 def matmul_int8(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.Array:
