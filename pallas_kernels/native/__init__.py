@@ -49,11 +49,12 @@ def _target(name: str, head_dim: int) -> str:
 def attend(arrays: Arrays, options: Options) -> tuple[jax.Array, jax.Array]:
     """Causal attention of T consecutive queries per row, the first at `first_positions[b]`: [B, T, N, H] and LSE [B, T, N]."""
     q, k_pages, v_pages, block_tables, kv_lens, first_positions, sinks, k_scales, v_scales = arrays
-    outputs = jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
+    dtype = q.dtype if q.dtype.name in ("float32", "bfloat16", "float16") else jnp.dtype(jnp.float32)
+    outputs = jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
     call = jax.ffi.ffi_call(_target("PagedAttend", q.shape[-1]), outputs)
     optional = (jnp.zeros(0) if x is None else x.astype(jnp.float32) for x in (sinks, k_scales, v_scales))
     out, lse = call(
-        q.astype(jnp.float32),
+        q.astype(dtype),
         *(as_bits(k_pages), as_bits(v_pages), block_tables, kv_lens, first_positions),
         *optional,
         scale=np.float32(options.scale),

@@ -3,7 +3,8 @@
 //
 // One task is one row and one or more of its key/value heads. It walks the row's pages once, a block of tokens after the other and
 // in each the heads, which lie behind each other, with an online softmax in float32, and touches no token outside [first visible,
-// kv_len): what unused places hold, NaN or not, is never read.
+// kv_len): what unused places hold, NaN or not, is never read. Few queries meet the tokens where they lie; many, those of a tile,
+// meet them as panels of a product, and where queries and pages are bfloat16 their weights are rounded to it too.
 // Scales of pages never meet the pages' numbers: a key's multiplies its score, a value's its weight.
 // The order of a head's sums depends on its own row alone, so a row's bits do not depend on the batch.
 
@@ -16,6 +17,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "tiles.h"
 #include "vectors.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -44,18 +46,20 @@ struct Call {
   int64_t B, T, N, K, S, M;
   float scale, soft_cap;
   int64_t window;
-  const float* q;                        // [B, T, N, H]
+  ffi::DataType kind;                    // of q and out
+  const void* q;                         // [B, T, N, H]
   const void *k_pages, *v_pages;         // [P, K, S, H]
   const int32_t *tables, *kv_lens, *first;
   const float *sinks;                    // [N]
   const float *k_scales, *v_scales;      // [K], or [P, K, S] if has_token_scales
   bool has_token_scales;
-  float *out, *lse;                      // [B, T, N, H], [B, T, N]
+  void* out;                             // [B, T, N, H]
+  float* lse;                            // [B, T, N]
 };
 
 // What one query has gathered so far: the largest score, the sum of weights, and where its weighted values are.
 struct Query {
-  const float* q;  // [H], scaled
+  const float* q;  // [H], scaled; of few
   float* sum;      // [H]
   float peak, total;
   int64_t low, high;  // it sees positions [low, high)
@@ -83,26 +87,35 @@ struct Block {
   const float *k_scales, *v_scales;
 };
 
-// Turns a query's scores of a block into what its values are to be multiplied by, and returns what its sum so far is to be.
-__attribute__((noinline)) float Weigh(Query& query, const Block& block, float* weights) {
-  const int count = block.count;
-  const int a = std::clamp<int64_t>(query.low - block.start, 0, count);
-  const int b = std::clamp<int64_t>(query.high - block.start, 0, count);
+// Turns a query's scores of a block into what its values are to be multiplied by, and returns what its sum so far is to be. There is
+// room for kBlock scores.
+__attribute__((noinline)) float Weigh(Query& query, const Block& block, float* __restrict weights) {
+  const int a = std::clamp<int64_t>(query.low - block.start, 0, block.count);
+  const int b = std::clamp<int64_t>(query.high - block.start, 0, block.count);
   if (block.k_scales)
     for (int j = a; j < b; ++j) weights[j] *= block.k_scales[j];
   if (block.soft_cap != 0.0f) {
     const float cap = block.soft_cap, inverse = 1.0f / cap;
     for (int j = a; j < b; ++j) weights[j] = cap * Tanh(weights[j] * inverse);
   }
-  float peak = query.peak;
-  for (int j = a; j < b; ++j) peak = weights[j] > peak ? weights[j] : peak;
-  float total = 0.0f;
-  for (int j = 0; j < a; ++j) weights[j] = 0.0f;
-  for (int j = a; j < b; ++j) weights[j] = ExpNonPositive(weights[j] - peak);
-  for (int j = b; j < count; ++j) weights[j] = 0.0f;
-  for (int j = a; j < b; ++j) total += weights[j];
+  constexpr Dwords kPlaces = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const auto seen = [&](int j, Vec x, Vec other) { return (kPlaces + j >= a) & (kPlaces + j < b) ? x : other; };
+  const Vec so_far = Vec{} + query.peak;
+  Vec peaks = so_far, totals = {};
+  UNROLL for (int j = 0; j < kBlock; j += kLanes) {
+    const Vec x = seen(j, Load(weights + j), so_far);
+    peaks = x > peaks ? x : peaks;
+    Store(weights + j, x);
+  }
+  const float peak = Largest(peaks);
+  for (int j = 0; j < kBlock; ++j) weights[j] = ExpNonPositive(weights[j] - peak);
+  UNROLL for (int j = 0; j < kBlock; j += kLanes) {
+    const Vec x = seen(j, Load(weights + j), Vec{});
+    totals += x;
+    Store(weights + j, x);
+  }
   const float rescale = ExpNonPositive(query.peak - peak);
-  query.total = query.total * rescale + total;
+  query.total = query.total * rescale + Sum(totals);
   query.peak = peak;
   if (block.v_scales)
     for (int j = a; j < b; ++j) weights[j] *= block.v_scales[j];
@@ -168,6 +181,78 @@ inline void AttendQueries(Query* queries, int num_queries, const Rows<P>& rows, 
   for (; i < num_queries; ++i, next = &kNothing<P>) AttendBlock<P, V, 1>(queries + i, rows, *next, block);
 }
 
+// The next tokens that a step of a product with values takes, of which `count` are there: zeros for the others.
+template <typename P>
+INLINE Dwords Together(Singles, const P* const* rows, int, int64_t at) {
+  return Singles::Of(*rows + at);
+}
+#ifdef __AVX512BF16__
+INLINE Dwords Together(Pairs, const BFloat16* const* rows, int count, int64_t at) {
+  const auto half = [&](int i) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[i] + at))); };
+  return reinterpret_cast<Dwords>(count > 1 ? _mm512_or_si512(half(0), _mm512_slli_epi32(half(1), 16)) : half(0));
+}
+#endif
+
+// A block's keys and values as panels: of sixteen tokens and all their numbers, and of sixteen numbers and all tokens.
+template <typename A, int V>
+struct Turned {
+  static constexpr int H = V * kLanes, kSteps = H / A::kGroup;
+  Dwords keys[kBlock / kLanes][kSteps], values[V][kBlock / A::kGroup];
+
+  template <typename P>
+  Turned(const Rows<P>& rows, const Rows<P>& ahead) {
+    constexpr int kStep = kLanes * A::kGroup;
+    for (int p = 0; p * kLanes < rows.count; ++p)
+      for (int h = 0; h < H; h += kStep) {
+        Dwords block[kLanes];
+        for (int i = 0; i < kLanes; ++i) {  // after the last stands that one again
+          const P* row = rows.k[std::min(p * kLanes + i, rows.count - 1)] + h;
+          block[i] = h + kStep <= H ? A::Of(row) : Last<A>(row, H - h);
+          if (p * kLanes + i < ahead.count && h == 0) ahead.Fetch(ahead.k[p * kLanes + i], H);
+        }
+        Transpose(block);
+        std::memcpy(&keys[p][h / A::kGroup], block, sizeof *block * std::min(kLanes, kSteps - h / A::kGroup));
+      }
+    for (int j = 0; j < rows.count; j += A::kGroup) {
+      for (int v = 0; v < V; ++v) values[v][j / A::kGroup] = Together(A{}, rows.v + j, rows.count - j, v * kLanes);
+      for (int i = j; i < std::min<int>(j + A::kGroup, ahead.count); ++i) ahead.Fetch(ahead.v[i], H);
+    }
+  }
+};
+
+// One block for up to kRows queries, whose numbers are `q`, as products of tiles.
+template <typename A, int V>
+void AttendTurned(Query* queries, int num_queries, const typename A::Row* q, float scale, const Turned<A, V>& turned, const Block& block) {
+  constexpr int H = V * kLanes;
+  using Row = typename A::Row;
+  alignas(64) float weights[kRows][kBlock];
+  alignas(64) Row rounded[kRows][kBlock];
+  Vec sums[kPanels * kRows];
+  const auto multiply = [&](const Row* rows, int64_t stride, const Dwords* first, const Dwords* second, int64_t steps) {
+    const Panels panels{{reinterpret_cast<const char*>(first), reinterpret_cast<const char*>(second)}, {}};
+    Tiles<A>(num_queries, rows, stride, panels, steps, {{panels.from[0], panels.from[1]}, 0}, sums);
+  };
+  for (int p = 0; p * kLanes < block.count; p += kPanels) {
+    multiply(q, H, turned.keys[p], turned.keys[(p + 1) * kLanes < block.count ? p + 1 : p], turned.kSteps);
+    for (int i = 0; i < kPanels; ++i)
+      for (int r = 0; r < num_queries; ++r) Store(weights[r] + (p + i) * kLanes, sums[i * kRows + r] * scale);
+  }
+  const int steps = (block.count + A::kGroup - 1) / A::kGroup;
+  float rescale[kRows];
+  for (int r = 0; r < num_queries; ++r) {
+    rescale[r] = Weigh(queries[r], block, weights[r]);
+    for (int j = 0; j < block.count; j += kLanes) StoreSome(rounded[r] + j, Load(weights[r] + j), kLanes);
+  }
+  for (int v = 0; v < V; v += kPanels) {
+    multiply(rounded[0], kBlock, turned.values[v], turned.values[std::min(v + 1, V - 1)], steps);
+    for (int i = 0; i < std::min(kPanels, V - v); ++i)
+      for (int r = 0; r < num_queries; ++r) {
+        float* sum = queries[r].sum + (v + i) * kLanes;
+        Store(sum, Load(sum) * rescale[r] + sums[i * kRows + r]);
+      }
+  }
+}
+
 // The slots of a row's head one after another, without a division for each.
 class Slots {
  public:
@@ -195,23 +280,36 @@ void Find(const Call& c, int64_t b, int64_t head, int64_t start, Rows<P>& rows) 
   for (int j = rows.count; j % kTokens; ++j) rows.k[j] = rows.k[rows.count - 1];
 }
 
-// The queries of row b that share one of the key/value heads from `begin` to `end`. A head is V * kLanes numbers.
-template <typename P, int V>
+// What a query's numbers are read from and a result's written to, a vector at a time.
+INLINE Vec LoadOf(ffi::DataType kind, const void* p, int64_t at) {
+  if (kind == ffi::BF16) return Load(static_cast<const BFloat16*>(p) + at);
+  return kind == ffi::F16 ? Load(static_cast<const Half*>(p) + at) : Load(static_cast<const float*>(p) + at);
+}
+INLINE void StoreOf(ffi::DataType kind, void* p, int64_t at, Vec x) {
+  if (kind == ffi::BF16) return StoreSome(static_cast<BFloat16*>(p) + at, x, kLanes);
+  kind == ffi::F16 ? StoreSome(static_cast<Half*>(p) + at, x, kLanes) : StoreSome(static_cast<float*>(p) + at, x, kLanes);
+}
+
+// The queries of row b that share one of the key/value heads from `begin` to `end`. A head is V * kLanes numbers. Products of many
+// queries are made of A.
+template <typename A, typename P, int V>
 void AttendRow(const Call& c, int64_t b, int64_t begin, int64_t end) {
   constexpr int H = V * kLanes;
+  using Row = typename A::Row;
   const int64_t kv_len = c.kv_lens[b], first = c.first[b];
   const int G = c.N / c.K, num_queries = G * c.T;  // of a head
-  const bool converts = !std::is_same_v<P, float> && num_queries > 2 * GroupSize<V>();
+  const bool are_many = num_queries > 2 * GroupSize<V>();
   const bool has_head_scales = c.k_scales && !c.has_token_scales;
   const size_t num_all = num_queries * (end - begin);
+  const auto scale_of = [&](int64_t head) { return c.scale * kUnit<P> * (has_head_scales ? c.k_scales[head] : 1.0f); };
   // Reused by every task of a thread: an allocation for each costs more than a short row.
   thread_local std::vector<Vec> buffer;  // of whole lines of the cache: a load across two takes twice as long
   thread_local std::vector<Query> queries;
-  buffer.resize(num_all * 2 * V + 2 * kBlock * V);
+  buffer.resize(num_all * 2 * V);
   queries.resize(num_all);
   auto* numbers = reinterpret_cast<float*>(buffer.data());
-  float* k_block = numbers + num_all * 2 * H;
-  float* v_block = k_block + kBlock * H;
+  auto* sums = numbers + num_all * H;
+  auto* rows_of_q = reinterpret_cast<Row*>(numbers);
   const auto each = [&](const auto& visit) {
     for (int64_t head = begin, i = 0; head < end; ++head)
       for (int64_t t = 0; t < c.T; ++t)
@@ -219,16 +317,17 @@ void AttendRow(const Call& c, int64_t b, int64_t begin, int64_t end) {
   };
 
   each([&](Query& query, int64_t i, int64_t head, int64_t t, int64_t n) {
-    const float q_scale = c.scale * kUnit<P> * (has_head_scales ? c.k_scales[head] : 1.0f);
-    const float* source = c.q + ((b * c.T + t) * c.N + n) * H;
-    float* scaled = numbers + i * 2 * H;
-    for (int h = 0; h < H; ++h) scaled[h] = source[h] * q_scale;
-    std::fill(scaled + H, scaled + 2 * H, 0.0f);
+    const float q_scale = are_many ? 1.0f : scale_of(head);
+    for (int h = 0; h < H; h += kLanes) {
+      const Vec x = LoadOf(c.kind, c.q, ((b * c.T + t) * c.N + n) * H + h) * q_scale;
+      are_many ? StoreSome(rows_of_q + i * H + h, x, kLanes) : Store(numbers + i * H + h, x);
+    }
+    std::fill(sums + i * H, sums + (i + 1) * H, 0.0f);
     const int64_t high = std::min(kv_len, first + t + 1);
     const int64_t low = c.window ? std::max<int64_t>(0, first + t + 1 - c.window) : 0;
     // A sink is a first score whose value is 0.
     const float peak = c.sinks ? std::max(c.sinks[n], kLowest) : kLowest;
-    query = {scaled, scaled + H, peak, c.sinks ? 1.0f : 0.0f, low, high};
+    query = {numbers + i * H, sums + i * H, peak, c.sinks ? 1.0f : 0.0f, low, high};
   });
 
   Rows<P> found[2];
@@ -243,22 +342,19 @@ void AttendRow(const Call& c, int64_t b, int64_t begin, int64_t end) {
       for (int j = 0; j < block.count; ++j, ++slot) k_scales[j] = c.k_scales[*slot], v_scales[j] = c.v_scales[*slot];
       block.k_scales = k_scales, block.v_scales = v_scales;
     }
-    Query* mine = queries.data() + (head - begin) * num_queries;
+    const int64_t mine = (head - begin) * num_queries;
+    const float scale = scale_of(head);
     if (++head == end) head = begin, start += kBlock;
     Find(c, b, head, start, *ahead);
-    if (!converts) {
-      AttendQueries<P, V>(mine, num_queries, *rows, *ahead, block);
-    } else {  // many queries read each row: convert it once
-      Rows<float> converted;
-      converted.count = block.count;
-      for (int j = 0; j < block.count; ++j) {
-        converted.k[j] = k_block + j * H, converted.v[j] = v_block + j * H;
-        for (int v = 0; v < V; ++v) Store(k_block + j * H + v * kLanes, Load(rows->k[j] + v * kLanes));
-        for (int v = 0; v < V; ++v) Store(v_block + j * H + v * kLanes, Load(rows->v[j] + v * kLanes));
-        if (j < ahead->count) ahead->Fetch(ahead->k[j], H), ahead->Fetch(ahead->v[j], H);
+    if (!are_many) {
+      AttendQueries<P, V>(queries.data() + mine, num_queries, *rows, *ahead, block);
+    } else {
+      const Turned<A, V> turned(*rows, *ahead);
+      for (int64_t i = 0; i < num_queries; i += kRows) {
+        const int count = std::min<int64_t>(kRows, num_queries - i);
+        if (queries[mine + i + count - 1].high <= block.start) continue;  // the block is in these queries' future
+        AttendTurned<A, V>(&queries[mine + i], count, rows_of_q + (mine + i) * H, scale, turned, block);
       }
-      for (int j = block.count; j % kTokens; ++j) converted.k[j] = converted.k[block.count - 1];
-      AttendQueries<float, V>(mine, num_queries, converted, kNothing<float>, block);
     }
     std::swap(rows, ahead);
   }
@@ -268,12 +364,12 @@ void AttendRow(const Call& c, int64_t b, int64_t begin, int64_t end) {
     const bool is_empty = query.total == 0.0f || kv_len == 0;
     const float inverse = is_empty ? 0.0f : out_scale / query.total;
     const int64_t at = (b * c.T + t) * c.N + n;
-    for (int h = 0; h < H; ++h) c.out[at * H + h] = query.sum[h] * inverse;
+    for (int h = 0; h < H; h += kLanes) StoreOf(c.kind, c.out, at * H + h, Load(query.sum + h) * inverse);
     c.lse[at] = is_empty ? -std::numeric_limits<float>::infinity() : query.peak + std::log(query.total);
   });
 }
 
-template <typename P>
+template <typename P, typename A = Singles>
 void AttendAll(ffi::ThreadPool& pool, const Call& c) {
   int64_t longest = 0, total = 0;
   for (int64_t b = 0; b < c.B; ++b) {
@@ -288,7 +384,7 @@ void AttendAll(ffi::ThreadPool& pool, const Call& c) {
   const int64_t heads = (c.K + wanted - 1) / wanted, parts = (c.K + heads - 1) / heads;
   ParallelFor(pool, c.B * parts, [&](int64_t task) {
     const int64_t head = task % parts * heads;
-    AttendRow<P, HEAD_SIZE / kLanes>(c, task / parts, head, std::min(head + heads, c.K));
+    AttendRow<A, P, HEAD_SIZE / kLanes>(c, task / parts, head, std::min(head + heads, c.K));
   });
 }
 
@@ -297,23 +393,32 @@ const float* DataOrNull(const ffi::Buffer<ffi::F32>& x) {
 }
 
 // Pages of narrow floats travel as unsigned integers; `kind` says what they are. Optional arrays have no element when not given.
-ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Buffer<ffi::S32> tables,
+ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Buffer<ffi::S32> tables,
                   ffi::Buffer<ffi::S32> kv_lens, ffi::Buffer<ffi::S32> first, ffi::Buffer<ffi::F32> sinks,
-                  ffi::Buffer<ffi::F32> k_scales, ffi::Buffer<ffi::F32> v_scales, ffi::Result<ffi::Buffer<ffi::F32>> out,
+                  ffi::Buffer<ffi::F32> k_scales, ffi::Buffer<ffi::F32> v_scales, ffi::Result<ffi::AnyBuffer> out,
                   ffi::Result<ffi::Buffer<ffi::F32>> lse, float scale, float soft_cap, int64_t window, int64_t kind) {
   auto qd = q.dimensions();
   auto kd = k.dimensions();
   if (qd[3] != HEAD_SIZE) return ffi::Error::Internal("built for another head size");
   const Call c{.B = qd[0], .T = qd[1], .N = qd[2], .K = kd[1], .S = kd[2], .M = tables.dimensions()[1],
                .scale = scale, .soft_cap = soft_cap, .window = window,
-               .q = q.typed_data(), .k_pages = k.untyped_data(), .v_pages = v.untyped_data(),
+               .kind = q.element_type(), .q = q.untyped_data(), .k_pages = k.untyped_data(), .v_pages = v.untyped_data(),
                .tables = tables.typed_data(), .kv_lens = kv_lens.typed_data(), .first = first.typed_data(),
                .sinks = DataOrNull(sinks), .k_scales = DataOrNull(k_scales), .v_scales = DataOrNull(v_scales),
                .has_token_scales = k_scales.element_count() > 0 && k_scales.dimensions().size() == 3,
-               .out = out->typed_data(), .lse = lse->typed_data()};
+               .out = out->untyped_data(), .lse = lse->typed_data()};
+  if (c.kind != ffi::F32 && c.kind != ffi::BF16 && c.kind != ffi::F16) return ffi::Error::Internal("unknown kind of queries");
   switch (kind) {
     case 0: AttendAll<float>(pool, c); break;
-    case 1: AttendAll<BFloat16>(pool, c); break;
+    case 1:
+#ifdef __AVX512BF16__
+      if (c.kind == ffi::BF16) {
+        AttendAll<BFloat16, Pairs>(pool, c);
+        break;
+      }
+#endif
+      AttendAll<BFloat16>(pool, c);
+      break;
     case 2: AttendAll<Half>(pool, c); break;
     case 3: AttendAll<Float8>(pool, c); break;
     case 4: AttendAll<Int8>(pool, c); break;
@@ -341,16 +446,16 @@ ffi::Error Write(ffi::AnyBuffer pages, ffi::AnyBuffer fresh, ffi::Buffer<ffi::S3
 XLA_FFI_DEFINE_HANDLER_SYMBOL(PagedAttend, Attend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("scale")
                                   .Attr<float>("soft_cap")

@@ -159,6 +159,22 @@ INLINE void StoreSome(Half* p, Vec x, int64_t count) {
   count == kLanes ? std::memcpy(p, &narrow, kLanes * sizeof *p) : std::memcpy(p, &narrow, count * sizeof *p);
 }
 
+#ifdef __AVX512F__
+INLINE float Largest(Vec x) { return _mm512_reduce_max_ps(reinterpret_cast<__m512>(x)); }
+INLINE float Sum(Vec x) { return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x)); }
+#else
+INLINE float Largest(Vec x) {
+  float found = x[0];
+  for (int i = 1; i < kLanes; ++i) found = x[i] > found ? x[i] : found;
+  return found;
+}
+INLINE float Sum(Vec x) {
+  float total = 0.0f;
+  for (int i = 0; i < kLanes; ++i) total += x[i];
+  return total;
+}
+#endif
+
 // The sums of four vectors' lanes.
 INLINE void StoreSums(float* target, const Vec* x) {
 #ifdef __AVX512F__  // together they take half the shuffles of four sums, each of which would be as dear as a head of 64
