@@ -221,9 +221,9 @@ __attribute__((noinline)) void Finish(const Call& c, int64_t row, int64_t num_ro
   }
 }
 
-// Rows of tiles [first, last) times outputs [begin, end).
+// Rows of tiles [first, last) times outputs [begin, end). Those from `after` on are likely to be the thread's next.
 template <typename A, typename P, typename Out>
-void Compute(const Call& c, const Rows* first, const Rows* last, int64_t begin, int64_t end) {
+void Compute(const Call& c, const Rows* first, const Rows* last, int64_t begin, int64_t end, int64_t after) {
   const int64_t width = c.Width();
   const int64_t steps = (c.D + A::kGroup - 1) / A::kGroup;
   const auto* x = static_cast<const typename A::Row*>(c.x);
@@ -231,18 +231,26 @@ void Compute(const Call& c, const Rows* first, const Rows* last, int64_t begin, 
   Panels panels = {};
   const auto multiply = [&](int64_t at, Ahead ahead) {
     for (const Rows* tile = first; tile < last; ++tile) {
+      if (tile > first)
+        for (int p = 0; p < kPanels; ++p) ahead.from[p] += steps * ahead.step;
       Tiles<A>(tile->count, x + tile->first * c.stride, c.stride, panels, steps, ahead, sums);
       Finish<Out>(c, tile->first, tile->count, at, sums);
     }
   };
   if constexpr (kIsTurned<A>) {
     const int64_t count = c.F / kLanes;
+    const auto panel_of = [&](int64_t at, int p) {
+      const int64_t panel = c.is_gated ? at / kLanes + p * count : at / kLanes + p;
+      return static_cast<const char*>(c.weight) + std::min(panel, kPanels * count - 1) * steps * sizeof(Dwords);
+    };
     for (int64_t at = begin; at < end; at += width) {
-      Ahead ahead{{nullptr, nullptr}, sizeof(Dwords)};
+      // One tile is as fast as memory. Several share the fetching of the next panels among them.
+      const bool is_one = last - first == 1;
+      const int64_t next = at + width < end ? at + width : after;
+      Ahead ahead{{nullptr, nullptr}, static_cast<int64_t>(sizeof(Dwords)) / (last - first)};
       for (int p = 0; p < kPanels; ++p) {
-        const int64_t panel = c.is_gated ? at / kLanes + p * count : std::min(at / kLanes + p, count - 1);
-        panels.from[p] = static_cast<const char*>(c.weight) + panel * steps * sizeof(Dwords);
-        ahead.from[p] = panels.from[p] + kAheadBytes;
+        panels.from[p] = panel_of(at, p);
+        ahead.from[p] = is_one ? panels.from[p] + kAheadBytes : panel_of(next, p);
       }
       multiply(at, ahead);
     }
@@ -297,7 +305,7 @@ void Run(ffi::ThreadPool& pool, const Call& c) {
   ParallelFor(pool, row_parts * output_tasks, [&](int64_t task) {
     const int64_t first = task / output_tasks * some, output = task % output_tasks * tiles * width, end = std::min(output + tiles * width, c.F);
     if (first == 0) Clear<Out>(c, output, end);
-    if (first < num_all) Compute<A, P, Out>(c, &c.tiles[first], c.tiles.data() + std::min(first + some, num_all), output, end);
+    if (first < num_all) Compute<A, P, Out>(c, &c.tiles[first], c.tiles.data() + std::min(first + some, num_all), output, end, output + NumThreads(pool) * tiles * width);
   });
 }
 
