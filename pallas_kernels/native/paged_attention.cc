@@ -59,8 +59,7 @@ struct Call {
 
 // What one query has gathered so far: the largest score, the sum of weights, and where its weighted values are.
 struct Query {
-  const float* q;  // [H], scaled; of few
-  float* sum;      // [H]
+  float* sum;  // [H]
   float peak, total;
   int64_t low, high;  // it sees positions [low, high)
 };
@@ -83,7 +82,7 @@ const Rows<P> kNothing{};
 struct Block {
   int64_t start;
   int count;
-  float soft_cap;
+  float scale, soft_cap;
   const float *k_scales, *v_scales;
 };
 
@@ -92,6 +91,7 @@ struct Block {
 __attribute__((noinline)) float Weigh(Query& query, const Block& block, float* __restrict weights) {
   const int a = std::clamp<int64_t>(query.low - block.start, 0, block.count);
   const int b = std::clamp<int64_t>(query.high - block.start, 0, block.count);
+  UNROLL for (int j = 0; j < kBlock; j += kLanes) Store(weights + j, Load(weights + j) * block.scale);
   if (block.k_scales)
     for (int j = a; j < b; ++j) weights[j] *= block.k_scales[j];
   if (block.soft_cap != 0.0f) {
@@ -122,36 +122,65 @@ __attribute__((noinline)) float Weigh(Query& query, const Block& block, float* _
   return rescale;
 }
 
-// One block for NQ queries at once, so that a row of K or V is read once for all. V registers of kLanes make up a head. What comes
-// `ahead` is fetched meanwhile, a few tokens with each few: asked for at once, it would hold up the reading of the block itself.
-template <typename P, int V, int NQ>
-inline void AttendBlock(Query* queries, const Rows<P>& rows, const Rows<P>& ahead, const Block& block) {
+// The next tokens that a step of a product with values takes, of which `count` are there: zeros for the others.
+template <typename P>
+INLINE Dwords Together(Singles, const P* const* rows, int, int64_t at) {
+  return Singles::Of(*rows + at);
+}
+#ifdef __AVX512BF16__
+INLINE Dwords Together(Pairs, const BFloat16* const* rows, int count, int64_t at) {
+  const auto half = [&](int i) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[i] + at))); };
+  return reinterpret_cast<Dwords>(count > 1 ? _mm512_or_si512(half(0), _mm512_slli_epi32(half(1), 16)) : half(0));
+}
+#endif
+
+// The numbers of a head that lane after lane multiplies at once, from the first on; zeros after its last.
+template <typename A, int H, typename P>
+INLINE Dwords Across(const P* row, int h) {
+  return h + kLanes * A::kGroup <= H ? A::Of(row + h) : Last<A>(row + h, H - h);
+}
+
+// Weights as a product takes them.
+template <typename Row>
+INLINE void Round(const float* weights, int count, Row* rounded) {
+  for (int j = 0; j < count; j += kLanes) StoreSome(rounded + j, Load(weights + j), kLanes);
+}
+
+// One block for NQ queries at once, whose numbers are `q`, so that a row of K or V is read once for all. V registers of kLanes make up
+// a head. What comes `ahead` is fetched meanwhile, a few tokens with each few: asked for at once, it would hold up the reading of the
+// block itself.
+template <typename A, typename P, int V, int NQ>
+inline void AttendBlock(Query* queries, const typename A::Row* q, const Rows<P>& rows, const Rows<P>& ahead, const Block& block) {
   constexpr int H = V * kLanes;
   float weights[NQ][kBlock];
   for (int j = 0; j < block.count; j += kTokens) {
     if (j < ahead.count)
       for (int t = 0; t < kTokens; ++t) ahead.Fetch(ahead.k[j + t], H);
     Vec dots[NQ][kTokens] = {};
-    for (int v = 0; v < V; ++v) {
-      Vec k[kTokens];
-      for (int t = 0; t < kTokens; ++t) k[t] = Load(rows.k[j + t] + v * kLanes);
+    for (int h = 0; h < H; h += kLanes * A::kGroup) {
+      Dwords k[kTokens];
+      for (int t = 0; t < kTokens; ++t) k[t] = Across<A, H>(rows.k[j + t], h);
       for (int i = 0; i < NQ; ++i) {
-        const Vec q = Load(queries[i].q + v * kLanes);
-        for (int t = 0; t < kTokens; ++t) dots[i][t] += q * k[t];
+        const Dwords numbers = Across<A, H>(q + i * H, h);
+        for (int t = 0; t < kTokens; ++t) A::Add(dots[i][t], numbers, k[t]);
       }
     }
     for (int i = 0; i < NQ; ++i) StoreSums(weights[i] + j, dots[i]);
   }
   float rescale[NQ];
-  for (int i = 0; i < NQ; ++i) rescale[i] = Weigh(queries[i], block, weights[i]);
+  typename A::Row rounded[NQ][kBlock];
+  for (int i = 0; i < NQ; ++i) {
+    rescale[i] = Weigh(queries[i], block, weights[i]);
+    Round(weights[i], block.count, rounded[i]);
+  }
   Vec sums[NQ][V];
   for (int i = 0; i < NQ; ++i)
     for (int v = 0; v < V; ++v) sums[i][v] = Load(queries[i].sum + v * kLanes) * rescale[i];
-  for (int j = 0; j < block.count; ++j) {
-    if (j < ahead.count) ahead.Fetch(ahead.v[j], H);
+  for (int j = 0; j < block.count; j += A::kGroup) {
+    for (int t = j; t < std::min<int>(j + A::kGroup, ahead.count); ++t) ahead.Fetch(ahead.v[t], H);
     for (int v = 0; v < V; ++v) {
-      const Vec value = Load(rows.v[j] + v * kLanes);
-      for (int i = 0; i < NQ; ++i) sums[i][v] += weights[i][j] * value;
+      const Dwords value = Together(A{}, rows.v + j, block.count - j, v * kLanes);
+      for (int i = 0; i < NQ; ++i) A::Add(sums[i][v], rounded[i] + j, value);
     }
   }
   for (int i = 0; i < NQ; ++i)
@@ -164,34 +193,22 @@ constexpr int GroupSize() {
   return V <= 5 ? 4 : V <= 8 ? 2 : 1;
 }
 
-template <typename P, int V>
-inline void AttendQueries(Query* queries, int num_queries, const Rows<P>& rows, const Rows<P>& ahead, const Block& block) {
-  constexpr int kGroup = GroupSize<V>();
+template <typename A, typename P, int V>
+inline void AttendQueries(Query* queries, int num_queries, const typename A::Row* q, const Rows<P>& rows, const Rows<P>& ahead, const Block& block) {
+  constexpr int kGroup = GroupSize<V>(), H = V * kLanes;
   const Rows<P>* next = &ahead;  // fetched once, while the first queries meet the block
   int i = 0;
   for (; i + kGroup <= num_queries; i += kGroup) {
     if (queries[i + kGroup - 1].high <= block.start) continue;  // the block is in these queries' future
-    AttendBlock<P, V, kGroup>(queries + i, rows, *next, block);
+    AttendBlock<A, P, V, kGroup>(queries + i, q + i * H, rows, *next, block);
     next = &kNothing<P>;
   }
   if constexpr (kGroup >= 4)
-    if (num_queries - i == 3) return AttendBlock<P, V, 3>(queries + i, rows, *next, block);
+    if (num_queries - i == 3) return AttendBlock<A, P, V, 3>(queries + i, q + i * H, rows, *next, block);
   if constexpr (kGroup >= 2)
-    for (; i + 2 <= num_queries; i += 2, next = &kNothing<P>) AttendBlock<P, V, 2>(queries + i, rows, *next, block);
-  for (; i < num_queries; ++i, next = &kNothing<P>) AttendBlock<P, V, 1>(queries + i, rows, *next, block);
+    for (; i + 2 <= num_queries; i += 2, next = &kNothing<P>) AttendBlock<A, P, V, 2>(queries + i, q + i * H, rows, *next, block);
+  for (; i < num_queries; ++i, next = &kNothing<P>) AttendBlock<A, P, V, 1>(queries + i, q + i * H, rows, *next, block);
 }
-
-// The next tokens that a step of a product with values takes, of which `count` are there: zeros for the others.
-template <typename P>
-INLINE Dwords Together(Singles, const P* const* rows, int, int64_t at) {
-  return Singles::Of(*rows + at);
-}
-#ifdef __AVX512BF16__
-INLINE Dwords Together(Pairs, const BFloat16* const* rows, int count, int64_t at) {
-  const auto half = [&](int i) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[i] + at))); };
-  return reinterpret_cast<Dwords>(count > 1 ? _mm512_or_si512(half(0), _mm512_slli_epi32(half(1), 16)) : half(0));
-}
-#endif
 
 // A block's keys and values as panels: of sixteen tokens and all their numbers, and of sixteen numbers and all tokens.
 template <typename A, int V>
@@ -206,8 +223,7 @@ struct Turned {
       for (int h = 0; h < H; h += kStep) {
         Dwords block[kLanes];
         for (int i = 0; i < kLanes; ++i) {  // after the last stands that one again
-          const P* row = rows.k[std::min(p * kLanes + i, rows.count - 1)] + h;
-          block[i] = h + kStep <= H ? A::Of(row) : Last<A>(row, H - h);
+          block[i] = Across<A, H>(rows.k[std::min(p * kLanes + i, rows.count - 1)], h);
           if (p * kLanes + i < ahead.count && h == 0) ahead.Fetch(ahead.k[p * kLanes + i], H);
         }
         Transpose(block);
@@ -222,7 +238,7 @@ struct Turned {
 
 // One block for up to kRows queries, whose numbers are `q`, as products of tiles.
 template <typename A, int V>
-void AttendTurned(Query* queries, int num_queries, const typename A::Row* q, float scale, const Turned<A, V>& turned, const Block& block) {
+void AttendTurned(Query* queries, int num_queries, const typename A::Row* q, const Turned<A, V>& turned, const Block& block) {
   constexpr int H = V * kLanes;
   using Row = typename A::Row;
   alignas(64) float weights[kRows][kBlock];
@@ -235,13 +251,13 @@ void AttendTurned(Query* queries, int num_queries, const typename A::Row* q, flo
   for (int p = 0; p * kLanes < block.count; p += kPanels) {
     multiply(q, H, turned.keys[p], turned.keys[(p + 1) * kLanes < block.count ? p + 1 : p], turned.kSteps);
     for (int i = 0; i < kPanels; ++i)
-      for (int r = 0; r < num_queries; ++r) Store(weights[r] + (p + i) * kLanes, sums[i * kRows + r] * scale);
+      for (int r = 0; r < num_queries; ++r) Store(weights[r] + (p + i) * kLanes, sums[i * kRows + r]);
   }
   const int steps = (block.count + A::kGroup - 1) / A::kGroup;
   float rescale[kRows];
   for (int r = 0; r < num_queries; ++r) {
     rescale[r] = Weigh(queries[r], block, weights[r]);
-    for (int j = 0; j < block.count; j += kLanes) StoreSome(rounded[r] + j, Load(weights[r] + j), kLanes);
+    Round(weights[r], block.count, rounded[r]);
   }
   for (int v = 0; v < V; v += kPanels) {
     multiply(rounded[0], kBlock, turned.values[v], turned.values[std::min(v + 1, V - 1)], steps);
@@ -301,15 +317,13 @@ void AttendRow(const Call& c, int64_t b, int64_t begin, int64_t end) {
   const bool are_many = num_queries > 2 * GroupSize<V>();
   const bool has_head_scales = c.k_scales && !c.has_token_scales;
   const size_t num_all = num_queries * (end - begin);
-  const auto scale_of = [&](int64_t head) { return c.scale * kUnit<P> * (has_head_scales ? c.k_scales[head] : 1.0f); };
   // Reused by every task of a thread: an allocation for each costs more than a short row.
   thread_local std::vector<Vec> buffer;  // of whole lines of the cache: a load across two takes twice as long
   thread_local std::vector<Query> queries;
-  buffer.resize(num_all * 2 * V);
+  buffer.resize(num_all * 2 * V);  // more than the numbers of bfloat16 take
   queries.resize(num_all);
-  auto* numbers = reinterpret_cast<float*>(buffer.data());
-  auto* sums = numbers + num_all * H;
-  auto* rows_of_q = reinterpret_cast<Row*>(numbers);
+  auto* sums = reinterpret_cast<float*>(buffer.data());
+  auto* q = reinterpret_cast<Row*>(sums + num_all * H);
   const auto each = [&](const auto& visit) {
     for (int64_t head = begin, i = 0; head < end; ++head)
       for (int64_t t = 0; t < c.T; ++t)
@@ -317,17 +331,13 @@ void AttendRow(const Call& c, int64_t b, int64_t begin, int64_t end) {
   };
 
   each([&](Query& query, int64_t i, int64_t head, int64_t t, int64_t n) {
-    const float q_scale = are_many ? 1.0f : scale_of(head);
-    for (int h = 0; h < H; h += kLanes) {
-      const Vec x = LoadOf(c.kind, c.q, ((b * c.T + t) * c.N + n) * H + h) * q_scale;
-      are_many ? StoreSome(rows_of_q + i * H + h, x, kLanes) : Store(numbers + i * H + h, x);
-    }
+    for (int h = 0; h < H; h += kLanes) StoreSome(q + i * H + h, LoadOf(c.kind, c.q, ((b * c.T + t) * c.N + n) * H + h), kLanes);
     std::fill(sums + i * H, sums + (i + 1) * H, 0.0f);
     const int64_t high = std::min(kv_len, first + t + 1);
     const int64_t low = c.window ? std::max<int64_t>(0, first + t + 1 - c.window) : 0;
     // A sink is a first score whose value is 0.
     const float peak = c.sinks ? std::max(c.sinks[n], kLowest) : kLowest;
-    query = {numbers + i * H, sums + i * H, peak, c.sinks ? 1.0f : 0.0f, low, high};
+    query = {sums + i * H, peak, c.sinks ? 1.0f : 0.0f, low, high};
   });
 
   Rows<P> found[2];
@@ -335,7 +345,8 @@ void AttendRow(const Call& c, int64_t b, int64_t begin, int64_t end) {
   int64_t start = num_all ? queries[0].low : kv_len, head = begin;
   Find(c, b, head, start, *rows);
   while (start < kv_len) {
-    Block block{start, rows->count, c.soft_cap, nullptr, nullptr};
+    const float scale = c.scale * kUnit<P> * (has_head_scales ? c.k_scales[head] : 1.0f);
+    Block block{start, rows->count, scale, c.soft_cap, nullptr, nullptr};
     float k_scales[kBlock], v_scales[kBlock];
     if (c.has_token_scales) {
       Slots slot(c, b, head, start);
@@ -343,17 +354,16 @@ void AttendRow(const Call& c, int64_t b, int64_t begin, int64_t end) {
       block.k_scales = k_scales, block.v_scales = v_scales;
     }
     const int64_t mine = (head - begin) * num_queries;
-    const float scale = scale_of(head);
     if (++head == end) head = begin, start += kBlock;
     Find(c, b, head, start, *ahead);
     if (!are_many) {
-      AttendQueries<P, V>(queries.data() + mine, num_queries, *rows, *ahead, block);
+      AttendQueries<A, P, V>(&queries[mine], num_queries, q + mine * H, *rows, *ahead, block);
     } else {
       const Turned<A, V> turned(*rows, *ahead);
       for (int64_t i = 0; i < num_queries; i += kRows) {
         const int count = std::min<int64_t>(kRows, num_queries - i);
         if (queries[mine + i + count - 1].high <= block.start) continue;  // the block is in these queries' future
-        AttendTurned<A, V>(&queries[mine + i], count, rows_of_q + (mine + i) * H, scale, turned, block);
+        AttendTurned<A, V>(&queries[mine + i], count, q + (mine + i) * H, turned, block);
       }
     }
     std::swap(rows, ahead);

@@ -22,7 +22,8 @@ constexpr int kPanels = 2;  // of a tile
 // What sixteen outputs have for a step along the sum: a float each, two bfloat16 or four bytes.
 typedef int32_t Dwords __attribute__((vector_size(64)));
 
-// What a product is made of: how many numbers a step takes, and how it adds them to the sums of sixteen outputs.
+// What a product is made of: how many numbers a step takes, and how it adds them to the sums of sixteen outputs: the same numbers of a
+// row to each, or to each its own.
 struct Singles {
   using Itself = Singles;
   using Row = float;
@@ -33,6 +34,7 @@ struct Singles {
     return reinterpret_cast<Dwords>(Load(p));
   }
   static INLINE void Add(Lanes& sum, const Row* x, Dwords w) { sum += *x * reinterpret_cast<Vec>(w); }
+  static INLINE void Add(Lanes& sum, Dwords x, Dwords w) { sum += reinterpret_cast<Vec>(x) * reinterpret_cast<Vec>(w); }
   static INLINE void Count(Dwords&, Dwords) {}
   static INLINE Lanes Begin(Lanes sum, Dwords) { return sum; }
   static INLINE Vec Floats(Lanes sum) { return sum; }
@@ -55,8 +57,9 @@ struct Pairs {
   using Lanes = Vec;
   static constexpr int kGroup = 2;
   static INLINE Dwords Of(const BFloat16* p) { return Read(p); }
-  static INLINE void Add(Lanes& sum, const Row* x, Dwords w) {
-    sum = reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), (__m512bh)Repeat(x), (__m512bh)w));
+  static INLINE void Add(Lanes& sum, const Row* x, Dwords w) { Add(sum, reinterpret_cast<Dwords>(Repeat(x)), w); }
+  static INLINE void Add(Lanes& sum, Dwords x, Dwords w) {
+    sum = reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), (__m512bh)x, (__m512bh)w));
   }
   static INLINE void Count(Dwords&, Dwords) {}
   static INLINE Lanes Begin(Lanes sum, Dwords) { return sum; }
