@@ -20,9 +20,10 @@ from invariance import Invariance
 from jaxpaged.config import ConfigError, EngineConfig
 from jaxpaged.engine import Engine
 from jaxpaged.host.request import SamplingParams
-from jaxpaged.model import attention
+from jaxpaged.model import attention, step
 from jaxpaged.model import cache as kv_cache
 from jaxpaged.model import weights as model_weights
+from jaxpaged.model.transformer import of_rows
 from jaxpaged.runner import JaxRunner
 
 
@@ -61,7 +62,7 @@ def test_half_of_it_would_show(broken: str, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(attention.PagedTokens, "apart", lambda self: self)
         monkeypatch.setattr(attention, "paged_prefill_attention", _without(attention.paged_prefill_attention))
     else:
-        monkeypatch.setattr(step, "of_rows", lambda *given, batch_invariant: {**of_rows(*given, batch_invariant=False)})
+        monkeypatch.setattr(step, "of_rows", lambda *given, batch_invariant: of_rows(*given, batch_invariant=False))
     with invariance.new_engine(batch_invariant=True, attention_backend="xla") as engine:
         assert Invariance([engine]).compose(range(4)).differ
 

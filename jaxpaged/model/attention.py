@@ -54,6 +54,7 @@ class PagedTokens:
         return self.positions[self.num_rows :: max(self.tile, 1)]
 
     @property
+    @jax.named_scope("checks")
     def is_real(self) -> jax.Array:
         """bool [X], false for padding."""
         lens = jnp.repeat(self.tile_lens, self.tile, total_repeat_length=self.num_tiles * self.tile)

@@ -69,6 +69,7 @@ class StepInputs:
         return cls(tokens, arrays["fed"], previous, arrays["sample_at"], sampling, *asked, **others)
 
     @property
+    @jax.named_scope("sampling")
     def is_sampled(self) -> jax.Array:
         """bool [R], rows whose token the plan wants. Where none is, `sample_at` is 0, which is the first row's own."""
         first = jnp.concatenate([self.tokens.row_lens, self.tokens.tile_lens])[:1] > 0

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from pallas_kernels.paged_decode_attention.dispatch import Arrays, Options
 
 _SOURCE = Path(__file__).with_name("paged_attention.cc")
-# Sums may be reordered for vector registers.
-_FLAGS = (*building.MATH, "-fassociative-math")
 _KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "float8_e4m3fn": 3, "int8": 4}  # of pages that `attend` reads
 
 
@@ -39,7 +37,7 @@ def _unavailable(head_dim: int) -> str | None:
         return f"head size {head_dim} is not a multiple of 16 up to 256"
     handlers = {name: _target(name, head_dim) for name in ("PagedAttend", "WritePages")}
     purpose = f"attention backend for head size {head_dim}"
-    return building.register(_SOURCE, handlers, (*_FLAGS, f"-DHEAD_SIZE={head_dim}"), purpose)
+    return building.register(_SOURCE, handlers, (*building.MATH, f"-DHEAD_SIZE={head_dim}"), purpose)
 
 
 def _target(name: str, head_dim: int) -> str:

@@ -238,10 +238,10 @@ void Compute(const Call& c, const Rows* first, const Rows* last, int64_t begin, 
     }
   };
   if constexpr (kIsTurned<A>) {
-    const int64_t count = c.F / kLanes;
+    const int64_t count = c.F / kLanes, last_panel = (c.is_gated ? kPanels : 1) * count - 1;
     const auto panel_of = [&](int64_t at, int p) {
       const int64_t panel = c.is_gated ? at / kLanes + p * count : at / kLanes + p;
-      return static_cast<const char*>(c.weight) + std::min(panel, kPanels * count - 1) * steps * sizeof(Dwords);
+      return static_cast<const char*>(c.weight) + std::min(panel, last_panel) * steps * sizeof(Dwords);
     };
     for (int64_t at = begin; at < end; at += width) {
       // One tile is as fast as memory. Several share the fetching of the next panels among them.

@@ -3,10 +3,12 @@
 //
 // One task is one row and one or more of its key/value heads. It walks the row's pages once, a block of tokens after the other and
 // in each the heads, which lie behind each other, with an online softmax in float32, and touches no token outside [first visible,
-// kv_len): what unused places hold, NaN or not, is never read. Few queries meet the tokens where they lie; many, those of a tile,
-// meet them as panels of a product, and where queries and pages are bfloat16 their weights are rounded to it too.
+// kv_len): what unused places hold, NaN or not, is never read. Queries meet the tokens where they lie. Where queries and pages are
+// bfloat16 their weights are rounded to it too, and many queries, those of a tile, meet the tokens as panels of a product: sums of
+// another order than those of few.
 // Scales of pages never meet the pages' numbers: a key's multiplies its score, a value's its weight.
-// The order of a head's sums depends on its own row alone, so a row's bits do not depend on the batch.
+// The order of a head's sums depends on its own row alone, so a row's bits do not depend on the batch. Only that order counts here: this
+// source is not built with -fassociative-math.
 
 #include <algorithm>
 #include <cmath>
@@ -296,6 +298,37 @@ void Find(const Call& c, int64_t b, int64_t head, int64_t start, Rows<P>& rows) 
   for (int j = rows.count; j % kTokens; ++j) rows.k[j] = rows.k[rows.count - 1];
 }
 
+// A block for many queries of a head.
+template <typename A, typename P, int V>
+void AttendTile(Query* queries, int64_t num_queries, const typename A::Row* q, const Rows<P>& rows, const Rows<P>& ahead, const Block& block) {
+  const Turned<A, V> turned(rows, ahead);
+  for (int64_t i = 0; i < num_queries; i += kRows) {
+    const int count = std::min<int64_t>(kRows, num_queries - i);
+    if (queries[i + count - 1].high <= block.start) continue;  // the block is in these queries' future
+    AttendTurned<A, V>(queries + i, count, q + i * V * kLanes, turned, block);
+  }
+}
+
+// A block's numbers as floats, where many queries read each of them.
+template <int V>
+struct Converted {
+  static constexpr int H = V * kLanes;
+  alignas(64) float k[kBlock][H], v[kBlock][H];
+  Rows<float> rows;
+
+  template <typename P>
+  const Rows<float>& Of(const Rows<P>& from, const Rows<P>& ahead) {
+    rows.count = from.count;
+    for (int j = 0; j < from.count; ++j) {
+      rows.k[j] = k[j], rows.v[j] = v[j];
+      for (int h = 0; h < H; h += kLanes) Store(k[j] + h, Load(from.k[j] + h)), Store(v[j] + h, Load(from.v[j] + h));
+      if (j < ahead.count) ahead.Fetch(ahead.k[j], H), ahead.Fetch(ahead.v[j], H);
+    }
+    for (int j = from.count; j % kTokens; ++j) rows.k[j] = rows.k[from.count - 1];
+    return rows;
+  }
+};
+
 // What a query's numbers are read from and a result's written to, a vector at a time.
 INLINE Vec LoadOf(ffi::DataType kind, const void* p, int64_t at) {
   if (kind == ffi::BF16) return Load(static_cast<const BFloat16*>(p) + at);
@@ -306,8 +339,8 @@ INLINE void StoreOf(ffi::DataType kind, void* p, int64_t at, Vec x) {
   kind == ffi::F16 ? StoreSome(static_cast<Half*>(p) + at, x, kLanes) : StoreSome(static_cast<float*>(p) + at, x, kLanes);
 }
 
-// The queries of row b that share one of the key/value heads from `begin` to `end`. A head is V * kLanes numbers. Products of many
-// queries are made of A.
+// The queries of row b that share one of the key/value heads from `begin` to `end`. A head is V * kLanes numbers. Products are
+// made of A.
 template <typename A, typename P, int V>
 void AttendRow(const Call& c, int64_t b, int64_t begin, int64_t end) {
   constexpr int H = V * kLanes;
@@ -356,15 +389,13 @@ void AttendRow(const Call& c, int64_t b, int64_t begin, int64_t end) {
     const int64_t mine = (head - begin) * num_queries;
     if (++head == end) head = begin, start += kBlock;
     Find(c, b, head, start, *ahead);
-    if (!are_many) {
+    if (!are_many || std::is_same_v<P, float>) {
       AttendQueries<A, P, V>(&queries[mine], num_queries, q + mine * H, *rows, *ahead, block);
+    } else if constexpr (A::kGroup > 1) {
+      AttendTile<A, P, V>(&queries[mine], num_queries, q + mine * H, *rows, *ahead, block);
     } else {
-      const Turned<A, V> turned(*rows, *ahead);
-      for (int64_t i = 0; i < num_queries; i += kRows) {
-        const int count = std::min<int64_t>(kRows, num_queries - i);
-        if (queries[mine + i + count - 1].high <= block.start) continue;  // the block is in these queries' future
-        AttendTurned<A, V>(&queries[mine + i], count, q + (mine + i) * H, turned, block);
-      }
+      thread_local Converted<V> converted;
+      AttendQueries<A, float, V>(&queries[mine], num_queries, q + mine * H, converted.Of(*rows, *ahead), kNothing<float>, block);
     }
     std::swap(rows, ahead);
   }

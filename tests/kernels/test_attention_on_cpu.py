@@ -81,5 +81,16 @@ def test_a_row_has_the_same_bits_among_few_and_among_many(dtype: str) -> None:
             assert got[0].tobytes() == wanted[row].tobytes(), f"row {row}"
 
 
+@pytest.mark.parametrize("H", [16, 80])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_heads_and_queries_that_no_register_and_no_tile_divides(dtype: str, H: int) -> None:
+    """Numbers of 16 bits are taken 32 at a time, and queries of a head that are more than a few as a tile, of a row too."""
+    operation = operations.operation("paged_decode_attention")
+    for case in (Case(6, 3, H, dtype=dtype), Case(15, 1, H, dtype=dtype), Case(10, 2, H, T=7, S=8, dtype=dtype, window=70)):
+        call = operation.cases.make(case)
+        run(operation.name, call, "native")  # or it is skipped
+        assert all(verdict.is_right for verdict in operations.check(operation, call, "native")), case
+
+
 def test_native_says_which_pages_it_cannot_read() -> None:
     assert native.unavailable(64, "float64") == "pages of float64 are not among float32, bfloat16, float16, float8_e4m3fn, int8"

@@ -97,6 +97,31 @@ def test_a_row_has_its_bits_in_any_number_of_rows(shape: tuple[int, int, int, st
     assert rows_differ(*shape) == []
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_that_do_not_count_are_0_and_change_nothing(dtype: str) -> None:
+    """Whatever stands in them, wherever they are, and whether the weight is turned on its way or was before."""
+    needs_native()
+    rng = np.random.default_rng(1)
+    x, residual = (jnp.asarray(rng.standard_normal((90, n)), dtype) for n in (64, 48))
+    weight = jnp.asarray(rng.standard_normal((96, 64)), dtype)
+    options = {"norm": jnp.ones(64, dtype), "eps": 1e-5, "is_gated": True, "backend": "native"}
+    whole = np.asarray(matmul(x, weight, residual=residual, **options))  # type: ignore[arg-type]
+    for stretches in ([(0, 90)], [(0, 1)], [(89, 90)], [(3, 16), (17, 29), (30, 31)], [(0, 24), (40, 90)], []):
+        is_real = np.zeros(90, bool)
+        for first, last in stretches:
+            is_real[first:last] = True
+        rows = jnp.where(is_real[:, None], x, jnp.nan)
+        for one in (weight, panels.to_panels(weight)):
+            out = np.asarray(matmul(rows, one, residual=residual, is_real=jnp.asarray(is_real), **options))  # type: ignore[arg-type]
+            assert out[is_real].tobytes() == whole[is_real].tobytes() and not out[~is_real].any(), stretches
+
+
+def test_rows_that_count_are_told_by_one_bool_each() -> None:
+    for is_real in (jnp.ones(4, bool), jnp.ones(3, jnp.int32), jnp.ones((3, 1), bool)):
+        with pytest.raises(ValueError, match=r"matmul: is_real is .*, expected bool\[3\]"):
+            matmul(jnp.ones((3, 8)), jnp.ones((4, 8)), is_real=is_real)
+
+
 @pytest.mark.parametrize("backend", ["xla", "native"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("D", [40, 41])  # numbers of 16 bits are multiplied in pairs

@@ -19,13 +19,14 @@ from pallas_kernels.operations import Call
 from pallas_kernels.paged_decode_attention.cases import Case
 from pallas_kernels.rotate_heads.cases import Case as Heads
 
-DECODE, SOURCE, MATMUL = "paged_decode_attention", "paged_attention.cc", "matmul"
+DECODE, PREFILL, SOURCE, MATMUL = "paged_decode_attention", "paged_prefill_attention", "paged_attention.cc", "matmul"
 WINDOW = Case(4, 2, 64, window=24)
 SINKS = Case(4, 2, 64, has_sinks=True)
 TOKENS = Case(4, 2, 64, kv_dtype="int8", scales="token")
 MANY = Case(6, 3, 64, lens=(30, 70) * (100 + 4 * (os.cpu_count() or 1)))  # more rows than threads: a task has all heads of one
 HALF = Case(4, 2, 64, dtype="float16", soft_cap=20.0, spread=10.0)
 FLOAT8 = Case(4, 2, 64, dtype="bfloat16", kv_dtype="float8_e4m3fn")
+TILES, PAIRS = Case(6, 2, 64, T=16, dtype="bfloat16", is_prefill=True), Case(6, 2, 64, dtype="bfloat16")
 
 BUGS = (
     Bug(
@@ -63,10 +64,20 @@ GATED = cases.Case(40, 72, 1030, is_gated=True, has_bias=True)
 WIDE = cases.Case(9, 96, 20, "float32", weight="bfloat16")
 TURNED = cases.Case(40, 72, 1040, is_gated=True, has_panels=True)
 WIDE_PAIRS = cases.Case(9, 98, 80, "float32", weight="bfloat16", has_panels=True)
+HOLES = cases.Case(64, 72, 40, "float32", holes=0.3)
 PRODUCT_BUGS = (
     Bug("a last output twice", "matmul.cc", "(i, count - 1) * D", "(i, count - 2) * D", "definition", MATMUL, PRODUCT, "native"),
     Bug("another row's residual", "matmul.cc", "residual) + at", "residual) + first", "definition", MATMUL, PRODUCT, "native"),
-    Bug("the next step's panel", "matmul.cc", "panel * steps", "panel * (steps - 1)", "definition", MATMUL, TURNED, "native"),
+    Bug(
+        "the next step's panel",
+        "matmul.cc",
+        "last_panel) * steps",
+        "last_panel) * (steps - 1)",
+        "definition",
+        MATMUL,
+        TURNED,
+        "native",
+    ),
     Bug(
         "half of a pair twice",
         "matmul.cc",
@@ -77,12 +88,13 @@ PRODUCT_BUGS = (
         WIDE_PAIRS,
         "native",
     ),
+    Bug("a row after a hole is left out", "matmul.cc", "row = end + 1)", "row = end + 2)", "definition", MATMUL, HOLES, "native"),
     Bug("the gate's bias for both", "matmul.cc", "p * c.F : 0) + at", "0 : 0) + at", "definition", MATMUL, GATED, "native"),
 )
 
-ROTATE, HOLES = "rotate_heads", Heads(90, 2, 3, 40, has_norms=True, has_holes=True)
+ROTATE, SPOILT = "rotate_heads", Heads(90, 2, 3, 40, has_norms=True, has_holes=True)
 HEADS_BUGS = (
-    Bug("everybody's first angle", "heads.cc", "c.cos + token * half", "c.cos + 0 * half", "definition", ROTATE, HOLES, "native"),
+    Bug("everybody's first angle", "heads.cc", "c.cos + token", "c.cos + 0", "definition", ROTATE, SPOILT, "native"),
     Bug(
         "norms that are swapped",
         "heads.cc",
@@ -90,10 +102,10 @@ HEADS_BUGS = (
         "is_key ? q_norm : k_norm",
         "definition",
         ROTATE,
-        HOLES,
+        SPOILT,
         "native",
     ),
-    Bug("values nobody looks at", "heads.cc", "is_sound &= Guard(value,", "Guard(value,", "definition", ROTATE, HOLES, "native"),
+    Bug("values nobody looks at", "heads.cc", "is_sound &= Guard(value,", "Guard(value,", "definition", ROTATE, SPOILT, "native"),
 )
 
 
@@ -138,6 +150,19 @@ def test_a_planted_bug_is_seen(use: Callable[..., None], bug: Bug) -> None:
     assert first_rung(bug.operation, bug.case, bug.backend) == bug.rung
 
 
+PAIR_BUGS = (  # seen where there is an instruction for pairs of bfloat16
+    Bug("a panel of keys twice", SOURCE, "? p + 1 : p]", "? p : p]", "definition", PREFILL, TILES, "native"),
+    Bug("another tile's queries", SOURCE, "q + i * V * kLanes, turned", "q, turned", "definition", PREFILL, TILES, "native"),
+    Bug("the other token's value", SOURCE, "(half(1), 16)", "(half(0), 16)", "definition", DECODE, PAIRS, "native"),
+)
+
+
+@pytest.mark.skipif("avx512_bf16" not in building._processor(), reason="this processor has no products of pairs")
+@pytest.mark.parametrize("bug", PAIR_BUGS, ids=str)
+def test_a_bug_of_pairs_is_seen(use: Callable[..., None], bug: Bug) -> None:
+    test_a_planted_bug_is_seen(use, bug)
+
+
 def test_a_nan_of_8_bits_that_is_a_number_is_seen(use: Callable[..., None]) -> None:
     """Pages are never NaN where a case looks: this one is put there."""
     assert not is_nan_lost()
@@ -157,9 +182,10 @@ def test_without_avx512_it_is_the_definition_too(use: Callable[..., None]) -> No
     """Sums and conversions are written twice; a cheap machine for `make test` may have only one of them."""
     use({}, tunings=(("-march=native", "-mno-avx512f"), ("-mcpu=native",), ()))
     assert [first_rung(DECODE, case, "native") for case in (TOKENS, FLOAT8, HALF)] == ["", "", ""]
-    assert [first_rung(MATMUL, case, "native") for case in (PRODUCT, GATED, WIDE, TURNED, WIDE_PAIRS)] == [""] * 5
+    assert first_rung(PREFILL, TILES, "native") == first_rung(DECODE, PAIRS, "native") == ""
+    assert [first_rung(MATMUL, case, "native") for case in (PRODUCT, GATED, WIDE, TURNED, WIDE_PAIRS, HOLES)] == [""] * 6
     assert [test_matmul.rows_differ(*each) for each in test_matmul.INVARIANT] == [[]] * len(test_matmul.INVARIANT)
-    assert [first_rung(ROTATE, case, "native") for case in (HOLES, Heads(5, 2, 4, 40, "float16"))] == ["", ""]
+    assert [first_rung(ROTATE, case, "native") for case in (SPOILT, Heads(5, 2, 4, 40, "float16"))] == ["", ""]
     assert not is_nan_lost()
     assert not any(integers_differ(*shape) for shape in ((5, 100, 9), (1, 900, 4)))
 
