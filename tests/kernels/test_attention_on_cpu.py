@@ -81,6 +81,24 @@ def test_a_row_has_the_same_bits_among_few_and_among_many(dtype: str) -> None:
             assert got[0].tobytes() == wanted[row].tobytes(), f"row {row}"
 
 
+@pytest.mark.parametrize(("dtype", "cap"), [("float32", 0.0), ("float32", 20.0), ("float16", 0.0)])
+def test_a_token_has_the_same_bits_in_a_tile_and_in_a_row(dtype: str, cap: float) -> None:
+    """Who gave way computes in tiles what it had computed in rows, and is to go on as if nothing had been."""
+    case = Case(6, 3, 64, T=16, dtype=dtype, soft_cap=cap, is_prefill=True, lens=tuple(range(16, 177, 16)))
+    call = operations.operation("paged_prefill_attention").cases.make(case)
+    arrays, T = dict(call.arrays), 16
+    tiles = run("paged_prefill_attention", call, "native")
+    positions = arrays.pop("first_positions")[:, None] + np.arange(T)
+    is_real = (positions < arrays["kv_lens"][:, None]).reshape(-1)
+    arrays["kv_lens"] = np.where(is_real, positions.reshape(-1) + 1, 0).astype(np.int32)
+    arrays["block_tables"] = np.repeat(arrays["block_tables"], T, axis=0)
+    arrays["q"] = arrays["q"].reshape(-1, 1, *arrays["q"].shape[2:])
+    for of_tiles, of_rows in zip(tiles, run("paged_decode_attention", Call(arrays, call.options), "native"), strict=True):
+        of_tiles, of_rows = of_tiles.reshape(len(is_real), -1), of_rows.reshape(len(is_real), -1)
+        assert of_tiles[is_real].tobytes() == of_rows[is_real].tobytes()
+        assert is_real.sum() > 100
+
+
 @pytest.mark.parametrize("H", [16, 80])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_heads_and_queries_that_no_register_and_no_tile_divides(dtype: str, H: int) -> None:
