@@ -24,9 +24,8 @@ from jaxpaged.config import EngineConfig, ModelConfig
 from jaxpaged.engine import Engine
 from jaxpaged.host.plan import StepPlan
 from jaxpaged.host.scheduler import Scheduler
-from jaxpaged.model import transformer
 from jaxpaged.model.cache import KVCache
-from jaxpaged.model.step import StepOutputs, forward_paged, of_packed
+from jaxpaged.model.step import StepOutputs, forward_paged, of_packed, sampled_logits
 from jaxpaged.runner import JaxRunner, attention_backend
 
 
@@ -48,7 +47,7 @@ Bits = dict[tuple[str, int, int], Row]
 def step_with_logits(weights, cache, inputs, *, config, backend, max_logprobs):
     """`jaxpaged.model.step.step`, which also returns the logits."""
     hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), config=config, backend=backend)
-    scores = transformer.logits(weights, config, hidden[inputs.sample_at], backend=transformer.products_of(backend))
+    scores = sampled_logits(weights, hidden, inputs, config=config, backend=backend)
     outputs = StepOutputs.of(scores, inputs, max_logprobs)
     return (outputs.told(weights, hidden, inputs, max_logprobs, config=config), scores), cache
 

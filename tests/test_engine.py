@@ -25,11 +25,10 @@ from jaxpaged.engine import Engine
 from jaxpaged.host.plan import StepPlan
 from jaxpaged.host.request import FinishReason, RequestError, SamplingParams
 from jaxpaged.model import cache as kv_cache
-from jaxpaged.model import transformer
 from jaxpaged.model import weights as model_weights
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.panels import PanelMatrix
-from jaxpaged.model.step import StepInputs, forward_paged
+from jaxpaged.model.step import StepInputs, forward_paged, sampled_logits
 from jaxpaged.model.weights import Weights
 from jaxpaged.runner import JaxRunner, ResourceError, plan_memory
 from pallas_kernels.matmul.panels import LANES
@@ -159,7 +158,7 @@ class WatchedRunner(JaxRunner):
 @jax.jit
 def _logits(weights: Weights, cache: KVCache, inputs: StepInputs) -> jax.Array:
     hidden, _ = forward_paged(weights, cache, inputs.fed_tokens(), config=MODEL)
-    return transformer.logits(weights, MODEL, hidden[inputs.sample_at])
+    return sampled_logits(weights, hidden, inputs, config=MODEL)
 
 
 def watched(engine: Engine, *, num_pages: int | None = None, plants_nan: bool = False) -> Engine:

@@ -71,7 +71,7 @@ class StepInputs:
     @property
     @jax.named_scope("sampling")
     def is_sampled(self) -> jax.Array:
-        """bool [R], rows whose token the plan wants. Where none is, `sample_at` is 0, which is the first row's own."""
+        """bool [R], rows whose token the plan wants, and the first row where it holds a token: `sample_at` of all others is 0."""
         first = jnp.concatenate([self.tokens.row_lens, self.tokens.tile_lens])[:1] > 0
         return (self.sample_at > 0).at[:1].set(first)
 

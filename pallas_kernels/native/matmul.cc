@@ -154,11 +154,6 @@ inline void Streams(int64_t num_rows, const typename A::Row* x, int64_t stride, 
   if constexpr (NR < kFewRows) Streams<A, P, 2 * NR>(num_rows, x, stride, outputs, ahead, out);
 }
 
-// Rows beside each other that are multiplied together, up to kRows.
-struct Rows {
-  int64_t first, count;
-};
-
 // One call. Optional arrays are null when they were not given.
 struct Call {
   int64_t X, D, F;     // F outputs of the result: a gated weight has twice as many, its bias too
@@ -171,20 +166,15 @@ struct Call {
   const void* residual;  // [X, F], as the result
   const bool* is_real;   // [X], rows that count; the others are 0
   void* out;             // [X, F]
-  std::vector<Rows> tiles = {};  // of the rows that count, in their order
+  std::vector<int64_t> real = {};  // the numbers of those rows, which are multiplied as if no other stood between them
 
   int64_t Width() const { return is_gated ? kLanes : kPanels * kLanes; }  // outputs of a tile
   bool IsReal(int64_t row) const { return !is_real || is_real[row]; }
 
-  // Cuts the rows that count into tiles: those of a stretch without a hole have as many rows each, or one less.
-  void Part() {
-    for (int64_t row = 0, end; row < X; row = end + 1) {
-      for (end = row; end < X && IsReal(end);) ++end;
-      for (int64_t left = (end - row + kRows - 1) / kRows; left; --left) {
-        tiles.push_back({row, (end - row) / left});
-        row += tiles.back().count;
-      }
-    }
+  void FindReal() {
+    real.reserve(X);
+    for (int64_t row = 0; row < X; ++row)
+      if (IsReal(row)) real.push_back(row);
   }
 };
 
@@ -198,7 +188,7 @@ __attribute__((noinline)) void Gate(float* __restrict gate, const float* __restr
   for (int64_t i = 0; i < count; ++i) gate[i] = Silu(gate[i]) * up[i];
 }
 
-// Turns the sums of a tile into results: of rows from `row` on, of outputs from `output` on.
+// Turns the sums of a tile into results: of rows that count from their number `row` on, of outputs from `output` on.
 template <typename Out>
 __attribute__((noinline)) void Finish(const Call& c, int64_t row, int64_t num_rows, int64_t output, Vec* sums) {
   const Vec one = Vec{} + 1.0f;
@@ -213,7 +203,7 @@ __attribute__((noinline)) void Finish(const Call& c, int64_t row, int64_t num_ro
   for (int p = 0; p < (c.is_gated ? 1 : kPanels); ++p) {
     const int64_t first = output + p * kLanes, count = std::clamp<int64_t>(c.F - first, 0, kLanes);
     for (int r = 0; r < num_rows; ++r) {
-      const int64_t at = (row + r) * c.F + first;
+      const int64_t at = c.real[row + r] * c.F + first;
       Vec x = sums[p * kRows + r];
       if (c.residual) x += LoadSome(static_cast<const Out*>(c.residual) + at, count);
       StoreSome(static_cast<Out*>(c.out) + at, x, count);
@@ -221,20 +211,23 @@ __attribute__((noinline)) void Finish(const Call& c, int64_t row, int64_t num_ro
   }
 }
 
-// Rows of tiles [first, last) times outputs [begin, end). Those from `after` on are likely to be the thread's next.
+// Rows [first, last) of those that count times outputs [begin, end). Outputs from `later` on are likely to be the thread's next.
 template <typename A, typename P, typename Out>
-void Compute(const Call& c, const Rows* first, const Rows* last, int64_t begin, int64_t end, int64_t after) {
-  const int64_t width = c.Width();
+void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t end, int64_t later) {
+  const int64_t width = c.Width(), num_tiles = (last - first + kRows - 1) / kRows;
   const int64_t steps = (c.D + A::kGroup - 1) / A::kGroup;
   const auto* x = static_cast<const typename A::Row*>(c.x);
   alignas(64) Vec sums[kPanels * kRows];
   Panels panels = {};
   const auto multiply = [&](int64_t at, Ahead ahead) {
-    for (const Rows* tile = first; tile < last; ++tile) {
-      if (tile > first)
+    int64_t row = first;
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {  // tiles of as many rows, or one less
+      const int64_t num_rows = (last - row) / (num_tiles - tile);
+      Tiles<A>(num_rows, x + row * c.stride, c.stride, panels, steps, ahead, sums);
+      Finish<Out>(c, row, num_rows, at, sums);
+      row += num_rows;
+      if constexpr (kIsTurned<A>)
         for (int p = 0; p < kPanels; ++p) ahead.from[p] += steps * ahead.step;
-      Tiles<A>(tile->count, x + tile->first * c.stride, c.stride, panels, steps, ahead, sums);
-      Finish<Out>(c, tile->first, tile->count, at, sums);
     }
   };
   if constexpr (kIsTurned<A>) {
@@ -245,12 +238,11 @@ void Compute(const Call& c, const Rows* first, const Rows* last, int64_t begin, 
     };
     for (int64_t at = begin; at < end; at += width) {
       // One tile is as fast as memory. Several share the fetching of the next panels among them.
-      const bool is_one = last - first == 1;
-      const int64_t next = at + width < end ? at + width : after;
-      Ahead ahead{{nullptr, nullptr}, static_cast<int64_t>(sizeof(Dwords)) / (last - first)};
+      const int64_t next = at + width < end ? at + width : later;
+      Ahead ahead{{nullptr, nullptr}, static_cast<int64_t>(sizeof(Dwords)) / num_tiles};
       for (int p = 0; p < kPanels; ++p) {
         panels.from[p] = panel_of(at, p);
-        ahead.from[p] = is_one ? panels.from[p] + kAheadBytes : panel_of(next, p);
+        ahead.from[p] = num_tiles == 1 ? panels.from[p] + kAheadBytes : panel_of(next, p);
       }
       multiply(at, ahead);
     }
@@ -266,10 +258,10 @@ void Compute(const Call& c, const Rows* first, const Rows* last, int64_t begin, 
     for (int64_t at = begin; at < end; at += width) {
       const int64_t after = std::min(at + width, c.F - 1);
       for (int p = 0; p < kPanels; ++p) ahead.from[p] = reinterpret_cast<const char*>(weight_of(after, p));
-      if (last - first == 1 && first->count <= kFewRows) {
+      if (last - first <= kFewRows) {
         const Outputs<A, P> outputs[] = {{weight_of(at, 0), count_of(at, 0), c.D}, {weight_of(at, 1), count_of(at, 1), c.D}};
-        Streams<A, P>(first->count, x + first->first * c.stride, c.stride, outputs, ahead, sums);
-        Finish<Out>(c, first->first, first->count, at, sums);
+        Streams<A, P>(last - first, x + first * c.stride, c.stride, outputs, ahead, sums);
+        Finish<Out>(c, first, last - first, at, sums);
         continue;
       }
       for (int p = 0; p < kPanels; ++p) {
@@ -293,19 +285,21 @@ void Clear(const Call& c, int64_t begin, int64_t end) {
 template <typename A, typename P, typename Out>
 void Run(ffi::ThreadPool& pool, const Call& c) {
   if (c.X == 0 || c.F == 0) return;
-  const int64_t width = c.Width(), num_tiles = (c.F + width - 1) / width, num_rows = c.tiles.size() * kRows;
+  const int64_t width = c.Width(), num_tiles = (c.F + width - 1) / width, num_real = c.real.size();
   const int64_t weight_bytes = c.F * c.D * static_cast<int64_t>(sizeof(P)) * (c.is_gated ? 2 : 1);
   // Eight rows cost as much in arithmetic as the weight in bytes.
-  const int64_t cost = weight_bytes * (8 + std::min(num_rows, c.X)) / 9;
+  const int64_t cost = weight_bytes * (8 + num_real) / 9;
   const int64_t wanted = std::clamp<int64_t>(cost / kTaskBytes, 1, 16 * NumThreads(pool));
   const int64_t tiles = (num_tiles + wanted - 1) / wanted, output_tasks = (num_tiles + tiles - 1) / tiles;
   // Rows are parted where outputs are too few for the threads: each part turns the weight again.
-  const int64_t num_all = c.tiles.size(), row_parts = std::clamp<int64_t>(2 * NumThreads(pool) / output_tasks, 1, std::max<int64_t>(1, (num_all + 7) / 8));
-  const int64_t some = (num_all + row_parts - 1) / row_parts;
+  const int64_t most_parts = std::max<int64_t>(1, (num_real + 8 * kRows - 1) / (8 * kRows));
+  const int64_t row_parts = std::clamp<int64_t>(2 * NumThreads(pool) / output_tasks, 1, most_parts);
+  const int64_t num_rows = (num_real + row_parts - 1) / row_parts;
   ParallelFor(pool, row_parts * output_tasks, [&](int64_t task) {
-    const int64_t first = task / output_tasks * some, output = task % output_tasks * tiles * width, end = std::min(output + tiles * width, c.F);
-    if (first == 0) Clear<Out>(c, output, end);
-    if (first < num_all) Compute<A, P, Out>(c, &c.tiles[first], c.tiles.data() + std::min(first + some, num_all), output, end, output + NumThreads(pool) * tiles * width);
+    const int64_t part = task / output_tasks, row = part * num_rows, output = task % output_tasks * tiles * width;
+    const int64_t end = std::min(output + tiles * width, c.F), later = output + NumThreads(pool) * tiles * width;
+    if (part == 0) Clear<Out>(c, output, end);
+    if (row < num_real) Compute<A, P, Out>(c, row, std::min(row + num_rows, num_real), output, end, later);
   });
 }
 
@@ -337,33 +331,34 @@ void Take(const P* x, int64_t D, Row* out) {
   }
 }
 
-// Rows as the product takes them: normalised where there is a scale, of type Row, and with zeros after them for a last step.
+// The rows that count, one after the other, as the product takes them: normalised where there is a scale, of type Row, and with zeros
+// after them for a last step.
 template <typename A, typename P>
 void Prepare(ffi::ThreadPool& pool, Call& c, const P* scale, float eps) {
   using Row = typename A::Row;
   const P* x = static_cast<const P*>(c.x);
   c.stride = (c.D + A::kGroup - 1) / A::kGroup * A::kGroup;
   if constexpr (std::is_same_v<P, Row>)
-    if (!scale && c.stride == c.D) return;
+    if (!scale && c.stride == c.D && static_cast<int64_t>(c.real.size()) == c.X) return;
   // Of the calling thread, which takes no other call before this one ends.
   thread_local std::vector<Row> prepared;
-  prepared.resize(static_cast<size_t>(c.X) * c.stride);
-  const int64_t D = c.D, stride = c.stride, num_tiles = c.tiles.size();
-  const int64_t some = std::max<int64_t>(1, kTaskBytes / (D * 16 * kRows));  // tiles of a task: a norm is several passes
-  ParallelFor(pool, (num_tiles + some - 1) / some, [&, target = prepared.data()](int64_t task) {
-    const Rows &from = c.tiles[task * some], &to = c.tiles[std::min((task + 1) * some, num_tiles) - 1];
-    for (int64_t r = from.first; r < to.first + to.count; ++r) {
+  prepared.resize(c.real.size() * c.stride);
+  const int64_t D = c.D, stride = c.stride, num_real = c.real.size();
+  const int64_t some = std::max<int64_t>(1, kTaskBytes / (D * 16));  // rows of a task: a norm is several passes
+  ParallelFor(pool, (num_real + some - 1) / some, [&, target = prepared.data()](int64_t task) {
+    for (int64_t r = task * some; r < std::min((task + 1) * some, num_real); ++r) {
+      const P* from = x + c.real[r] * D;
       Row* row = target + r * stride;
       std::fill(row + D, row + stride, Row{});
       if (!scale) {
-        Take(x + r * D, D, row);
+        Take(from, D, row);
       } else if constexpr (std::is_same_v<P, Shifted>) {  // has no norm
       } else if constexpr (std::is_same_v<P, Row>) {
-        Normalise(x + r * D, scale, eps, D, row);
+        Normalise(from, scale, eps, D, row);
       } else {
         thread_local std::vector<P> normalised;
         normalised.resize(D);
-        Normalise(x + r * D, scale, eps, D, normalised.data());
+        Normalise(from, scale, eps, D, normalised.data());
         Take(normalised.data(), D, row);
       }
     }
@@ -423,7 +418,7 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
   Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = is_gated, .x = x.untyped_data(), .stride = xd[1], .weight = weight.untyped_data(), .scales = nullptr,
          .bias = bias.element_count() ? bias.typed_data() : nullptr,
          .residual = DataOrNull(residual), .is_real = is_real.element_count() ? is_real.typed_data() : nullptr, .out = out->untyped_data()};
-  c.Part();
+  c.FindReal();
   const ffi::DataType of_weight = weight.element_type(), of_out = out->element_type();
   const bool is_turned = weight.dimensions().size() == 4;
   switch (x.element_type()) {
@@ -440,7 +435,7 @@ ffi::Error MultiplyInt8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buff
   const auto xd = x.dimensions(), od = out->dimensions();
   Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = false, .x = x.typed_data(), .stride = xd[1], .weight = weight.typed_data(),
          .scales = scales.typed_data(), .bias = nullptr, .residual = nullptr, .is_real = nullptr, .out = out->typed_data()};
-  c.Part();
+  c.FindReal();
   Run<Singles, Int8, float>(pool, c);
   return ffi::Error::Success();
 }
@@ -451,7 +446,7 @@ ffi::Error MultiplyIntegers(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x, ffi::B
   const auto xd = x.dimensions(), od = out->dimensions();
   Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = false, .x = x.typed_data(), .stride = xd[1], .weight = weight.typed_data(),
          .scales = scales.typed_data(), .bias = nullptr, .residual = nullptr, .is_real = nullptr, .out = out->typed_data()};
-  c.Part();
+  c.FindReal();
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
   Prepare<Quads, Shifted>(pool, c, nullptr, 0.0f);
   Run<Quads, Int8, float>(pool, c);

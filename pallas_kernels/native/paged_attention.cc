@@ -3,9 +3,9 @@
 //
 // One task is one row and one or more of its key/value heads. It walks the row's pages once, a block of tokens after the other and
 // in each the heads, which lie behind each other, with an online softmax in float32, and touches no token outside [first visible,
-// kv_len): what unused places hold, NaN or not, is never read. Queries meet the tokens where they lie. Where queries and pages are
-// bfloat16 their weights are rounded to it too, and many queries, those of a tile, meet the tokens as panels of a product: sums of
-// another order than those of few.
+// kv_len): what unused places hold, NaN or not, is never read. Many queries have pages of narrow numbers converted once for all. Where
+// the processor multiplies pairs of bfloat16 and both queries and pages are of it, the softmax's weights are rounded to it too, subnormal
+// numbers count as 0, and many queries meet the tokens as panels of a product, in sums of another order than those of few.
 // Scales of pages never meet the pages' numbers: a key's multiplies its score, a value's its weight.
 // The order of a head's sums depends on its own row alone, so a row's bits do not depend on the batch. Only that order counts here: this
 // source is not built with -fassociative-math.
@@ -143,10 +143,15 @@ INLINE Dwords Across(const P* row, int h) {
 }
 
 // Weights as a product takes them.
-template <typename Row>
-INLINE void Round(const float* weights, int count, Row* rounded) {
-  for (int j = 0; j < count; j += kLanes) StoreSome(rounded + j, Load(weights + j), kLanes);
+INLINE void Round(const float* weights, int count, float* rounded) { std::memcpy(rounded, weights, count * sizeof *weights); }
+#ifdef __AVX512BF16__
+INLINE void Round(const float* weights, int count, BFloat16* rounded) {
+  for (int j = 0; j < count; j += kLanes) {
+    const __m256bh narrow = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(Load(weights + j)));  // of weights subnormal numbers are 0
+    std::memcpy(rounded + j, &narrow, sizeof narrow);
+  }
 }
+#endif
 
 // One block for NQ queries at once, whose numbers are `q`, so that a row of K or V is read once for all. V registers of kLanes make up
 // a head. What comes `ahead` is fetched meanwhile, a few tokens with each few: asked for at once, it would hold up the reading of the
@@ -286,10 +291,13 @@ class Slots {
   int64_t offset_, head_, K_, S_;
 };
 
-// The tokens of a row's head from a position on, at most a block of them.
+// Where the block after that of a position begins: blocks are those of the sequence, whatever window a row begins to see it by.
+inline int64_t After(int64_t position) { return (position / kBlock + 1) * kBlock; }
+
+// The tokens of a row's head from a position on to the end of their block.
 template <typename P>
 void Find(const Call& c, int64_t b, int64_t head, int64_t start, Rows<P>& rows) {
-  rows.count = std::clamp<int64_t>(c.kv_lens[b] - start, 0, kBlock);
+  rows.count = std::max<int64_t>(0, std::min<int64_t>(c.kv_lens[b], After(start)) - start);
   Slots slot(c, b, head, start);
   for (int j = 0; j < rows.count; ++j, ++slot) {
     rows.k[j] = static_cast<const P*>(c.k_pages) + *slot * HEAD_SIZE;
@@ -387,14 +395,14 @@ void AttendRow(const Call& c, int64_t b, int64_t begin, int64_t end) {
       block.k_scales = k_scales, block.v_scales = v_scales;
     }
     const int64_t mine = (head - begin) * num_queries;
-    if (++head == end) head = begin, start += kBlock;
+    if (++head == end) head = begin, start = After(start);
     Find(c, b, head, start, *ahead);
     if (!are_many || std::is_same_v<P, float>) {
       AttendQueries<A, P, V>(&queries[mine], num_queries, q + mine * H, *rows, *ahead, block);
     } else if constexpr (A::kGroup > 1) {
       AttendTile<A, P, V>(&queries[mine], num_queries, q + mine * H, *rows, *ahead, block);
     } else {
-      thread_local Converted<V> converted;
+      Converted<V> converted;
       AttendQueries<A, float, V>(&queries[mine], num_queries, q + mine * H, converted.Of(*rows, *ahead), kNothing<float>, block);
     }
     std::swap(rows, ahead);

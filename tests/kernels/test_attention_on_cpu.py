@@ -81,10 +81,12 @@ def test_a_row_has_the_same_bits_among_few_and_among_many(dtype: str) -> None:
             assert got[0].tobytes() == wanted[row].tobytes(), f"row {row}"
 
 
-@pytest.mark.parametrize(("dtype", "cap"), [("float32", 0.0), ("float32", 20.0), ("float16", 0.0)])
-def test_a_token_has_the_same_bits_in_a_tile_and_in_a_row(dtype: str, cap: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "options"), [("float32", {}), ("float32", {"soft_cap": 20.0, "window": 90}), ("float16", {"window": 30})]
+)
+def test_a_token_has_the_same_bits_in_a_tile_and_in_a_row(dtype: str, options: dict[str, float]) -> None:
     """Who gave way computes in tiles what it had computed in rows, and is to go on as if nothing had been."""
-    case = Case(6, 3, 64, T=16, dtype=dtype, soft_cap=cap, is_prefill=True, lens=tuple(range(16, 177, 16)))
+    case = Case(6, 3, 64, T=16, dtype=dtype, is_prefill=True, lens=tuple(range(16, 177, 16)), **options)  # type: ignore[arg-type]
     call = operations.operation("paged_prefill_attention").cases.make(case)
     arrays, T = dict(call.arrays), 16
     tiles = run("paged_prefill_attention", call, "native")

@@ -49,8 +49,8 @@ BUGS = (
     Bug(
         "tokens past the end",
         SOURCE,
-        "(c.kv_lens[b] - start, 0",
-        "((c.kv_lens[b] - start + 3) / 4 * 4, 0",
+        "(c.kv_lens[b], After",
+        "((c.kv_lens[b] + 3) / 4 * 4, After",
         "poison",
         DECODE,
         WINDOW,
@@ -88,7 +88,16 @@ PRODUCT_BUGS = (
         WIDE_PAIRS,
         "native",
     ),
-    Bug("a row after a hole is left out", "matmul.cc", "row = end + 1)", "row = end + 2)", "definition", MATMUL, HOLES, "native"),
+    Bug(
+        "rows behind a hole moved up",
+        "matmul.cc",
+        "c.real[row + r] * c.F",
+        "(row + r) * c.F",
+        "definition",
+        MATMUL,
+        HOLES,
+        "native",
+    ),
     Bug("the gate's bias for both", "matmul.cc", "p * c.F : 0) + at", "0 : 0) + at", "definition", MATMUL, GATED, "native"),
 )
 

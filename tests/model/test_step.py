@@ -89,6 +89,28 @@ def test_start_defaults_to_nothing_in_the_pages_and_padding_rows_touch_no_page()
     assert np.isfinite(pages).all()
 
 
+@pytest.mark.parametrize(
+    ("D", "lens", "sample_at", "wanted"),
+    [
+        (
+            4,
+            [5, 9, 0, 0, 16, 20],
+            [0, 1, 0, 0, 0, 23],
+            [0, 1, 5],
+        ),  # two rows, the middle of a prompt and its end
+        (4, [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 4, 0], [4]),  # no row decodes
+        (0, [1, 0], [0, 0], [0]),
+        (1, [0, 0], [0, 0], []),
+    ],
+)
+def test_rows_that_are_sampled_are_told_apart(D: int, lens: list[int], sample_at: list[int], wanted: list[int]) -> None:
+    T = 16
+    _, arrays = model_step.StepInputs.layout(D, len(lens) - D, T, M).new()
+    arrays["lens"][:], arrays["sample_at"][:] = lens, sample_at
+    inputs = model_step.StepInputs.of({name: jax.numpy.asarray(array) for name, array in arrays.items()}, np.zeros(8, np.int32))
+    assert np.flatnonzero(inputs.is_sampled).tolist() == wanted
+
+
 def test_a_donated_cache_is_gone_and_its_memory_used_again() -> None:
     family = SOME[0]
     _, decode = functions(family)
