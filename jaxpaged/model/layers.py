@@ -41,9 +41,9 @@ def linear(
     """x [X, I] times weight [O..., I] transposed, plus bias: [X, O...], in x's dtype with float32 sums; of a gated weight
     [2, F, I] the result is [X, F].
 
-    `scope` is its name in a profile. The other options are those of `pallas_kernels.matmul`, but that a quantised matrix multiplies
-    all rows, real or not. Of the backends only "xla" can be differentiated; rows that meet a quantised matrix are rounded, so
-    nothing can.
+    `scope` is its name in a profile. The other options are those of `pallas_kernels.matmul`, but that a quantised matrix
+    multiplies all rows, real or not. Of the backends only "xla" can be differentiated; rows that meet a quantised matrix are
+    rounded, so nothing can.
     """
     flat_bias = None if bias is None else bias.reshape(-1)
     with jax.named_scope(scope):
