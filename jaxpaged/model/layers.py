@@ -51,8 +51,8 @@ def linear(
             out = weight.times(x if norm is None else rms_norm(x, norm, eps))
             out = finish(out, flat_bias, residual, is_gated=is_gated, out_dtype=out_dtype or x.dtype)
         else:
-            how: dict[str, Any] = {"norm": norm, "eps": eps, "is_gated": is_gated, "residual": residual, "out_dtype": out_dtype}
-            how["is_real"] = is_real
+            how: dict[str, Any] = {"norm": norm, "eps": eps, "is_gated": is_gated, "residual": residual}
+            how |= {"is_real": is_real, "out_dtype": out_dtype}
             flat = weight.panels if isinstance(weight, PanelMatrix) else weight.reshape(-1, weight.shape[-1])
             out = matmul(x, flat, flat_bias, backend=backend, **how)
     return out.reshape(-1, *weight.shape[1 if is_gated else 0 : -1])

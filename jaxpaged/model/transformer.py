@@ -54,11 +54,11 @@ def forward(
       token_ids: int32 [X], tokens of any number of sequences in any order; only `attend` relates them to each other.
       positions: int32 [X], each token's place in its own sequence.
       tiles: those that tokens are computed in, so that a token's bits depend on that token and on `attend` alone.
-      is_real: bool [X], tokens that count: products leave the others out where there are no `tiles`, and what becomes of them
-        means nothing. None for all.
+      is_real: bool [X], tokens that count: products leave the others out, and what becomes of them means nothing. None for all,
+        and where there are `tiles`.
       backend: of the products and of what is done to heads; only "xla" can be differentiated.
     """
-    how: dict[str, Any] = {"backend": backend, "is_real": is_real if tiles is None else None}
+    how: dict[str, Any] = {"backend": backend, "is_real": is_real}
     x = lookup(weights.embed, token_ids, weights.norm.dtype)  # the norms are never quantised
     cos, sin = by_rows(tiles, functools.partial(rope_tables, config), positions)
     for index, layer in enumerate(weights.layers):
@@ -93,7 +93,7 @@ def logits(
 ) -> jax.Array:
     """Scores of the next token: hidden [R, D] -> float32 [R, V]; `tiles`, `is_real` and `backend` as in `forward`."""
     head = weights.embed if weights.lm_head is None else weights.lm_head
-    how: dict[str, Any] = {"backend": backend, "is_real": is_real if tiles is None else None}
+    how: dict[str, Any] = {"backend": backend, "is_real": is_real}
     return by_rows(tiles, lambda hidden: linear(hidden, head, out_dtype="float32", scope="head", **how), hidden)
 
 
@@ -110,5 +110,6 @@ def of_rows(is_real: jax.Array, backend: Backend, *, batch_invariant: bool) -> d
     return {
         "backend": products,
         "tiles": RowTiles.of(is_real, ROW_TILE) if batch_invariant else None,
-        "is_real": is_real if is_native(products) else None,  # XLA would compute all, and take them away again
+        # Tiles leave them out already, and XLA would compute all and take them away again.
+        "is_real": is_real if is_native(products) and not batch_invariant else None,
     }

@@ -217,13 +217,14 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
   const int64_t width = c.Width(), num_tiles = (last - first + kRows - 1) / kRows;
   const int64_t steps = (c.D + A::kGroup - 1) / A::kGroup;
   const auto* x = static_cast<const typename A::Row*>(c.x);
+  constexpr int kFewest = kIsTurned<A> ? 1 : std::min(kFewRows + 1, kRows / 2);  // rows of a tile: fewer are a stream
   alignas(64) Vec sums[kPanels * kRows];
   Panels panels = {};
   const auto multiply = [&](int64_t at, Ahead ahead) {
     int64_t row = first;
     for (int64_t tile = 0; tile < num_tiles; ++tile) {  // tiles of as many rows, or one less
       const int64_t num_rows = (last - row) / (num_tiles - tile);
-      Tiles<A>(num_rows, x + row * c.stride, c.stride, panels, steps, ahead, sums);
+      Tiles<A, kFewest>(num_rows, x + row * c.stride, c.stride, panels, steps, ahead, sums);
       Finish<Out>(c, row, num_rows, at, sums);
       row += num_rows;
       if constexpr (kIsTurned<A>)
@@ -298,7 +299,7 @@ void Run(ffi::ThreadPool& pool, const Call& c) {
   ParallelFor(pool, row_parts * output_tasks, [&](int64_t task) {
     const int64_t part = task / output_tasks, row = part * num_rows, output = task % output_tasks * tiles * width;
     const int64_t end = std::min(output + tiles * width, c.F), later = output + NumThreads(pool) * tiles * width;
-    if (part == 0) Clear<Out>(c, output, end);
+    if (part == 0 && num_real < c.X) Clear<Out>(c, output, end);
     if (row < num_real) Compute<A, P, Out>(c, row, std::min(row + num_rows, num_real), output, end, later);
   });
 }

@@ -219,12 +219,12 @@ inline void AttendQueries(Query* queries, int num_queries, const typename A::Row
 
 // A block's keys and values as panels: of sixteen tokens and all their numbers, and of sixteen numbers and all tokens.
 template <typename A, int V>
-struct Turned {
+struct TurnedBlock {
   static constexpr int H = V * kLanes, kSteps = H / A::kGroup;
   Dwords keys[kBlock / kLanes][kSteps], values[V][kBlock / A::kGroup];
 
   template <typename P>
-  Turned(const Rows<P>& rows, const Rows<P>& ahead) {
+  TurnedBlock(const Rows<P>& rows, const Rows<P>& ahead) {
     constexpr int kStep = kLanes * A::kGroup;
     for (int p = 0; p * kLanes < rows.count; ++p)
       for (int h = 0; h < H; h += kStep) {
@@ -245,7 +245,7 @@ struct Turned {
 
 // One block for up to kRows queries, whose numbers are `q`, as products of tiles.
 template <typename A, int V>
-void AttendTurned(Query* queries, int num_queries, const typename A::Row* q, const Turned<A, V>& turned, const Block& block) {
+void AttendTurned(Query* queries, int num_queries, const typename A::Row* q, const TurnedBlock<A, V>& turned, const Block& block) {
   constexpr int H = V * kLanes;
   using Row = typename A::Row;
   alignas(64) float weights[kRows][kBlock];
@@ -309,7 +309,7 @@ void Find(const Call& c, int64_t b, int64_t head, int64_t start, Rows<P>& rows) 
 // A block for many queries of a head.
 template <typename A, typename P, int V>
 void AttendTile(Query* queries, int64_t num_queries, const typename A::Row* q, const Rows<P>& rows, const Rows<P>& ahead, const Block& block) {
-  const Turned<A, V> turned(rows, ahead);
+  const TurnedBlock<A, V> turned(rows, ahead);
   for (int64_t i = 0; i < num_queries; i += kRows) {
     const int count = std::min<int64_t>(kRows, num_queries - i);
     if (queries[i + count - 1].high <= block.start) continue;  // the block is in these queries' future

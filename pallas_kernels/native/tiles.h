@@ -142,10 +142,11 @@ __attribute__((noinline)) void Tile(const typename A::Row* x, int64_t stride, co
     UNROLL for (int p = 0; p < kPanels; ++p) out[p * kRows + r] = A::Floats(sums[r][p]);
 }
 
-template <typename A, int NR = kRows>
+// From kFewest to kRows rows.
+template <typename A, int kFewest = 1, int NR = kRows>
 inline void Tiles(int64_t num_rows, const typename A::Row* x, int64_t stride, const Panels& panels, int64_t steps, Ahead ahead, Vec* out) {
   if (num_rows >= NR) return Tile<typename A::Itself, NR>(x, stride, panels, steps, ahead, out);
-  if constexpr (NR > 1) Tiles<A, NR - 1>(num_rows, x, stride, panels, steps, ahead, out);
+  if constexpr (NR > kFewest) Tiles<A, kFewest, NR - 1>(num_rows, x, stride, panels, steps, ahead, out);
 }
 
 }  // namespace
