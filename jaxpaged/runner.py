@@ -44,6 +44,7 @@ from jaxpaged.model.adjust import Adjustments
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.draft import DraftInputs
 from jaxpaged.model.step import PackedInputs, PromptLogprobs, StepOutputs
+from jaxpaged.model.transformer import products_of
 from jaxpaged.model.weights import Weights
 from jaxpaged.offload.transfer import Offload
 from jaxpaged.structured.chooser import Chooser, Late
@@ -155,15 +156,16 @@ class JaxRunner:
         limits["max_drafts"] = config.max_drafts
         self.adjuster = Adjuster(vocab_size=model.vocab_size, **limits)  # type: ignore[arg-type]
         self.matchers, self._chooser = None, None
+        backend = attention_backend(config, model)
         of_tokens = {"max_logprobs": config.max_logprobs, "logprobs_mode": config.logprobs_mode}
         of_tokens["processors"] = config.logits_processors  # type: ignore[assignment]
         processors.check(config.logits_processors, config.extra_args, num_rows, model.vocab_size)
         if grammars is not None:
             self.matchers = Matchers(grammars, vocab_size=model.vocab_size, prepare=self.warm_up_grammars)
-            self._chooser = Chooser(self.matchers, num_fed=num_rows, **of_tokens)  # type: ignore[arg-type]
+            of_rows = {"backend": products_of(backend), **of_tokens}
+            self._chooser = Chooser(self.matchers, num_fed=num_rows, **of_rows)  # type: ignore[arg-type]
         self._late: tuple[_Step, Late] | None = None
         self.duel = None
-        backend = attention_backend(config, model)
         options = {"config": model, "backend": backend, "batch_invariant": config.batch_invariant, **of_tokens}
         step = functools.partial(model_step.step, **options)
         if config.compare_with is not None:

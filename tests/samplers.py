@@ -14,7 +14,7 @@ import mixes
 import numpy as np
 import oracle
 from driving import Ask, ShuffledPool, another_engine, greedy, run
-from model.test_sampler import draw, inputs, keep, kept_by_sorting
+from model.test_sampler import DRAWS, inputs, keep, kept_by_sorting
 from scipy import stats
 from test_adjust import chain
 
@@ -56,20 +56,23 @@ def laws(seeds: Iterable[int]) -> int:
         top_p = rng.choice(np.float32([1, 0.999, 0.9, 0.5, 0.1, 1e-6]), R)
         min_p = rng.choice(np.float32([0, 0.05, 0.5, 1]), R)
         kept = np.asarray(keep(logits, inputs(R, top_k=top_k, top_p=top_p, min_p=min_p)))
+        allowed = [around(logits[row], int(top_k[row]), float(top_p[row]), float(min_p[row])) for row in range(R)]
         for row in range(R):
-            allowed = around(logits[row], int(top_k[row]), float(top_p[row]), float(min_p[row]))
-            assert tuple((kept[row] > -np.inf).tolist()) in allowed, (seed, row)
+            assert tuple((kept[row] > -np.inf).tolist()) in allowed[row], (seed, row)
             is_kept = kept[row] > -np.inf
             assert (kept[row][is_kept] == logits[row][is_kept]).all()
         positions, best = rng.integers(0, 10**6, R).astype(np.int32), logits.argmax(axis=1)
         is_clear = (logits == logits.max(axis=1, keepdims=True)).sum(axis=1) == 1
-        for only in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):  # the likeliest alone, and greedy
-            drawn = np.asarray(draw(logits, inputs(R, temperature=1.5, **only), positions))
-            assert (drawn == best)[is_clear].all() and (logits[np.arange(R), drawn] == logits.max(axis=1)).all()
-        assert (np.asarray(draw(logits, inputs(R, temperature=0.0, top_k=3), positions)) == best).all()
-        plain = np.asarray(draw(logits, inputs(R, temperature=1.5), positions))
-        for everything in ({"top_k": size}, {"top_k": size + 9}, {"top_k": -1}, {"top_p": 1.0, "min_p": 0.0}):
-            assert (np.asarray(draw(logits, inputs(R, temperature=1.5, **everything), positions)) == plain).all()
+        for draw in DRAWS.values():
+            drawn = np.asarray(draw(logits, inputs(R, top_k=top_k, top_p=top_p, min_p=min_p), positions))
+            assert all(any(kept[token] for kept in allowed[row]) for row, token in enumerate(drawn)), seed
+            for only in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):  # the likeliest alone, and greedy
+                drawn = np.asarray(draw(logits, inputs(R, temperature=1.5, **only), positions))
+                assert (drawn == best)[is_clear].all() and (logits[np.arange(R), drawn] == logits.max(axis=1)).all()
+            assert (np.asarray(draw(logits, inputs(R, temperature=0.0, top_k=3), positions)) == best).all()
+            plain = np.asarray(draw(logits, inputs(R, temperature=1.5), positions))
+            for everything in ({"top_k": size}, {"top_k": size + 9}, {"top_k": -1}, {"top_p": 1.0, "min_p": 0.0}):
+                assert (np.asarray(draw(logits, inputs(R, temperature=1.5, **everything), positions)) == plain).all()
         count += R
     return count
 

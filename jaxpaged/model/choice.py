@@ -15,6 +15,7 @@ from jax import lax
 from jaxpaged.model.adjust import Adjustments, adjust
 from jaxpaged.model.processors import LogitsRows, Processors, process
 from jaxpaged.model.sampler import SamplingInputs, likeliest, logprobs_of, processed, sample
+from pallas_kernels.backends import Backend
 
 
 @flax.struct.dataclass
@@ -60,6 +61,7 @@ def choose(
     logprobs_mode: str = "raw_logprobs",
     processors: Processors = (),
     allowed: jax.Array | None = None,
+    backend: Backend = "auto",
 ) -> Chosen:
     """What follows from logits, float32 [R, V].
 
@@ -69,6 +71,7 @@ def choose(
     Args:
       logprobs_mode: whether log-probabilities, or logits, are told of what the model alone finds (raw) or of what is drawn by.
       allowed: as in `Masks`; None allows all.
+      backend: of `sample`.
     """
     # 0 times what is not finite is NaN. XLA's CPU backend would keep what it finds of each of 64 rows of 49,152 logits before it
     # looks at all of a row: 6.4 ms for this function against 1.8 (2 cores, jax 0.10.2, November 2026).
@@ -77,7 +80,7 @@ def choose(
         changed, has_some = process(processors, logits, LogitsRows(rows.positions, rows.last, rows.extra or {}))
         is_finite &= has_some
     is_allowed = None if allowed is None else _bits(allowed, logits.shape[1])
-    token_ids, has_choice = _draw(changed, rows, is_allowed)
+    token_ids, has_choice = _draw(changed, rows, is_allowed, backend)
     shown, is_logit = _shown(logits, changed, rows, is_allowed, logprobs_mode), logprobs_mode.endswith("logits")
     is_plain = rows.wants_logprobs if is_logit else None
     best = likeliest(shown, rows.beam_temperature, min(max_logprobs, logits.shape[1]), is_plain)
@@ -93,6 +96,7 @@ def rechoose(
     max_logprobs: int,
     logprobs_mode: str = "raw_logprobs",
     processors: Processors = (),
+    backend: Backend = "auto",
 ) -> Chosen:
     """What a step says of its rows once it is known which tokens its masked rows may have.
 
@@ -104,7 +108,7 @@ def rechoose(
         wants_logprobs=masks.rows.wants_logprobs & is_masked,
         beam_temperature=jnp.where(is_masked, masks.rows.beam_temperature, 0.0),
     )
-    options = {"logprobs_mode": logprobs_mode, "processors": processors, "allowed": masks.allowed}
+    options = {"logprobs_mode": logprobs_mode, "processors": processors, "allowed": masks.allowed, "backend": backend}
     found = choose(logits, rows, max_logprobs, **options)  # type: ignore[arg-type]
 
     def kept(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -120,17 +124,17 @@ def _bits(allowed: jax.Array, size: int) -> jax.Array:
     return bits.reshape(len(allowed), -1)[:, :size] != 0
 
 
-def _draw(logits: jax.Array, rows: Rows, is_allowed: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _draw(logits: jax.Array, rows: Rows, is_allowed: jax.Array | None, backend: Backend) -> tuple[jax.Array, jax.Array]:
     """A token for each row, and whether its request leaves it one."""
     adjustments = rows.adjustments
 
     def draw(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return sample(logits, rows.sampling, rows.positions), jnp.max(logits, axis=-1) > -jnp.inf
+        return sample(logits, rows.sampling, rows.positions, backend=backend), jnp.max(logits, axis=-1) > -jnp.inf
 
     def plainly(_: None) -> tuple[jax.Array, jax.Array]:
         if is_allowed is not None:
             return draw(_masked(logits, is_allowed))
-        return sample(logits, rows.sampling, rows.positions), jnp.ones(len(logits), bool)
+        return sample(logits, rows.sampling, rows.positions, backend=backend), jnp.ones(len(logits), bool)
 
     if adjustments is None:
         return plainly(None)

@@ -192,7 +192,8 @@ def propose(
     attend = functools.partial(forward_paged, config=config, backend=backend)
 
     def draw(hidden: jax.Array, positions: jax.Array) -> jax.Array:
-        return sample(logits(weights, config, hidden, backend=products_of(backend)), known.sampling, positions + 1)
+        scores = logits(weights, config, hidden, backend=products_of(backend))
+        return sample(scores, known.sampling, positions + 1, backend=products_of(backend))
 
     def first(cache: KVCache) -> tuple[jax.Array, jax.Array, KVCache]:
         """The tiles, and of each sequence two tokens where two are not known, or else the last."""

@@ -18,7 +18,7 @@ from jaxpaged.model.attention import PagedAttention, PagedTokens, narrowed
 from jaxpaged.model.cache import KVCache
 from jaxpaged.model.sampler import first_largest
 from jaxpaged.model.step import StepInputs, StepOutputs, sampled_logits
-from jaxpaged.model.transformer import forward, of_rows
+from jaxpaged.model.transformer import forward, of_rows, products_of
 from jaxpaged.model.weights import Weights
 from pallas_kernels import Heads
 from pallas_kernels.backends import Backend
@@ -74,7 +74,8 @@ def step(
     how["backend"] = backend
     hidden, (cache, errors, queries) = run(_Duellists(attention, opponent), (cache, (), ()))
     scores = sampled_logits(weights, hidden, inputs, **how)
-    outputs = StepOutputs.of(scores, inputs, max_logprobs, **of_tokens).told(weights, hidden, inputs, max_logprobs, **how)
+    outputs = StepOutputs.of(scores, inputs, max_logprobs, backend=products_of(backend), **of_tokens)
+    outputs = outputs.told(weights, hidden, inputs, max_logprobs, **how)
 
     def read_only(layer: int, heads: Heads, cache: KVCache) -> tuple[jax.Array, KVCache]:
         return opponent.read(layer, heads.q, cache), cache

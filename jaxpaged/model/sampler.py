@@ -10,6 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import sample_logits
+from pallas_kernels.backends import Backend
+from pallas_kernels.sample_logits import is_native
+
 # Below this the likeliest token always wins, and dividing by it would overflow. The same bound as vLLM's.
 _LOWEST_TEMPERATURE = 1e-5
 
@@ -29,16 +33,20 @@ class SamplingInputs:
     seeds: jax.Array  # uint32 [R, 2], high and low half of the request's seed
 
 
-def sample(logits: jax.Array, sampling: SamplingInputs, positions: jax.Array) -> jax.Array:
+def sample(logits: jax.Array, sampling: SamplingInputs, positions: jax.Array, *, backend: Backend = "auto") -> jax.Array:
     """One token id per row, int32 [R].
 
     Args:
       logits: float32 [R, V].
       positions: int32 [R], where the new token goes in its sequence.
+      backend: of `pallas_kernels.sample_logits`, where it is C++; else all rows are drawn together, as a GPU would rather.
 
     As in vLLM: divide by the temperature, then min_p, then top_k, then top_p on what is left. Ties at a threshold are all kept.
     Sampling is by the Gumbel maximum: argmax(logits + Gumbel noise) is distributed as softmax(logits).
     """
+    if is_native(backend, logits):
+        asked = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
+        return sample_logits(logits, sampling.seeds, positions, *asked, backend="native")
     greedy = first_largest(logits)
 
     def draw(_: None) -> jax.Array:

@@ -225,7 +225,8 @@ def step(
     """
     how: dict[str, Any] = {"config": config, "backend": backend, "batch_invariant": batch_invariant}
     hidden, cache = forward_paged(weights, cache, inputs.fed_tokens(), **how)
-    outputs = StepOutputs.of(sampled_logits(weights, hidden, inputs, **how), inputs, max_logprobs, **of_tokens)
+    scores = sampled_logits(weights, hidden, inputs, **how)
+    outputs = StepOutputs.of(scores, inputs, max_logprobs, backend=products_of(backend), **of_tokens)
     return outputs.told(weights, hidden, inputs, max_logprobs, **how), cache
 
 

@@ -7,6 +7,7 @@ import importlib
 import jax
 
 from pallas_kernels import backends
+from pallas_kernels.native import sampling as native
 from pallas_kernels.target import Target
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -63,7 +64,7 @@ def sample_logits(
     """
     _check(logits, seeds, positions, temperatures, top_ks, top_ps, min_ps)
     choice = choose(backend, vocab_size=logits.shape[1], dtype=logits.dtype.name)
-    module = importlib.import_module(f"pallas_kernels.sample_logits.{choice.name}")
+    module = native if choice.name == "native" else importlib.import_module(f"pallas_kernels.sample_logits.{choice.name}")
     if choice.name == "reference":
         return module.sample(logits, seeds, positions, temperatures, top_ks, top_ps, min_ps)
     from pallas_kernels.sample_logits import rows
@@ -83,7 +84,13 @@ def choose(backend: str, *, vocab_size: int, dtype: str) -> backends.Choice:
         module = importlib.import_module("pallas_kernels.sample_logits.mosaic")
         return module.unavailable(target, dtype=dtype, vocab_size=vocab_size)
 
-    return backends.choose("sample_logits", backend, mosaic=mosaic)
+    return backends.choose("sample_logits", backend, native=native.unavailable, mosaic=mosaic)
+
+
+def is_native(backend: backends.Backend, logits: jax.Array) -> bool:
+    """Whether these logits would be sampled in C++ here: then a filter or noise costs no passes over all rows."""
+    choice = jax.default_backend() == "cpu" and choose(backend, vocab_size=logits.shape[1], dtype=logits.dtype.name)
+    return bool(choice) and choice.name == "native"
 
 
 def _check(logits: jax.Array, seeds: jax.Array, *others: jax.Array) -> None:

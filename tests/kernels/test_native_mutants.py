@@ -14,10 +14,12 @@ from test_quantized_matmul import integers_differ
 
 from pallas_kernels import native
 from pallas_kernels.matmul import cases
-from pallas_kernels.native import building, heads, matmul
+from pallas_kernels.native import building, heads, matmul, sampling
 from pallas_kernels.operations import Call
 from pallas_kernels.paged_decode_attention.cases import Case
 from pallas_kernels.rotate_heads.cases import Case as Heads
+from pallas_kernels.sample_logits import cases as sample_cases
+from pallas_kernels.sample_logits.cases import Case as Logits
 
 DECODE, PREFILL, SOURCE, MATMUL = "paged_decode_attention", "paged_prefill_attention", "paged_attention.cc", "matmul"
 WINDOW = Case(4, 2, 64, window=24)
@@ -117,6 +119,51 @@ HEADS_BUGS = (
     Bug("values nobody looks at", "heads.cc", "is_sound &= Guard(value,", "Guard(value,", "definition", ROTATE, SPOILT, "native"),
 )
 
+SAMPLE, DRAWN = "sample_logits", Logits(1301)
+SAMPLE_BUGS = (
+    Bug(
+        "a token that could still win",
+        "sampling.cc",
+        "(distance + kMost >= floor)",
+        "(distance >= floor)",
+        "definition",
+        SAMPLE,
+        DRAWN,
+        "native",
+    ),
+    Bug(
+        "no more than a bound of k",
+        "sampling.cc",
+        "if (count <= k) return least;",
+        "return least;",
+        "definition",
+        SAMPLE,
+        DRAWN,
+        "native",
+    ),
+    Bug("the best half's weight lost", "sampling.cc", "above += upper", "above = upper", "definition", SAMPLE, DRAWN, "native"),
+    Bug(
+        "a key's words swapped",
+        "sampling.cc",
+        "{row.first, row.second,",
+        "{row.second, row.first,",
+        "definition",
+        SAMPLE,
+        DRAWN,
+        "native",
+    ),
+    Bug(
+        "a last token nobody sees",
+        "sampling.cc",
+        "kPlaces < rest ?",
+        "kPlaces < rest - 1 ?",
+        "definition",
+        SAMPLE,
+        Logits(7, kind="ties"),
+        "native",
+    ),
+)
+
 
 @pytest.fixture
 def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
@@ -133,7 +180,7 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(building, "TUNINGS", tunings)
         monkeypatch.setattr(building, "_FLAGS", tuple("-O1" if flag == "-O3" else flag for flag in building._FLAGS))
         builds = {native: lambda: native._unavailable.__wrapped__(64)}
-        builds |= {module: module.unavailable.__wrapped__ for module in (matmul, heads)}
+        builds |= {module: module.unavailable.__wrapped__ for module in (matmul, heads, sampling)}
         for module, build in builds.items():
             if not module._SOURCE.name.endswith(needed) or (changes and not {module._SOURCE.name, "vectors.h"} & set(changes)):
                 continue  # each takes seconds to compile
@@ -152,7 +199,7 @@ def changed_source(name: str, old: str, new: str) -> dict[str, str]:
     return {name: changed(native._SOURCE.with_name(name), old, new)}
 
 
-@pytest.mark.parametrize("bug", (*BUGS, *PRODUCT_BUGS, *HEADS_BUGS), ids=str)
+@pytest.mark.parametrize("bug", (*BUGS, *PRODUCT_BUGS, *HEADS_BUGS, *SAMPLE_BUGS), ids=str)
 def test_a_planted_bug_is_seen(use: Callable[..., None], bug: Bug) -> None:
     assert healthy_rung(bug.operation, bug.case, bug.backend) == ""
     use(changed_source(bug.module, bug.old, bug.new))
@@ -195,6 +242,7 @@ def test_without_avx512_it_is_the_definition_too(use: Callable[..., None]) -> No
     assert [first_rung(MATMUL, case, "native") for case in (PRODUCT, GATED, WIDE, TURNED, WIDE_PAIRS, HOLES)] == [""] * 6
     assert [test_matmul.rows_differ(*each) for each in test_matmul.INVARIANT] == [[]] * len(test_matmul.INVARIANT)
     assert [first_rung(ROTATE, case, "native") for case in (SPOILT, Heads(5, 2, 4, 40, "float16"))] == ["", ""]
+    assert [first_rung(SAMPLE, case, "native") for case in sample_cases.CHECK] == [""] * len(sample_cases.CHECK)
     assert not is_nan_lost()
     assert not any(integers_differ(*shape) for shape in ((5, 100, 9), (1, 900, 4)))
 

@@ -16,8 +16,10 @@ from pallas_kernels.operations import Call
 from pallas_kernels.sample_logits import cases, noise
 
 SAMPLE = operations.operation("sample_logits")
-each_backend = pytest.mark.parametrize("backend", ["reference", "xla", "interpret"])
-each_fast_backend = pytest.mark.parametrize("backend", ["reference", "xla"])  # thousands of rows are too many for the interpreter
+each_backend = pytest.mark.parametrize("backend", ["reference", "xla", "native", "interpret"])
+each_fast_backend = pytest.mark.parametrize(
+    "backend", ["reference", "xla", "native"]
+)  # thousands of rows are too many for the interpreter
 
 
 def run(backend: str, **arrays: np.ndarray) -> np.ndarray:
@@ -96,7 +98,7 @@ def test_top_1_is_greedy_whatever_the_temperature(backend: str) -> None:
 @each_backend
 def test_a_row_is_sampled_alone_as_in_a_crowd(backend: str) -> None:
     """And its neighbours' logits and wishes do not matter, which sums and shared decisions could break."""
-    case = cases.Case(20011 if backend == "xla" else 1301, recipes=("k_p", "p_min", "plain", "greedy", "hot_p"))
+    case = cases.Case(20011 if backend in ("xla", "native") else 1301, recipes=("k_p", "p_min", "plain", "greedy", "hot_p"))
     crowd = dict(cases.make(case).arrays)
     tokens = run(backend, **crowd)
     others = {name: np.roll(x, 2, axis=0) for name, x in crowd.items()}
@@ -106,9 +108,49 @@ def test_a_row_is_sampled_alone_as_in_a_crowd(backend: str) -> None:
         assert alone[0] == tokens[row]
 
 
-def test_backends_agree_on_random_rows() -> None:
+@pytest.mark.parametrize("backend", ["xla", "native"])
+def test_backends_agree_on_random_rows(backend: str) -> None:
     arrays = dict(cases.make(cases.Case(20011, B=64)).arrays)
-    np.testing.assert_array_equal(run("xla", **arrays), run("reference", **arrays))
+    np.testing.assert_array_equal(run(backend, **arrays), run("reference", **arrays))
+
+
+@pytest.mark.parametrize("V", [1, 15, 16, 17, 1023, 1024, 1025, 2 * 1024 + 16, 5000])
+@pytest.mark.parametrize("kind", ["normal", "ties", "flat", "peaked"])
+def test_a_row_of_any_length_has_the_token_of_the_definition(V: int, kind: str) -> None:
+    """Around the ends of vectors and blocks of the native backend."""
+    if V < 16 and kind == "peaked":
+        pytest.skip("too few tokens for nine peaks")
+    arrays = dict(cases.make(cases.Case(V, kind=kind)).arrays)
+    np.testing.assert_array_equal(run("native", **arrays), cases.define(Call(arrays, {}))[0])
+
+
+@pytest.mark.parametrize("backend", ["xla", "native"])
+def test_the_likeliest_may_stand_anywhere(backend: str) -> None:
+    """A token's noise is left out only where it cannot win, wherever the largest logit stands and whatever it is."""
+    V, B = 3000, 96
+    rng = np.random.default_rng(8)
+    logits = rng.standard_normal((B, V)).astype(np.float32) * 4
+    logits[np.arange(B), rng.integers(V, size=B)] += rng.uniform(0, 20, B).astype(np.float32)
+    logits += rng.choice([-1e4, 0.0, 1e4], (B, 1)).astype(np.float32)
+    arrays = rows(np.round(logits, 1), seed=9)  # so that what is rounded decides nothing
+    arrays["temperatures"] = rng.choice([0.3, 1.0, 4.0], B).astype(np.float32)
+    wanted = cases.define(Call(arrays, {}))[0]
+    assert np.mean(run(backend, **arrays) == wanted) > 0.98  # near 1e4 a quotient is rounded to 1e-3
+    at_zero = dict(arrays) | {"logits": np.round(logits - logits.max(axis=1, keepdims=True), 1)}
+    np.testing.assert_array_equal(run(backend, **at_zero), cases.define(Call(at_zero, {}))[0])
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4, 3e7])
+def test_min_p_is_exact_far_from_zero(offset: float) -> None:
+    """The sum of a large number and a logarithm is rounded, the difference of two large numbers is not."""
+    gap = np.spacing(np.float32(max(abs(offset), 1.0)))
+    logits = np.float32(offset) - np.arange(600, dtype=np.float32)[None] * gap
+    for steps in (1, 5, 17, 300):
+        # Half a step more than so many: the last that is kept is beyond doubt.
+        arrays = rows(np.repeat(logits, 64, axis=0), temperatures=gap * 100.0, min_ps=np.exp(-(steps + 0.5) / 100.0))
+        drawn = run("native", **arrays)
+        assert drawn.max() <= steps
+        assert set(drawn.tolist()) == set(range(2)) if steps == 1 else drawn.max() > 0
 
 
 @each_backend
@@ -180,12 +222,13 @@ def engine_sampler() -> types.ModuleType:
     return pytest.importorskip("jaxpaged.model.sampler")
 
 
-def test_the_engine_samples_the_same_tokens() -> None:
+@pytest.mark.parametrize("backend", ["xla", "auto"])
+def test_the_engine_samples_the_same_tokens(backend: str) -> None:
     sampler = engine_sampler()
     arrays = dict(cases.make(cases.Case(20011, B=48)).arrays)
     asked = {"temperature": "temperatures", "top_k": "top_ks", "top_p": "top_ps", "min_p": "min_ps", "seeds": "seeds"}
     inputs = sampler.SamplingInputs(**{name: jnp.asarray(arrays[ours]) for name, ours in asked.items()})
-    tokens = sampler.sample(jnp.asarray(arrays["logits"]), inputs, jnp.asarray(arrays["positions"]))
+    tokens = sampler.sample(jnp.asarray(arrays["logits"]), inputs, jnp.asarray(arrays["positions"]), backend=backend)
     # The engine's top_p of 0 cuts everything; nobody can ask it for that.
     is_asked = arrays["top_ps"] > 0
     np.testing.assert_array_equal(run("xla", **arrays)[is_asked], np.asarray(tokens)[is_asked])
@@ -211,7 +254,7 @@ def test_errors_name_what_is_wrong(wrong: dict, message: str) -> None:
 
 
 def test_a_backend_that_cannot_run_says_why() -> None:
-    with pytest.raises(NotImplementedError, match="backend 'native' cannot run here: this operation has no native"):
-        sample_logits(**GOOD, backend="native")
+    with pytest.raises(NotImplementedError, match="backend 'mosaic' cannot run here: "):
+        sample_logits(**GOOD, backend="mosaic")
     with pytest.raises(ValueError, match="'fast', expected one of auto"):
         sample_logits(**GOOD, backend="fast")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,9 +14,15 @@ from scipy import stats
 
 from jaxpaged.model.sampler import SamplingInputs, first_largest, keep_likely, sample
 
-draw = jax.jit(sample)
+DRAWS: dict[str, Callable[..., Any]] = {name: jax.jit(functools.partial(sample, backend=name)) for name in ("xla", "auto")}
 keep = jax.jit(keep_likely)
 V = 40
+
+
+@pytest.fixture(params=DRAWS)
+def draw(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """`sample` in XLA, and in C++ where that is there."""
+    return DRAWS[request.param]
 
 
 def inputs(rows: int, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seeds=None) -> SamplingInputs:
@@ -96,12 +105,12 @@ def test_kept_tokens_are_those_of_the_sorted_definition(make) -> None:
         np.testing.assert_array_equal(got[row][is_kept], x[is_kept])
 
 
-def test_one_token_of_vocabulary() -> None:
+def test_one_token_of_vocabulary(draw: Callable[..., Any]) -> None:
     options = inputs(3, temperature=[0.0, 1.0, 5.0], top_k=[0, 1, 1], top_p=[1.0, 0.1, 1.0], min_p=[0.0, 1.0, 0.5])
     assert np.asarray(draw(np.zeros((3, 1), np.float32), options, np.arange(3, dtype=np.int32))).tolist() == [0, 0, 0]
 
 
-def test_only_kept_tokens_are_drawn() -> None:
+def test_only_kept_tokens_are_drawn(draw: Callable[..., Any]) -> None:
     rows = 4096
     logits = np.tile(random_logits(1), (rows, 1))
     options = inputs(rows, temperature=3.0, top_k=12, top_p=0.8, min_p=0.05)
@@ -137,7 +146,7 @@ def test_the_first_largest_of_what_are_no_numbers_is_a_place_of_the_row() -> Non
     assert ((found >= 0) & (found < 130)).all()
 
 
-def test_temperature_zero_is_the_largest_logit() -> None:
+def test_temperature_zero_is_the_largest_logit(draw: Callable[..., Any]) -> None:
     logits = np.concatenate([random_logits(64), adversarial_logits()])
     rows = len(logits)
     for temperature in (0.0, np.where(np.arange(rows) % 2, 0.0, 1.0)):  # a batch of greedy rows, and a mixed one
@@ -148,7 +157,7 @@ def test_temperature_zero_is_the_largest_logit() -> None:
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-3}], ids=str)
-def test_keeping_one_token_is_greedy(options: dict) -> None:
+def test_keeping_one_token_is_greedy(draw: Callable[..., Any], options: dict) -> None:
     logits = random_logits(256)
     assert np.diff(np.sort(logits, axis=1)[:, -2:]).min() > 0, "no ties at the top"
     if "temperature" in options:
@@ -158,13 +167,13 @@ def test_keeping_one_token_is_greedy(options: dict) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1.2e-38, 1e-44])
-def test_a_tiny_temperature_is_greedy_and_does_not_overflow(temperature: float) -> None:
+def test_a_tiny_temperature_is_greedy_and_does_not_overflow(draw: Callable[..., Any], temperature: float) -> None:
     logits = np.float32(10) * random_logits(256)
     got = draw(logits, inputs(256, temperature=temperature), np.zeros(256, np.int32))
     np.testing.assert_array_equal(np.asarray(got), logits.argmax(axis=1))
 
 
-def test_filters_that_keep_all_change_no_draw() -> None:
+def test_filters_that_keep_all_change_no_draw(draw: Callable[..., Any]) -> None:
     logits = random_logits(512)
     positions = np.arange(512, dtype=np.int32)
     plain = np.asarray(draw(logits, inputs(512, temperature=1.5), positions))
@@ -188,7 +197,7 @@ def test_filters_that_keep_all_change_no_draw() -> None:
     ],
     ids=lambda options: "-".join(f"{name}={value}" for name, value in options.items()) or "plain",
 )
-def test_draws_follow_the_distribution(options: dict, varies: str) -> None:
+def test_draws_follow_the_distribution(draw: Callable[..., Any], options: dict, varies: str) -> None:
     """Chi-square over 200,000 draws: another seed each, or one sequence's successive positions."""
     rows, vocabulary = 200_000, 12
     row = np.random.default_rng(3).normal(0, 1.0, vocabulary).astype(np.float32)
@@ -214,7 +223,7 @@ def test_draws_follow_the_distribution(options: dict, varies: str) -> None:
 # --- what decides a draw --------------------------------------------------------------------------------------------
 
 
-def test_seed_and_position_alone_decide() -> None:
+def test_seed_and_position_alone_decide(draw: Callable[..., Any]) -> None:
     """Not the row, not the batch's size, and not how the neighbours sample."""
     rng = np.random.default_rng(4)
     logits, rows = random_logits(64), 64
@@ -236,7 +245,7 @@ def test_seed_and_position_alone_decide() -> None:
     np.testing.assert_array_equal(np.asarray(draw(logits, mixed, positions))[~neighbours], want[~neighbours])
 
 
-def test_every_part_of_the_seed_and_the_position_matter() -> None:
+def test_every_part_of_the_seed_and_the_position_matter(draw: Callable[..., Any]) -> None:
     rows = 200
     logits = np.zeros((rows, V), np.float32)
     zeros, numbers = np.zeros(rows, np.int64), np.arange(rows)
