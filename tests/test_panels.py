@@ -17,6 +17,7 @@ from jaxpaged.drafter import Draft
 from jaxpaged.embedder import Embedder
 from jaxpaged.engine import Engine
 from jaxpaged.host.request import SamplingParams
+from jaxpaged.model import weights as model_weights
 from jaxpaged.model.panels import PanelMatrix
 from jaxpaged.model.weights import Weights, num_bytes
 from pallas_kernels.matmul.panels import has_panels
@@ -35,9 +36,9 @@ def weights_of(family: Family, dtype: str) -> Weights:
     return jax.tree.map(lambda array: array.astype(dtype), family.weights())
 
 
-def computed(family: Family, dtype: str) -> tuple[list[Any], np.ndarray, list[Any]]:
+def computed(family: Family, dtype: str, quantization: str | None = None) -> tuple[list[Any], np.ndarray, list[Any]]:
     """All events of some requests, an embedding, and what the engine keeps of its matrices."""
-    config = EngineConfig(**{**few_steps(8, 96), "dtype": dtype})  # type: ignore[arg-type]
+    config = EngineConfig(**{**few_steps(8, 96), "dtype": dtype, "quantization": quantization})  # type: ignore[arg-type]
     asked = [(prompt, greedy(8)) for prompt in family.prompts(6)]
     asked.append((family.prompts(5)[4], SamplingParams(max_tokens=8, ignore_eos=True, seed=3, logprobs=3, prompt_logprobs=1)))
     with Engine.from_weights(config, family.config, weights_of(family, dtype)) as engine:
@@ -72,6 +73,20 @@ def test_an_engine_computes_the_same_bits(name: str, dtype: str, monkeypatch: py
     assert [isinstance(one, PanelMatrix) for one in there] == [has_panels(one.shape, dtype) for one in there]
     assert isinstance(there[0], PanelMatrix) and all(one is None or isinstance(one, jax.Array) for one in plain_kept)
     assert events == plain_events and any(event.likelihood is not None for event in events)
+    np.testing.assert_array_equal(vectors, plain_vectors)
+
+
+def test_int8_has_the_same_bits_in_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    events, vectors, kept = computed(BY_NAME["qwen2"], "bfloat16", "int8")
+    monkeypatch.setattr(model_weights, "in_panels", lambda matrix: matrix)
+    plain_events, plain_vectors, plain_kept = computed(BY_NAME["qwen2"], "bfloat16", "int8")
+    for one, plain in zip(kept, plain_kept, strict=True):
+        assert (one is None) == (plain is None)
+        if one is not None:
+            assert isinstance(one.values, PanelMatrix) == has_panels(one.shape, "int8") and isinstance(plain.values, jax.Array)
+            assert one.shape == plain.shape
+    assert isinstance(kept[0].values, PanelMatrix)  # the embedding, whose rows are looked up
+    assert events == plain_events
     np.testing.assert_array_equal(vectors, plain_vectors)
 
 

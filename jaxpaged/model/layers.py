@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxpaged.config import ModelConfig, RopeConfig
-from jaxpaged.model.panels import PanelMatrix
+from jaxpaged.model.panels import flat
 from jaxpaged.model.quantization import QuantizedMatrix
 from pallas_kernels import matmul
 from pallas_kernels.backends import Backend
-from pallas_kernels.matmul.around import finish, rms_norm
+from pallas_kernels.matmul.around import rms_norm
 
 if TYPE_CHECKING:
     from jaxpaged.model.weights import Layer, Matrix
@@ -41,20 +41,16 @@ def linear(
     """x [X, I] times weight [O..., I] transposed, plus bias: [X, O...], in x's dtype with float32 sums; of a gated weight
     [2, F, I] the result is [X, F].
 
-    `scope` is its name in a profile. The other options are those of `pallas_kernels.matmul`, but that a quantised matrix
-    multiplies all rows, real or not. Of the backends only "xla" can be differentiated; rows that meet a quantised matrix are
-    rounded, so nothing can.
+    `scope` is its name in a profile. The other options are those of `pallas_kernels.matmul`. Of the backends only "xla" can be
+    differentiated; rows that meet a quantised matrix are rounded, so nothing can.
     """
-    flat_bias = None if bias is None else bias.reshape(-1)
+    how: dict[str, Any] = {"norm": norm, "eps": eps, "is_gated": is_gated, "residual": residual, "is_real": is_real}
+    how |= {"bias": None if bias is None else bias.reshape(-1), "out_dtype": out_dtype}
     with jax.named_scope(scope):
         if isinstance(weight, QuantizedMatrix):
-            out = weight.times(x if norm is None else rms_norm(x, norm, eps))
-            out = finish(out, flat_bias, residual, is_gated=is_gated, out_dtype=out_dtype or x.dtype)
+            out = weight.times(x, **how)
         else:
-            how: dict[str, Any] = {"norm": norm, "eps": eps, "is_gated": is_gated, "residual": residual}
-            how |= {"is_real": is_real, "out_dtype": out_dtype}
-            flat = weight.panels if isinstance(weight, PanelMatrix) else weight.reshape(-1, weight.shape[-1])
-            out = matmul(x, flat, flat_bias, backend=backend, **how)
+            out = matmul(x, flat(weight), backend=backend, **how)
     return out.reshape(-1, *weight.shape[1 if is_gated else 0 : -1])
 
 

@@ -23,6 +23,11 @@ class PanelMatrix:
         return turned.rows_of(self.panels, indices).astype(dtype)
 
 
+def flat(matrix: jax.Array | PanelMatrix) -> jax.Array:
+    """A matrix [O..., I] as products take it: [prod(O), I], or its panels."""
+    return matrix.panels if isinstance(matrix, PanelMatrix) else matrix.reshape(-1, matrix.shape[-1])
+
+
 def in_panels(matrix: jax.Array) -> PanelMatrix | jax.Array:
     """The matrix in place of the one given, which is deleted; that one where it has no panels."""
     if not turned.has_panels(matrix.shape, matrix.dtype):

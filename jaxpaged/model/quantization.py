@@ -5,10 +5,13 @@ Knows `pallas_kernels.quantized_matmul`. Refuses to know which parameters are qu
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxpaged.model.panels import PanelMatrix, flat
 from pallas_kernels.quantized_matmul import quantize, quantized_matmul
 
 
@@ -19,7 +22,7 @@ class QuantizedMatrix:
     Another format is another dtype of `values`, and another choice in `times`.
     """
 
-    values: jax.Array  # int8 [O..., I]
+    values: jax.Array | PanelMatrix  # int8 [O..., I]
     scales: jax.Array  # float32 [O...]
 
     @property
@@ -27,19 +30,18 @@ class QuantizedMatrix:
         """That of the matrix it stands for."""
         return self.values.shape
 
-    def times(self, x: jax.Array) -> jax.Array:
-        """x [..., I] times the matrix transposed, float32 [..., prod(O)].
+    def times(self, x: jax.Array, **around: Any) -> jax.Array:
+        """x [X, I] times the matrix transposed, [X, prod(O)], with what else `pallas_kernels.quantized_matmul` does.
 
         Each row of x is rounded to int8 with its own largest number as 127, the products are exact integers, and the scales come
         last: a row's bits are its own, whatever stands beside it.
         """
-        rows, flat = x.reshape(-1, x.shape[-1]), self.values.reshape(-1, self.values.shape[-1])
-        out = quantized_matmul(rows, flat, self.scales.reshape(-1), activations="int8", out_dtype="float32")
-        return out.reshape(*x.shape[:-1], -1)
+        return quantized_matmul(x, flat(self.values), self.scales.reshape(-1), activations="int8", **around)
 
     def take(self, indices: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The numbers that rows of a matrix [V, D] stand for, [..., D] in `dtype`."""
-        return (self.values[indices].astype(jnp.float32) * self.scales[indices][..., None]).astype(dtype)
+        values = self.values[indices] if isinstance(self.values, jax.Array) else self.values.take(indices, jnp.float32)
+        return (values.astype(jnp.float32) * self.scales[indices][..., None]).astype(dtype)
 
 
 @jax.jit
@@ -50,7 +52,7 @@ def quantized(matrix: jax.Array) -> QuantizedMatrix:
 
 
 def num_bytes(shape: tuple[int, ...]) -> int:
-    """Bytes of a quantised matrix of that shape."""
+    """Bytes of a quantised matrix of that shape; as panels it has four more for each output."""
     num_outputs = 1
     for size in shape[:-1]:
         num_outputs *= size

@@ -222,22 +222,24 @@ def quantize(weights: Weights, config: ModelConfig) -> Weights:
 
 
 def turn(weights: Weights, config: ModelConfig, turned: dict[int, tuple[jax.Array, Matrix]]) -> Weights:
-    """The same with matrices of floats as `PanelMatrix`, one after the other: those that were given are deleted.
+    """The same with the numbers of matrices as `PanelMatrix`, one after the other: those that were given are deleted.
 
-    `turned` has what became of matrices, by their id, for those that stand in several places or models.
+    `turned` has what became of arrays, by their id, for those that stand in several places or models.
     """
 
     def leaf(parameter: Parameter) -> Any:
         found = get(weights, parameter.path)
-        if not parameter.is_matrix or not isinstance(found, jax.Array):
+        values = found.values if isinstance(found, QuantizedMatrix) else found
+        if not parameter.is_matrix or not isinstance(values, jax.Array):
             return found
-        if id(found) not in turned:
-            turned[id(found)] = found, in_panels(found)
-        return turned[id(found)][1]
+        if id(values) not in turned:
+            turned[id(values)] = values, in_panels(values)
+        panels = turned[id(values)][1]
+        return found.replace(values=panels) if isinstance(found, QuantizedMatrix) else panels  # type: ignore[attr-defined]
 
     return build(config, leaf)
 
 
 def num_bytes(config: ModelConfig, dtype: str, quantization: str | None = None) -> int:
-    """Bytes of all parameters at `dtype`, those of matrices as they are quantised."""
+    """Bytes of all parameters at `dtype`, those of matrices as they are quantised and before they are turned into panels."""
     return sum(parameter.num_bytes(dtype, quantization) for parameter in declare(config))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import backends
+from pallas_kernels.matmul.around import Around
 from pallas_kernels.matmul.panels import LANES, from_panels
 from pallas_kernels.native import matmul as native
 
@@ -60,13 +61,14 @@ def matmul(
       NotImplementedError: the named backend cannot run here; the message says why.
     """
     dtype = jnp.dtype(out_dtype or x.dtype)
-    _check(x, weight, bias, norm, residual, is_real, is_gated, dtype)
+    around = Around(norm, eps, bias, is_gated, residual, is_real)
+    _check(x, weight, around, dtype)
     choice = backends.choose("matmul", backend, native=native.unavailable)
     # For any number of rows: with XLA's products for some, the last bits of a request would depend on how many others there are.
     module = native if choice.name == "native" else importlib.import_module(f"pallas_kernels.matmul.{choice.name}")
     if module is not native and weight.ndim == 4:
         weight = from_panels(weight)
-    return module.matmul(x, weight, bias, norm, residual, is_real, eps=eps, is_gated=is_gated, out_dtype=dtype)
+    return module.matmul(x, weight, around, dtype)
 
 
 def is_native(backend: backends.Backend) -> bool:
@@ -76,16 +78,7 @@ def is_native(backend: backends.Backend) -> bool:
     return backends.choose("matmul", backend, native=native.unavailable).name == "native"
 
 
-def _check(
-    x: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None,
-    norm: jax.Array | None,
-    residual: jax.Array | None,
-    is_real: jax.Array | None,
-    is_gated: bool,
-    dtype: jnp.dtype,
-) -> None:
+def _check(x: jax.Array, weight: jax.Array, around: Around, dtype: jnp.dtype) -> None:
     def refuse(what: str) -> None:
         raise ValueError(f"matmul: {what}")
 
@@ -103,16 +96,6 @@ def _check(
             refuse(f"panels of the weight are {weight.dtype}{list(weight.shape)}, expected {expected}")
     if weight.size != num_outputs * D:
         refuse(f"weight is {list(weight.shape)}, expected [F, {D}] for x of [{X}, {D}]")
-    if is_gated and num_outputs // unit % 2:
-        refuse(f"a gated weight has {num_outputs} outputs, expected an even number of {'panels' if unit > 1 else 'them'}")
-    if bias is not None and bias.shape != (num_outputs,):
-        refuse(f"bias is {list(bias.shape)}, expected [{num_outputs}]")
-    if norm is not None and (norm.shape != (D,) or norm.dtype != x.dtype):
-        refuse(f"norm is {norm.dtype}{list(norm.shape)}, expected {x.dtype}[{D}] as x")
     if dtype not in (jnp.float32, x.dtype):
         refuse(f"out_dtype {dtype.name!r}, expected 'float32' or x's dtype, {x.dtype.name!r}")
-    result = (X, num_outputs // (2 if is_gated else 1))
-    if residual is not None and (residual.shape != result or residual.dtype != dtype):
-        refuse(f"residual is {residual.dtype}{list(residual.shape)}, expected {dtype}{list(result)} as the result")
-    if is_real is not None and (is_real.shape != (X,) or is_real.dtype != bool):
-        refuse(f"is_real is {is_real.dtype}{list(is_real.shape)}, expected bool[{X}]")
+    around.check(refuse, x, num_outputs, dtype, unit)

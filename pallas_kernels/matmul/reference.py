@@ -5,20 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.matmul.around import Around
 
-def matmul(
-    x: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None,
-    norm: jax.Array | None,
-    residual: jax.Array | None,
-    is_real: jax.Array | None,
-    *,
-    eps: float,
-    is_gated: bool,
-    out_dtype: jax.typing.DTypeLike,
-) -> jax.Array:
+
+def matmul(x: jax.Array, weight: jax.Array, around: Around, out_dtype: jax.typing.DTypeLike) -> jax.Array:
     """See the contract in `pallas_kernels.matmul`."""
+    norm, eps, bias, is_gated, residual, is_real = around
     rows = x.astype(jnp.float32)
     if norm is not None:
         rows = rows / jnp.sqrt(jnp.mean(rows**2, axis=-1, keepdims=True) + eps)

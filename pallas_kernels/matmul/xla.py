@@ -6,30 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.matmul.around import finish, rms_norm
+from pallas_kernels.matmul.around import Around
 
 # XLA's CPU backend converts a whole weight of 16 bits for a single row: 147-170 ms against 40-43 ms for a step with eight rows
 # (135M widths, 2 cores with AVX-512, jax 0.10.2, November 2026).
 _FEWEST_ROWS = 8
 
 
-def matmul(
-    x: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None,
-    norm: jax.Array | None,
-    residual: jax.Array | None,
-    is_real: jax.Array | None,
-    *,
-    eps: float,
-    is_gated: bool,
-    out_dtype: jax.typing.DTypeLike,
-) -> jax.Array:
+def matmul(x: jax.Array, weight: jax.Array, around: Around, out_dtype: jax.typing.DTypeLike) -> jax.Array:
     """See the contract in `pallas_kernels.matmul`; each part rounds to the result's dtype."""
-    if norm is not None:
-        x = rms_norm(x, norm, eps)
-    out = finish(_product(x, weight), bias, residual, is_gated=is_gated, out_dtype=out_dtype)
-    return out if is_real is None else jnp.where(is_real[:, None], out, 0)
+    return around.result(_product(around.rows(x), weight), out_dtype)
 
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:

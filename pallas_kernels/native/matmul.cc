@@ -68,18 +68,32 @@ struct Quads {
   static INLINE Vec Floats(Lanes sum) { return __builtin_convertvector(sum, Vec); }
 };
 #else
-struct Wholes {  // the same numbers, one at a time
-  using Itself = Wholes;
-  using Row = int32_t;
+struct Quads {  // the same numbers, a byte after the other
+  using Itself = Quads;
+  using Row = Shifted;
   using Lanes = Dwords;
-  static constexpr int kGroup = 1;
-  static INLINE Dwords Of(const Int8* p) { return __builtin_convertvector(Load(p), Dwords); }
-  static INLINE void Add(Lanes& sum, const Row* x, Dwords w) { sum += *x * w; }
-  static INLINE void Count(Dwords&, Dwords) {}
-  static INLINE Lanes Begin(Lanes sum, Dwords) { return sum; }
+  static constexpr int kGroup = 4;
+  static INLINE Dwords Of(const Int8* p) {
+    Dwords w;
+    std::memcpy(&w, p, sizeof w);
+    return w;
+  }
+  static INLINE Dwords Byte(Dwords w, int i) { return (w << (24 - 8 * i)) >> 24; }
+  static INLINE void Add(Lanes& sum, const Row* x, Dwords w) {
+    UNROLL for (int i = 0; i < kGroup; ++i) sum += x[i] * Byte(w, i);
+  }
+  static INLINE void Count(Dwords& start, Dwords w) {
+    UNROLL for (int i = 0; i < kGroup; ++i) start -= 128 * Byte(w, i);
+  }
+  static INLINE Lanes Begin(Lanes sum, Dwords start) { return sum + start; }
   static INLINE Vec Floats(Lanes sum) { return __builtin_convertvector(sum, Vec); }
 };
 #endif
+
+template <typename A>
+constexpr int kHead = 0;  // vectors in front of a panel's steps
+template <>
+constexpr int kHead<Turned<Quads>> = 1;  // what its sums start with
 
 // Sixteen outputs of a weight. Past the last of `count` stands that one again.
 template <typename A, typename P>
@@ -161,7 +175,8 @@ struct Call {
   const void* x;       // [X, D], of the type that the product takes
   int64_t stride;      // numbers from a row to the next
   const void* weight;  // [F, D] or [2F, D], or the panels of it
-  const float* scales; // [F], of a weight of int8
+  const float* scales; // [F], of a weight of int8; of a gated one [2F]
+  const float* row_scales;  // of rows that are rounded to int8, one for each that counts
   const float* bias;
   const void* residual;  // [X, F], as the result
   const bool* is_real;   // [X], rows that count; the others are 0
@@ -195,9 +210,13 @@ __attribute__((noinline)) void Finish(const Call& c, int64_t row, int64_t num_ro
   if (c.scales || c.bias)
     for (int p = 0; p < kPanels; ++p) {
       const int64_t at = c.is_gated ? output : output + p * kLanes, count = std::clamp<int64_t>(c.F - at, 0, kLanes);
-      const Vec scale = c.scales ? LoadSome(c.scales + at, count) : one;
-      const Vec bias = c.bias ? LoadSome(c.bias + (c.is_gated ? p * c.F : 0) + at, count) : Vec{};
-      for (int r = 0; r < num_rows; ++r) sums[p * kRows + r] = sums[p * kRows + r] * scale + bias;
+      const int64_t of_half = c.is_gated ? p * c.F : 0;
+      const Vec scale = c.scales ? LoadSome(c.scales + of_half + at, count) : one;
+      const Vec bias = c.bias ? LoadSome(c.bias + of_half + at, count) : Vec{};
+      for (int r = 0; r < num_rows; ++r) {
+        const float of_row = c.row_scales ? c.row_scales[row + r] : 1.0f;
+        sums[p * kRows + r] = sums[p * kRows + r] * scale * of_row + bias;
+      }
     }
   if (c.is_gated) Gate(reinterpret_cast<float*>(sums), reinterpret_cast<const float*>(sums + kRows), num_rows * kLanes);
   for (int p = 0; p < (c.is_gated ? 1 : kPanels); ++p) {
@@ -235,7 +254,7 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
     const int64_t count = c.F / kLanes, last_panel = (c.is_gated ? kPanels : 1) * count - 1;
     const auto panel_of = [&](int64_t at, int p) {
       const int64_t panel = c.is_gated ? at / kLanes + p * count : at / kLanes + p;
-      return static_cast<const char*>(c.weight) + std::min(panel, last_panel) * steps * sizeof(Dwords);
+      return static_cast<const char*>(c.weight) + (std::min(panel, last_panel) * (kHead<A> + steps) + kHead<A>) * sizeof(Dwords);
     };
     for (int64_t at = begin; at < end; at += width) {
       // One tile is as fast as memory. Several share the fetching of the next panels among them.
@@ -243,6 +262,7 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
       Ahead ahead{{nullptr, nullptr}, static_cast<int64_t>(sizeof(Dwords)) / num_tiles};
       for (int p = 0; p < kPanels; ++p) {
         panels.from[p] = panel_of(at, p);
+        if constexpr (kHead<A>) std::memcpy(&panels.starts[p], panels.from[p] - sizeof(Dwords), sizeof(Dwords));
         ahead.from[p] = num_tiles == 1 ? panels.from[p] + kAheadBytes : panel_of(next, p);
       }
       multiply(at, ahead);
@@ -332,6 +352,32 @@ void Take(const P* x, int64_t D, Row* out) {
   }
 }
 
+// Rounds a row to int8, its largest number to 127, and shifts it; returns what a step of it is. That is NaN for a row that is not finite.
+template <typename P>
+__attribute__((noinline)) float Round(const P* x, int64_t D, Shifted* out) {
+  typedef int32_t Ints __attribute__((vector_size(64)));
+  typedef uint8_t Bytes __attribute__((vector_size(16)));
+  const auto part = [&](int64_t d) { return LoadSome(x + d, std::min<int64_t>(kLanes, D - d)); };
+  constexpr int32_t kExponent = 0x7f800000;  // all its bits are set in what is not finite
+  Vec largest = {};
+  Ints bad = {};
+  for (int64_t d = 0; d < D; d += kLanes) {
+    const Vec number = part(d), size = number < 0.0f ? -number : number;
+    largest = size > largest ? size : largest;
+    bad |= (reinterpret_cast<Ints>(number) & kExponent) == kExponent;
+  }
+  const float most = Largest(largest), scale = (most == 0.0f ? 1.0f : most) * (1.0f / 127);
+  bool is_finite = true;
+  for (int i = 0; i < kLanes; ++i) is_finite &= !bad[i];
+  const Vec scales = Vec{} + scale, whole = Vec{} + 12582912.0f;  // 1.5 * 2^23: beside it a float has no fraction
+  for (int64_t d = 0; d < D; d += kLanes) {
+    const Vec rounded = is_finite ? part(d) / scales + whole - whole : Vec{};
+    const Bytes bytes = __builtin_convertvector(__builtin_convertvector(rounded, Ints) + 128, Bytes);
+    std::memcpy(out + d, &bytes, std::min<int64_t>(kLanes, D - d));
+  }
+  return is_finite ? scale : std::nanf("");
+}
+
 // The rows that count, one after the other, as the product takes them: normalised where there is a scale, of type Row, and with zeros
 // after them for a last step.
 template <typename A, typename P>
@@ -344,23 +390,32 @@ void Prepare(ffi::ThreadPool& pool, Call& c, const P* scale, float eps) {
   // Of the calling thread, which takes no other call before this one ends.
   thread_local std::vector<Row> prepared;
   prepared.resize(c.real.size() * c.stride);
+  thread_local std::vector<float> row_scales;
+  if constexpr (std::is_same_v<Row, Shifted>) {
+    row_scales.resize(c.real.size());
+    c.row_scales = row_scales.data();
+  }
   const int64_t D = c.D, stride = c.stride, num_real = c.real.size();
   const int64_t some = std::max<int64_t>(1, kTaskBytes / (D * 16));  // rows of a task: a norm is several passes
-  ParallelFor(pool, (num_real + some - 1) / some, [&, target = prepared.data()](int64_t task) {
+  ParallelFor(pool, (num_real + some - 1) / some, [&, target = prepared.data(), steps = row_scales.data()](int64_t task) {
     for (int64_t r = task * some; r < std::min((task + 1) * some, num_real); ++r) {
       const P* from = x + c.real[r] * D;
       Row* row = target + r * stride;
       std::fill(row + D, row + stride, Row{});
-      if (!scale) {
-        Take(from, D, row);
-      } else if constexpr (std::is_same_v<P, Shifted>) {  // has no norm
-      } else if constexpr (std::is_same_v<P, Row>) {
-        Normalise(from, scale, eps, D, row);
+      if constexpr (std::is_same_v<P, Row>) {
+        scale ? Normalise(from, scale, eps, D, row) : Take(from, D, row);
       } else {
         thread_local std::vector<P> normalised;
-        normalised.resize(D);
-        Normalise(from, scale, eps, D, normalised.data());
-        Take(normalised.data(), D, row);
+        if (scale) {
+          normalised.resize(D);
+          Normalise(from, scale, eps, D, normalised.data());
+          from = normalised.data();
+        }
+        if constexpr (std::is_same_v<Row, Shifted>) {
+          steps[r] = Round(from, D, row);
+        } else {
+          Take(from, D, row);
+        }
       }
     }
   });
@@ -416,7 +471,7 @@ const void* DataOrNull(const ffi::AnyBuffer& x) { return x.element_count() ? x.u
 ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::Buffer<ffi::F32> bias, ffi::AnyBuffer norm,
                     ffi::AnyBuffer residual, ffi::Buffer<ffi::PRED> is_real, ffi::Result<ffi::AnyBuffer> out, float eps, bool is_gated) {
   const auto xd = x.dimensions(), od = out->dimensions();
-  Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = is_gated, .x = x.untyped_data(), .stride = xd[1], .weight = weight.untyped_data(), .scales = nullptr,
+  Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = is_gated, .x = x.untyped_data(), .stride = xd[1], .weight = weight.untyped_data(), .scales = nullptr, .row_scales = nullptr,
          .bias = bias.element_count() ? bias.typed_data() : nullptr,
          .residual = DataOrNull(residual), .is_real = is_real.element_count() ? is_real.typed_data() : nullptr, .out = out->untyped_data()};
   c.FindReal();
@@ -435,30 +490,36 @@ ffi::Error MultiplyInt8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buff
                         ffi::Result<ffi::Buffer<ffi::F32>> out) {
   const auto xd = x.dimensions(), od = out->dimensions();
   Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = false, .x = x.typed_data(), .stride = xd[1], .weight = weight.typed_data(),
-         .scales = scales.typed_data(), .bias = nullptr, .residual = nullptr, .is_real = nullptr, .out = out->typed_data()};
+         .scales = scales.typed_data(), .row_scales = nullptr, .bias = nullptr, .residual = nullptr, .is_real = nullptr, .out = out->typed_data()};
   c.FindReal();
   Run<Singles, Int8, float>(pool, c);
   return ffi::Error::Success();
 }
 
-// The same of rows of integers, shifted: every sum is exact before it is rounded to a float once.
-ffi::Error MultiplyIntegers(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x, ffi::Buffer<ffi::S8> weight, ffi::Buffer<ffi::F32> scales,
-                            ffi::Result<ffi::Buffer<ffi::F32>> out) {
+// The same of rows that are rounded to int8: every sum is exact before it is rounded to a float once. Otherwise as Multiply.
+ffi::Error MultiplyRounded(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S8> weight, ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::F32> bias,
+                           ffi::AnyBuffer norm, ffi::AnyBuffer residual, ffi::Buffer<ffi::PRED> is_real, ffi::Result<ffi::AnyBuffer> out, float eps,
+                           bool is_gated) {
   const auto xd = x.dimensions(), od = out->dimensions();
-  Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = false, .x = x.typed_data(), .stride = xd[1], .weight = weight.typed_data(),
-         .scales = scales.typed_data(), .bias = nullptr, .residual = nullptr, .is_real = nullptr, .out = out->typed_data()};
+  Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = is_gated, .x = x.untyped_data(), .stride = xd[1], .weight = weight.typed_data(),
+         .scales = scales.typed_data(), .row_scales = nullptr, .bias = bias.element_count() ? bias.typed_data() : nullptr,
+         .residual = DataOrNull(residual), .is_real = is_real.element_count() ? is_real.typed_data() : nullptr, .out = out->untyped_data()};
   c.FindReal();
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-  Prepare<Quads, Shifted>(pool, c, nullptr, 0.0f);
-  Run<Quads, Int8, float>(pool, c);
-#else
-  thread_local std::vector<int32_t> rows;  // of the calling thread, which takes no other call before this one ends
-  rows.resize(static_cast<size_t>(c.X) * c.D);
-  std::transform(x.typed_data(), x.typed_data() + rows.size(), rows.begin(), [](Shifted number) { return number - 128; });
-  c.x = rows.data();
-  Run<Wholes, Int8, float>(pool, c);
-#endif
-  return ffi::Error::Success();
+  const auto run = [&](auto kind) {
+    const auto* norms = static_cast<const decltype(kind)*>(DataOrNull(norm));
+    if (weight.dimensions().size() == 4) {
+      RunAs<Turned<Quads>, Int8>(pool, c, norms, eps, out->element_type());
+    } else {
+      RunAs<Quads, Int8>(pool, c, norms, eps, out->element_type());
+    }
+    return ffi::Error::Success();
+  };
+  switch (x.element_type()) {
+    case ffi::F32: return run(float{});
+    case ffi::BF16: return run(BFloat16{});
+    case ffi::F16: return run(Half{});
+    default: return ffi::Error::Internal("unknown type of rows");
+  }
 }
 
 }  // namespace
@@ -470,18 +531,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(MatmulInt8, MultiplyInt8,
                                   .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(MatmulIntegers, MultiplyIntegers,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::Buffer<ffi::S8>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Matmul, Multiply,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("eps")
+                                  .Attr<bool>("is_gated"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(MatmulRounded, MultiplyRounded,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()

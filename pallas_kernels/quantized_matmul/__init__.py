@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import backends
+from pallas_kernels.matmul.around import Around
+from pallas_kernels.matmul.panels import LANES, from_panels
 from pallas_kernels.quantized_matmul.formats import DTYPES, Operands, packing, shape_of
 from pallas_kernels.quantized_matmul.quantize import quantize
 from pallas_kernels.target import Target
@@ -26,6 +28,12 @@ def quantized_matmul(
     zeros: jax.Array | None = None,
     x_scales: jax.Array | None = None,
     activations: str | None = None,
+    norm: jax.Array | None = None,
+    eps: float = 0.0,
+    bias: jax.Array | None = None,
+    is_gated: bool = False,
+    residual: jax.Array | None = None,
+    is_real: jax.Array | None = None,
     out_dtype: str | None = None,
     backend: backends.Backend = "auto",
 ) -> jax.Array:
@@ -50,7 +58,8 @@ def quantized_matmul(
 
     Args:
       x: [X, D], of float32, bfloat16 or float16; or of float8_e4m3fn, which is multiplied exactly and not rounded again.
-      weight: int8 or float8_e4m3fn [F, D], or uint8 [F, D / 2].
+      weight: int8 or float8_e4m3fn [F, D], or uint8 [F, D / 2]; for `activations` of int8 also the panels of one of int8: see
+        `pallas_kernels.matmul.panels`.
       scales: float32 [F] or [D / group, F].
       zeros: float32 [D / group, F] (or [F]), the stored 4-bit number that stands for 0; 8 everywhere when left out. GPTQ files
         hold one less than that.
@@ -58,6 +67,9 @@ def quantized_matmul(
       activations: "int8" rounds each row of x to int8 with a scale of its own, max|x| / 127, and multiplies integers, which is
         exact. It moves each element of x by at most max|x| / 254 of its row, so the result by at most that times the sum of
         |weight| over D; for normal x that is a relative error of about 0.01. None takes x as it is.
+      norm, eps, bias, is_gated, residual, is_real: what is done before and after, as in `pallas_kernels.matmul`; rows are rounded
+        to int8 behind the norm. Of the native backend, that of int8 rows does all in one call, and leaves out rows that do not
+        count.
       out_dtype: of the result; x's when left out. To be named for rows of float8_e4m3fn.
 
     Returns:
@@ -70,16 +82,23 @@ def quantized_matmul(
     Source: the formats of GPTQ (arXiv 2210.17323) and AWQ (arXiv 2306.00978); int8 rows as in LLM.int8 (arXiv 2208.07339).
     """
     operands = Operands(*(None if a is None else jnp.asarray(a) for a in (x, weight, scales, zeros, x_scales)))  # type: ignore[arg-type]
-    _check(operands, activations, out_dtype)
+    around = Around(norm, eps, bias, is_gated, residual, is_real)
+    _check(operands, around, activations, out_dtype)
     dtype = jnp.dtype(out_dtype or operands.x.dtype)
 
     def unavailable(target: Target) -> str | None:
         return _module("mosaic").unavailable(target, operands, activations)
 
     choice = backends.choose(_NAME, backend, native=lambda: _module("native").unavailable(operands), mosaic=unavailable)
-    if choice.target is not None:
-        return _module("mosaic").matmul(operands, dtype, choice.target)
-    return _module(choice.name).matmul(operands, is_int8=activations is not None).astype(dtype)
+    if choice.name == "native" and activations is not None:
+        return _module("native").matmul_rounded(operands, around, dtype)
+    weight = from_panels(operands.weight) if operands.weight.ndim == 4 else operands.weight
+    operands = operands._replace(x=around.rows(operands.x), weight=weight)
+    if choice.target is None:
+        out = _module(choice.name).matmul(operands, is_int8=activations is not None)
+    else:
+        out = _module("mosaic").matmul(operands, jnp.dtype(jnp.float32) if around.follows else dtype, choice.target)
+    return around.result(out, dtype)
 
 
 def _module(name: str):
@@ -87,20 +106,23 @@ def _module(name: str):
     return importlib.import_module(f"pallas_kernels.quantized_matmul.{name}")
 
 
-def _check(operands: Operands, activations: str | None, out_dtype: str | None) -> None:
+def _check(operands: Operands, around: Around, activations: str | None, out_dtype: str | None) -> None:
     x, weight, scales, zeros, x_scales = operands
 
     def refuse(what: str) -> None:
         raise ValueError(f"{_NAME}: {what}")
 
-    if x.ndim != 2 or weight.ndim != 2:
-        refuse(f"x and weight have {x.ndim} and {weight.ndim} axes, expected 2 and 2")
+    has_panels = weight.ndim == 4 and weight.dtype.name == "int8" and activations is not None
+    if x.ndim != 2 or (weight.ndim != 2 and not has_panels):
+        refuse(f"x and weight have {x.ndim} and {weight.ndim} axes, expected 2 and 2, or 4 of panels of int8 for rows of int8")
     if weight.dtype.name not in DTYPES:
         refuse(f"weights of {weight.dtype} are not supported; {', '.join(DTYPES)} (two 4-bit numbers) are")
     if x.dtype.name not in _ROWS:
         refuse(f"x of {x.dtype} is not supported; {', '.join(_ROWS)} are")
     (X, D), (F, groups, group) = x.shape, shape_of(operands)
-    if weight.shape[1] * packing(weight) != D:
+    if has_panels and weight.shape[1:] != (1 + D // 4, LANES, 4):
+        refuse(f"panels of the weight are {list(weight.shape)}, expected [P, {1 + D // 4}, {LANES}, 4] for x of [{X}, {D}]")
+    if not has_panels and weight.shape[1] * packing(weight) != D:
         refuse(f"weight is {weight.dtype}{list(weight.shape)}, expected [F, {D // packing(weight)}] for x of [{X}, {D}]")
     if scales.dtype != jnp.float32 or scales.shape not in ((F,), (groups, F)):
         refuse(f"scales are {scales.dtype}{list(scales.shape)}, expected float32 [{F}] or [D / group, {F}]")
@@ -121,3 +143,4 @@ def _check(operands: Operands, activations: str | None, out_dtype: str | None) -
         refuse(f"activations {activations!r}, expected 'int8' or None")
     if activations and (is_narrow or weight.dtype.name == "float8_e4m3fn"):
         refuse(f"int8 activations need weights of int8 or uint8 and wider x, got {weight.dtype} and {x.dtype}")
+    around.check(refuse, x, F, out_dtype or x.dtype, LANES if has_panels else 1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels.matmul.panels import to_panels
 from pallas_kernels.operations import Call, Cost
 
 OUTPUTS = ("out",)
@@ -31,11 +33,15 @@ class Case:
     has_zeros: bool = False
     has_outliers: bool = False  # two columns of x a hundred times larger
     activations: str | None = None
+    has_panels: bool = False
+    has_around: bool = False  # a norm, a bias and a residual, and rows that do not count; F is of the weight
+    is_gated: bool = False
 
     def __str__(self) -> str:
         parts = [f"X{self.X}-D{self.D}-F{self.F}", self.weight, self.dtype]
         parts += [f"group{self.group}"] * bool(self.group) + ["zeros"] * self.has_zeros + ["outliers"] * self.has_outliers
-        return "-".join(parts + ["int8_rows"] * bool(self.activations))
+        parts += ["int8_rows"] * bool(self.activations) + ["panels"] * self.has_panels + ["around"] * self.has_around
+        return "-".join(parts + ["gated"] * self.is_gated)
 
 
 _FP8 = "float8_e4m3fn"
@@ -65,6 +71,11 @@ CHECK = (
     Case(1, 256, 64, "int8", dtype="float32", activations="int8"),
     Case(17, 256, 64, "int8", group=32, activations="int8", has_outliers=True),
     Case(3, 256, 64, "int4", group=64, activations="int8", has_zeros=True),
+    Case(1, 64, 48, "int8", activations="int8", has_panels=True),
+    Case(40, 100, 160, "int8", dtype="float32", activations="int8", has_panels=True, has_outliers=True),
+    Case(37, 72, 96, "int8", dtype="float32", activations="int8", has_around=True, is_gated=True),
+    Case(64, 132, 224, "int8", dtype="float32", activations="int8", has_panels=True, has_around=True, is_gated=True),
+    Case(3, 90, 33, "int8", dtype="float32", activations="int8", has_around=True),
 )
 # Every format, both counts of rows' tiles, every way through the kernel; the interpreter takes seconds for each.
 INTERPRET = tuple(case for case in CHECK if case.dtype != "float32" and not case.activations)
@@ -125,12 +136,26 @@ def make(case: Case) -> Call:
     arrays["scales"] = scales.astype(np.float32)
     if case.has_zeros:
         arrays["zeros"] = rng.integers(0, 16, shape).astype(np.float32)
-    options: dict[str, str] = {}
+    options: dict[str, Any] = {}
     if case.dtype == _FP8:
         arrays["x_scales"] = rng.uniform(0.5, 2.0, case.X).astype(np.float32)
         options["out_dtype"] = "bfloat16"
     if case.activations:
         options["activations"] = case.activations
+    if case.has_panels:
+        arrays["weight"] = np.asarray(to_panels(arrays["weight"]))
+    if case.is_gated:
+        options["is_gated"] = True
+    if case.has_around:
+        # Numbers that are whole steps of their row behind the norm: whatever its last bits, each is rounded to the same one.
+        steps = rng.integers(-127, 128, x.shape)
+        steps[np.arange(case.X), rng.integers(0, case.D, case.X)] = 127
+        arrays["norm"] = rng.choice([0.5, 1.0, 2.0], case.D).astype(arrays["x"].dtype)
+        arrays["x"] = (steps * rng.uniform(0.01, 10, (case.X, 1)).astype(np.float16) / arrays["norm"]).astype(arrays["x"].dtype)
+        arrays["bias"] = rng.standard_normal(case.F).astype(np.float32)
+        arrays["residual"] = rng.standard_normal((case.X, case.F // (1 + case.is_gated))).astype(arrays["x"].dtype)
+        arrays["is_real"] = rng.random(case.X) < 0.7
+        options["eps"] = 1e-5
     return Call(arrays, options)
 
 
@@ -147,6 +172,11 @@ def plain(call: Call) -> tuple[np.ndarray]:
 def _product(call: Call, dtype: type) -> np.ndarray:
     a = call.arrays
     x, weight, scales = a["x"], a["weight"], np.atleast_2d(a["scales"])
+    if weight.ndim == 4:
+        weight = weight[:, 1:].transpose(0, 2, 1, 3).reshape(-1, x.shape[1])
+    if "norm" in a:
+        x = x.astype(dtype)
+        x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + dtype(call.options["eps"])) * a["norm"].astype(dtype)
     if call.options.get("activations"):
         wide = x.astype(np.float32)
         row_scales = np.abs(wide).max(-1, keepdims=True) * np.float32(1 / 127)
@@ -160,7 +190,14 @@ def _product(call: Call, dtype: type) -> np.ndarray:
         numbers = weight.astype(dtype)
     numbers *= np.repeat(scales, numbers.shape[1] // len(scales), axis=0).T.astype(dtype)
     out = x.astype(dtype) @ numbers.T
-    return out * a["x_scales"][:, None].astype(dtype) if "x_scales" in a else out
+    if "x_scales" in a:
+        out = out * a["x_scales"][:, None].astype(dtype)
+    if "bias" in a:
+        out = out + a["bias"].astype(dtype)
+    if call.options.get("is_gated"):
+        gate, up = np.split(out, 2, axis=1)
+        out = gate / (1 + np.exp(-gate)) * up
+    return np.where(a["is_real"][:, None], out + a["residual"].astype(dtype), 0) if "residual" in a else out
 
 
 def cost(case: Case) -> Cost:

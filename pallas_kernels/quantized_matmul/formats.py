@@ -31,7 +31,8 @@ def shape_of(operands: Operands) -> tuple[int, int, int]:
     """(F, number of groups, numbers in a group)."""
     scales = operands.scales
     groups = scales.shape[0] if scales.ndim == 2 else 1
-    return operands.weight.shape[0], groups, operands.x.shape[1] // max(groups, 1)
+    weight = operands.weight
+    return weight.shape[0] * (weight.shape[2] if weight.ndim == 4 else 1), groups, operands.x.shape[1] // max(groups, 1)
 
 
 def by_group(operands: Operands) -> Operands:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
+from pallas_kernels.matmul.around import Around
 from pallas_kernels.native import matmul as native
 from pallas_kernels.quantized_matmul.formats import Operands
-from pallas_kernels.quantized_matmul.reference import round_rows
 
 
 def unavailable(operands: Operands) -> str | None:
@@ -20,8 +21,14 @@ def unavailable(operands: Operands) -> str | None:
 
 def matmul(operands: Operands, *, is_int8: bool) -> jax.Array:
     """[X, F] in float32."""
+    del is_int8  # False: rows of integers have a call that does all in one
+    return native.matmul_int8(operands.x, operands.weight, operands.scales)
+
+
+def matmul_rounded(operands: Operands, around: Around, dtype: jnp.dtype) -> jax.Array:
+    """[X, F] in `dtype`, of rows that are rounded, with all that is done around it."""
     x, weight, scales, _, _ = operands
-    if not is_int8:
-        return native.matmul_int8(x, weight, scales)
-    rows, row_scales = round_rows(x)
-    return native.matmul_int8(rows, weight, scales) * row_scales
+    if dtype in (jnp.float32, x.dtype):
+        return native.matmul_rounded(x, weight, scales, around, dtype)
+    out = native.matmul_rounded(x, weight, scales, around._replace(residual=None), jnp.float32)
+    return Around(residual=around.residual, is_real=around.is_real).result(out, dtype)

@@ -17,6 +17,7 @@ from pallas_kernels.matmul import cases
 from pallas_kernels.native import building, heads, matmul, sampling
 from pallas_kernels.operations import Call
 from pallas_kernels.paged_decode_attention.cases import Case
+from pallas_kernels.quantized_matmul.cases import Case as Quantized
 from pallas_kernels.rotate_heads.cases import Case as Heads
 from pallas_kernels.sample_logits import cases as sample_cases
 from pallas_kernels.sample_logits.cases import Case as Logits
@@ -73,8 +74,8 @@ PRODUCT_BUGS = (
     Bug(
         "the next step's panel",
         "matmul.cc",
-        "last_panel) * steps",
-        "last_panel) * (steps - 1)",
+        "last_panel) * (kHead<A> + steps)",
+        "last_panel) * (kHead<A> + steps - 1)",
         "definition",
         MATMUL,
         TURNED,
@@ -100,7 +101,7 @@ PRODUCT_BUGS = (
         HOLES,
         "native",
     ),
-    Bug("the gate's bias for both", "matmul.cc", "p * c.F : 0) + at", "0 : 0) + at", "definition", MATMUL, GATED, "native"),
+    Bug("the gate's bias for both", "matmul.cc", "c.bias + of_half + at", "c.bias + at", "definition", MATMUL, GATED, "native"),
 )
 
 ROTATE, SPOILT = "rotate_heads", Heads(90, 2, 3, 40, has_norms=True, has_holes=True)
@@ -117,6 +118,40 @@ HEADS_BUGS = (
         "native",
     ),
     Bug("values nobody looks at", "heads.cc", "is_sound &= Guard(value,", "Guard(value,", "definition", ROTATE, SPOILT, "native"),
+)
+ROUNDED = "quantized_matmul"
+AROUND = Quantized(64, 132, 224, "int8", dtype="float32", activations="int8", has_panels=True, has_around=True, is_gated=True)
+ROUNDED_BUGS = (
+    Bug(
+        "everybody's first step",
+        "matmul.cc",
+        "c.row_scales[row + r]",
+        "c.row_scales[row]",
+        "definition",
+        ROUNDED,
+        AROUND,
+        "native",
+    ),
+    Bug(
+        "the gate's scales for both",
+        "matmul.cc",
+        "c.scales + of_half + at",
+        "c.scales + at",
+        "definition",
+        ROUNDED,
+        AROUND,
+        "native",
+    ),
+    Bug(
+        "sums of shifted rows",
+        "matmul.cc",
+        "if constexpr (kHead<A>)",
+        "if constexpr (false)",
+        "definition",
+        ROUNDED,
+        AROUND,
+        "native",
+    ),
 )
 
 SAMPLE, DRAWN = "sample_logits", Logits(1301)
@@ -189,8 +224,10 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             if (reason := build()) is not None:
                 pytest.skip(reason)
 
-    if (reason := native.unavailable(64)) is not None:
-        pytest.skip(reason)
+    # The healthy ones first: what they find they keep.
+    for reason in (native.unavailable(64), *(module.unavailable() for module in (matmul, heads, sampling))):
+        if reason is not None:
+            pytest.skip(reason)
     return used
 
 
@@ -199,7 +236,7 @@ def changed_source(name: str, old: str, new: str) -> dict[str, str]:
     return {name: changed(native._SOURCE.with_name(name), old, new)}
 
 
-@pytest.mark.parametrize("bug", (*BUGS, *PRODUCT_BUGS, *HEADS_BUGS, *SAMPLE_BUGS), ids=str)
+@pytest.mark.parametrize("bug", (*BUGS, *PRODUCT_BUGS, *HEADS_BUGS, *ROUNDED_BUGS, *SAMPLE_BUGS), ids=str)
 def test_a_planted_bug_is_seen(use: Callable[..., None], bug: Bug) -> None:
     assert healthy_rung(bug.operation, bug.case, bug.backend) == ""
     use(changed_source(bug.module, bug.old, bug.new))
@@ -242,6 +279,7 @@ def test_without_avx512_it_is_the_definition_too(use: Callable[..., None]) -> No
     assert [first_rung(MATMUL, case, "native") for case in (PRODUCT, GATED, WIDE, TURNED, WIDE_PAIRS, HOLES)] == [""] * 6
     assert [test_matmul.rows_differ(*each) for each in test_matmul.INVARIANT] == [[]] * len(test_matmul.INVARIANT)
     assert [first_rung(ROTATE, case, "native") for case in (SPOILT, Heads(5, 2, 4, 40, "float16"))] == ["", ""]
+    assert first_rung(ROUNDED, AROUND, "native") == ""
     assert [first_rung(SAMPLE, case, "native") for case in sample_cases.CHECK] == [""] * len(sample_cases.CHECK)
     assert not is_nan_lost()
     assert not any(integers_differ(*shape) for shape in ((5, 100, 9), (1, 900, 4)))
