@@ -81,7 +81,8 @@ def choose(
         is_finite &= has_some
     is_allowed = None if allowed is None else _bits(allowed, logits.shape[1])
     token_ids, has_choice = _draw(changed, rows, is_allowed, backend)
-    shown, is_logit = _shown(logits, changed, rows, is_allowed, logprobs_mode), logprobs_mode.endswith("logits")
+    shown = logits if logprobs_mode.startswith("raw") else _drawn_by(logits, changed, rows, is_allowed, token_ids)
+    is_logit = logprobs_mode.endswith("logits")
     is_plain = rows.wants_logprobs if is_logit else None
     best = likeliest(shown, rows.beam_temperature, min(max_logprobs, logits.shape[1]), is_plain)
     logprobs, ranks = logprobs_of(shown, token_ids, rows.wants_logprobs, is_plain=is_logit)
@@ -150,14 +151,13 @@ def _masked(logits: jax.Array, is_allowed: jax.Array | None) -> jax.Array:
     return logits if is_allowed is None else jnp.where(is_allowed, logits, -jnp.inf)
 
 
-def _shown(logits: jax.Array, changed: jax.Array, rows: Rows, is_allowed: jax.Array | None, logprobs_mode: str) -> jax.Array:
-    """The logits [R, V] that log-probabilities of new tokens are of: the model's, or those that tokens are drawn by."""
-    if logprobs_mode.startswith("raw"):
-        return logits
+def _drawn_by(logits: jax.Array, changed: jax.Array, rows: Rows, is_allowed: jax.Array | None, token_ids: jax.Array) -> jax.Array:
+    """The logits [R, V] that tokens are drawn by, where a row wants log-probabilities of them; else the model's."""
 
-    def drawn_by(_: None) -> jax.Array:
+    def compute(_: None) -> jax.Array:
         found = changed if rows.adjustments is None else adjust(changed, rows.adjustments, rows.last)[0]
         # Beams compete by what the model finds.
-        return jnp.where(rows.wants_logprobs[:, None], processed(_masked(found, is_allowed), rows.sampling), logits)
+        drawn_by = processed(_masked(found, is_allowed), rows.sampling, token_ids)
+        return jnp.where(rows.wants_logprobs[:, None], drawn_by, logits)
 
-    return lax.cond(jnp.any(rows.wants_logprobs), drawn_by, lambda _: logits, None)
+    return lax.cond(jnp.any(rows.wants_logprobs), compute, lambda _: logits, None)

@@ -41,8 +41,8 @@ def linear(
     """x [X, I] times weight [O..., I] transposed, plus bias: [X, O...], in x's dtype with float32 sums; of a gated weight
     [2, F, I] the result is [X, F].
 
-    `scope` is its name in a profile. The other options are those of `pallas_kernels.matmul`. Of the backends only "xla" can be
-    differentiated; rows that meet a quantised matrix are rounded, so nothing can.
+    `scope` is its name in a profile. The other options are those of `pallas_kernels.matmul`. Of the backends, which a quantised
+    matrix does not heed, only "xla" can be differentiated; rows that meet such a matrix are rounded, so nothing can.
     """
     how: dict[str, Any] = {"norm": norm, "eps": eps, "is_gated": is_gated, "residual": residual, "is_real": is_real}
     how |= {"bias": None if bias is None else bias.reshape(-1), "out_dtype": out_dtype}

@@ -15,7 +15,7 @@ from pallas_kernels.matmul import panels as turned
 class PanelMatrix:
     """A matrix of this shape, [O..., I], of which only the panels are kept."""
 
-    panels: jax.Array  # [O / 16, I / n, 16, n]
+    panels: jax.Array  # [O / 16, I / n, 16, n]; of int8 one step more
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
     def take(self, indices: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

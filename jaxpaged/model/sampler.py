@@ -13,9 +13,7 @@ from jax import lax
 from pallas_kernels import sample_logits
 from pallas_kernels.backends import Backend
 from pallas_kernels.sample_logits import is_native
-
-# Below this the likeliest token always wins, and dividing by it would overflow. The same bound as vLLM's.
-_LOWEST_TEMPERATURE = 1e-5
+from pallas_kernels.sample_logits.rows import LOWEST_TEMPERATURE
 
 # Scores of which XLA's CPU backend finds the largest with vector instructions, which it does not for a place. float32, 16 rows of
 # 49,152 scores: 3.95 ms with argmax, 0.44 so; 64 rows 47 and 3.0 ms (2 loaded CPU cores, jax 0.10.2, November 2026).
@@ -50,7 +48,7 @@ def sample(logits: jax.Array, sampling: SamplingInputs, positions: jax.Array, *,
     greedy = first_largest(logits)
 
     def draw(_: None) -> jax.Array:
-        is_greedy = sampling.temperature < _LOWEST_TEMPERATURE
+        is_greedy = sampling.temperature < LOWEST_TEMPERATURE
         scaled = logits / jnp.where(is_greedy, 1.0, sampling.temperature)[:, None]
         needs_filter = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0))
         scaled = lax.cond(needs_filter, lambda x: keep_likely(x, sampling), lambda x: x, scaled)
@@ -58,7 +56,7 @@ def sample(logits: jax.Array, sampling: SamplingInputs, positions: jax.Array, *,
         return jnp.where(is_greedy, greedy, first_largest(scaled + noise))
 
     # A batch of greedy rows draws no noise.
-    return lax.cond(jnp.any(sampling.temperature >= _LOWEST_TEMPERATURE), draw, lambda _: greedy, None)
+    return lax.cond(jnp.any(sampling.temperature >= LOWEST_TEMPERATURE), draw, lambda _: greedy, None)
 
 
 def first_largest(scores: jax.Array) -> jax.Array:
@@ -71,11 +69,15 @@ def first_largest(scores: jax.Array) -> jax.Array:
     return jnp.minimum(best * _PIECE + jnp.argmax(piece, axis=-1), V - 1).astype(jnp.int32)
 
 
-def processed(logits: jax.Array, sampling: SamplingInputs) -> jax.Array:
-    """The logits [R, V] that `sample` draws by: over the temperature, -inf for what is cut. Greedy rows are as they were."""
-    is_greedy = sampling.temperature < _LOWEST_TEMPERATURE
+def processed(logits: jax.Array, sampling: SamplingInputs, token_ids: jax.Array) -> jax.Array:
+    """The logits [R, V] that `sample` draws by: over the temperature, -inf for what is cut. Greedy rows are as they were.
+
+    Of `token_ids` [R], which were drawn, none is cut: where a threshold is hit exactly, C++ rounds in another way.
+    """
+    is_greedy = sampling.temperature < LOWEST_TEMPERATURE
     scaled = logits / jnp.where(is_greedy, 1.0, sampling.temperature)[:, None]
-    return jnp.where(is_greedy[:, None], logits, keep_likely(scaled, sampling))
+    is_drawn = jnp.arange(logits.shape[1]) == token_ids[:, None]
+    return jnp.where(is_greedy[:, None], logits, jnp.where(is_drawn, scaled, keep_likely(scaled, sampling)))
 
 
 def likeliest(

@@ -1,9 +1,9 @@
 // Rows times the transpose of a weight for a CPU, called by XLA through its foreign function interface.
 //
 // A panel is sixteen outputs of a weight, turned: what a tile needs of them at a step along D lies side by side. A weight comes as its
-// panels, [F / 16, D / n, 16, n] with n numbers a step, or as the checkpoint has it, [F, D], and is turned on its way. A tile multiplies
-// up to twelve rows by two panels, of neighbouring outputs or of a gate and what it is for, whose sums never leave the registers; while
-// the first rows meet a panel, the next is fetched.
+// panels, [F / 16, D / n, 16, n] with n numbers a step (of int8 one step more, see matmul/panels.py), or as the checkpoint has it,
+// [F, D], and is turned on its way. A tile multiplies up to twelve rows by two panels, of neighbouring outputs or of a gate and what it
+// is for, whose sums never leave the registers; while the first rows meet a panel, the next is fetched.
 // Every sum is one lane that walks D in order, whatever rows and outputs are computed beside it, on whatever thread: a row's bits
 // depend on the row and the weight alone. Only that order counts here: this source is not built with -fassociative-math.
 

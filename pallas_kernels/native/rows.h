@@ -45,7 +45,6 @@ void Take(const P* x, int64_t D, Row* out) {
 // Rounds a row to int8, its largest number to 127, and shifts it; returns what a step of it is. That is NaN for a row that is not finite.
 template <typename P>
 __attribute__((noinline)) float Round(const P* x, int64_t D, Shifted* out) {
-  typedef int32_t Ints __attribute__((vector_size(64)));
   typedef uint8_t Bytes __attribute__((vector_size(16)));
   const auto part = [&](int64_t d) { return LoadSome(x + d, std::min<int64_t>(kLanes, D - d)); };
   constexpr int32_t kExponent = 0x7f800000;  // all its bits are set in what is not finite

@@ -21,10 +21,10 @@ namespace {
 
 constexpr int kBlock = 64;                       // vectors of logits whose lanes' largest are kept: a lane of a block is a tile
 constexpr int64_t kTaskNumbers = 16 << 10;       // of logits: fewer are not worth waking a thread
-constexpr float kMost = 15.95f;                  // of noise, rounded outwards
+constexpr int kFairPasses = 40;                  // by the middle of two values, which logits rarely need; then by that of floats
+constexpr float kMost = 15.95f;                  // of noise, rounded outwards: MOST of noise.py
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 constexpr Ints kPlaces = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
@@ -229,6 +229,19 @@ __attribute__((noinline)) Some Part(const float* values, const float* weights, i
   return part;
 }
 
+// A number about in the middle of those that floats have between two, and the larger one at most.
+float Between(float low, float high) {
+  const auto flip = [](int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); };  // to integers of the same order, and back
+  int32_t a, b;
+  std::memcpy(&a, &low, sizeof a);
+  std::memcpy(&b, &high, sizeof b);
+  const int64_t first = flip(a), last = flip(b);
+  const int32_t middle = flip(static_cast<int32_t>(first + (last - first + 1) / 2));
+  float found;
+  std::memcpy(&found, &middle, sizeof found);
+  return found;
+}
+
 // The largest value from which on a row's tokens hold top_p of the weight of those from `least` on.
 template <typename P>
 __attribute__((noinline)) float FindNucleus(const Logits<P>& logits, const Row& row, float highest, float least, Storage& room) {
@@ -254,21 +267,25 @@ __attribute__((noinline)) float FindNucleus(const Logits<P>& logits, const Row& 
   float *values = room.values.data(), *weights = room.weights.data(), *values2 = room.values2.data(), *weights2 = room.weights2.data();
   double above = 0.0;  // what those weigh that are larger than all that are left
   float from = bound, to = highest;
-  while (from < to) {
-    float pivot = from * 0.5f + to * 0.5f;
+  // What does not bring the ends nearer is the last pass: XLA's threads take subnormal numbers for 0.
+  for (int pass = 0; from < to; ++pass) {
+    float pivot = pass < kFairPasses ? from * 0.5f + to * 0.5f : Between(from, to);
     if (!(pivot > from && pivot <= to)) pivot = to;
     const Some upper = Part<true>(values, weights, count, pivot, values2, weights2);
     if (above + upper.weight >= wanted) {
       std::swap(values, values2);
       std::swap(weights, weights2);
       count = upper.count;
-      from = -Largest(-upper.smallest);
+      const float smallest = -Largest(-upper.smallest);
+      if (!(smallest > from)) return from;
+      from = smallest;
     } else {
       const Some lower = Part<false>(values, weights, count, pivot, values, weights);
-      if (lower.count == 0) return from;  // a rounding away from what was wanted
+      const float largest = Largest(lower.largest);
+      if (lower.count == 0 || !(largest < to)) return from;
       above += upper.weight;
       count = lower.count;
-      to = Largest(lower.largest);
+      to = largest;
     }
   }
   return from;

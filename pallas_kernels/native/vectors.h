@@ -76,6 +76,7 @@ inline float ExpNonPositive(float x) {
 // Sixteen floats: one AVX-512 register, and whatever the compiler makes of it elsewhere.
 constexpr int kLanes = 16;
 typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));  // of a comparison too: all bits where it is true
 
 INLINE Vec Load(const float* p) {
   Vec x;

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import backends
 from pallas_kernels.matmul.around import Around
 from pallas_kernels.matmul.panels import LANES, from_panels
-from pallas_kernels.quantized_matmul.formats import DTYPES, Operands, packing, shape_of
+from pallas_kernels.quantized_matmul.formats import DTYPES, MAX_SUM, Operands, packing, shape_of
 from pallas_kernels.quantized_matmul.quantize import quantize
 from pallas_kernels.target import Target
 
@@ -120,8 +120,8 @@ def _check(operands: Operands, around: Around, activations: str | None, out_dtyp
     if x.dtype.name not in _ROWS:
         refuse(f"x of {x.dtype} is not supported; {', '.join(_ROWS)} are")
     (X, D), (F, groups, group) = x.shape, shape_of(operands)
-    if has_panels and weight.shape[1:] != (1 + D // 4, LANES, 4):
-        refuse(f"panels of the weight are {list(weight.shape)}, expected [P, {1 + D // 4}, {LANES}, 4] for x of [{X}, {D}]")
+    if has_panels and (D % 4 or weight.shape[1:] != (1 + D // 4, LANES, 4)):
+        refuse(f"panels of the weight are {list(weight.shape)}, expected [F / 16, 1 + D / 4, 16, 4] for x of [{X}, {D}]")
     if not has_panels and weight.shape[1] * packing(weight) != D:
         refuse(f"weight is {weight.dtype}{list(weight.shape)}, expected [F, {D // packing(weight)}] for x of [{X}, {D}]")
     if scales.dtype != jnp.float32 or scales.shape not in ((F,), (groups, F)):
@@ -141,6 +141,8 @@ def _check(operands: Operands, around: Around, activations: str | None, out_dtyp
         refuse(f"out_dtype {out_dtype!r}, expected 'float32', 'bfloat16' or 'float16'")
     if activations not in (None, "int8"):
         refuse(f"activations {activations!r}, expected 'int8' or None")
+    if activations and group > MAX_SUM:
+        refuse(f"sums of {group} products of int8 may not fit 32 bits, expected {MAX_SUM} or fewer")
     if activations and (is_narrow or weight.dtype.name == "float8_e4m3fn"):
         refuse(f"int8 activations need weights of int8 or uint8 and wider x, got {weight.dtype} and {x.dtype}")
     around.check(refuse, x, F, out_dtype or x.dtype, LANES if has_panels else 1)

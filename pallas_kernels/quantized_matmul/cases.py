@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -143,7 +144,7 @@ def make(case: Case) -> Call:
     if case.activations:
         options["activations"] = case.activations
     if case.has_panels:
-        arrays["weight"] = np.asarray(to_panels(arrays["weight"]))
+        arrays["weight"] = np.asarray(to_panels(jnp.asarray(arrays["weight"])))
     if case.is_gated:
         options["is_gated"] = True
     if case.has_around:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 DTYPES = ("int8", "float8_e4m3fn", "uint8")
+MAX_SUM = (1 << 31) // (127 * 128)  # products of int8 in an int32 sum that cannot overflow
 ZERO = 8  # the 4-bit number that stands for 0 where no zero points are given
 
 

@@ -50,6 +50,7 @@ def quantize(weight: jax.Array, dtype: str, *, group_size: int = 0, has_zeros: b
     else:
         scales = _not_zero(jnp.abs(values).max(-1) / _LARGEST[dtype])
         zeros = jnp.full_like(scales, ZERO)
+    scales += jnp.sum(values * 0.0, axis=-1)  # NaN where one is not finite: XLA's CPU backend may lose it in a maximum
     numbers = (values / scales[..., None]).reshape(F, D)
     if dtype == "int8":
         out = jnp.round(numbers).astype(jnp.int8)

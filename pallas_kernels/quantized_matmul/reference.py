@@ -31,8 +31,9 @@ def matmul(operands: Operands, *, is_int8: bool) -> jax.Array:
 
 
 def round_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows as int8 and their scales [X, 1]: round(x / scale) with scale = max|x| * (1 / 127)."""
+    """Rows as int8 and their scales [X, 1]: round(x / scale) with scale = max|x| * (1 / 127), NaN of a row that is not finite."""
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     scales = jnp.where(largest == 0, 1.0, largest) * jnp.float32(1 / 127)
+    scales += jnp.sum(x * 0.0, axis=-1, keepdims=True)  # XLA's CPU backend may lose a NaN in a maximum
     return jnp.round(x / scales).astype(jnp.int8), scales

@@ -12,14 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.bits import as_bits
-from pallas_kernels.quantized_matmul.formats import ZERO, Operands, by_group, floats, integers, packing, shape_of
+from pallas_kernels.quantized_matmul.formats import MAX_SUM, ZERO, Operands, by_group, floats, integers, packing, shape_of
 from pallas_kernels.quantized_matmul.reference import round_rows
 
 # More rows than this and digits lose to blocks of floats (2048x8192, two AVX-512 cores, jax 0.10.2 and 0.12, November 2026).
 DIGIT_ROWS = 16
 BLOCK_OUTPUTS = 512
 _BASE = 254.0  # a remainder of at most a half becomes a digit of at most 127
-_MAX_SUM = (1 << 31) // (127 * 128)  # terms of an int32 sum that cannot overflow
 
 
 def matmul(operands: Operands, *, is_int8: bool) -> jax.Array:
@@ -31,7 +30,7 @@ def matmul(operands: Operands, *, is_int8: bool) -> jax.Array:
         return _digits(operands, 1)
 
     num_digits = 3 if operands.x.dtype == jnp.float32 else 2
-    by_digits = not is_float and operands.x.dtype != jnp.float8_e4m3fn and group <= _MAX_SUM
+    by_digits = not is_float and operands.x.dtype != jnp.float8_e4m3fn and group <= MAX_SUM
     few = by_digits and operands.x.shape[0] <= DIGIT_ROWS
 
     def on_cpu() -> jax.Array:

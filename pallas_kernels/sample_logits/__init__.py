@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import jax
 
@@ -32,7 +33,7 @@ def sample_logits(
 
     The token is the largest of l / temperature + noise among those kept, the lowest id on ties. The noise is Gumbel's, a function
     of (seed, position, token) that `noise.py` states. So a row's token is a sample from the softmax of what is kept, and depends
-    neither on the other rows nor on the backend, unless the rounding of exp and log in the last bits decides.
+    neither on the other rows nor on the backend, unless the last bits of a threshold, of exp or of log decide.
 
     Everything that a row asks for is data: no combination compiles again. With temperature 0 it costs about an argmax.
 
@@ -64,7 +65,7 @@ def sample_logits(
     """
     _check(logits, seeds, positions, temperatures, top_ks, top_ps, min_ps)
     choice = choose(backend, vocab_size=logits.shape[1], dtype=logits.dtype.name)
-    module = native if choice.name == "native" else importlib.import_module(f"pallas_kernels.sample_logits.{choice.name}")
+    module: Any = native if choice.name == "native" else importlib.import_module(f"pallas_kernels.sample_logits.{choice.name}")
     if choice.name == "reference":
         return module.sample(logits, seeds, positions, temperatures, top_ks, top_ps, min_ps)
     from pallas_kernels.sample_logits import rows

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxpaged.model.sampler import SamplingInputs, first_largest, keep_likely, sample
+from jaxpaged.model.sampler import SamplingInputs, first_largest, keep_likely, processed, sample
 
 DRAWS: dict[str, Callable[..., Any]] = {name: jax.jit(functools.partial(sample, backend=name)) for name in ("xla", "auto")}
 keep = jax.jit(keep_likely)
@@ -252,3 +252,18 @@ def test_every_part_of_the_seed_and_the_position_matter(draw: Callable[..., Any]
     for high, low, position in ((numbers, zeros, zeros), (zeros, numbers, zeros), (zeros, zeros, numbers)):
         got = draw(logits, inputs(rows, seeds=np.stack([high, low], axis=1)), position.astype(np.int32))
         assert len(np.unique(np.asarray(got))) > V // 2
+
+
+def test_what_is_drawn_is_never_told_as_cut(draw: Callable[..., Any]) -> None:
+    """Also where a threshold is hit exactly, which is rounded in one way or another."""
+    rng = np.random.default_rng(0)
+    for size in (3, 7, 20):
+        logits = np.log(rng.dirichlet(np.ones(size), 64)).astype(np.float32)
+        sums = np.cumsum(np.sort(np.exp(logits.astype(np.float64)), axis=1)[:, ::-1], axis=1)
+        options = inputs(64, top_p=sums[np.arange(64), rng.integers(0, size - 1, 64)], temperature=1.0)
+        for number in range(8):
+            drawn = np.asarray(draw(logits, options, np.full(64, number, np.int32)))
+            shown = np.asarray(jax.jit(processed)(logits, options, drawn))
+            assert (shown[np.arange(64), drawn] > -np.inf).all()
+            others = np.asarray(keep(logits, options)) > -np.inf
+            assert ((shown > -np.inf) == (others | (np.arange(size) == drawn[:, None]))).all()

@@ -630,7 +630,8 @@ def test_a_full_queue_is_a_429_and_draining_ends_what_runs() -> None:
 def test_the_page_chats_as_the_model_does(server: Running, browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest of the page is in `test_ui`."""
     step = server.engine.step
-    monkeypatch.setattr(server.engine, "step", lambda: (time.sleep(0.01), step())[1])  # or it is over before it is seen
+    # Or it is over before it is seen.
+    monkeypatch.setattr(server.engine, "step", lambda *given, **how: (time.sleep(0.01), step(*given, **how))[1])
     prompt = "<img src=x onerror=alert(1)> Sort these words: pear, apple, fig"
     body = {"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 40}
     expected = post(server, "/v1/chat/completions", body)["choices"][0]["message"]["content"]
