@@ -189,11 +189,10 @@ def propose(
     exact whatever is proposed.)
     """
     known = Accepted.of(inputs, sampled, wanted, max_drafts)
-    attend = functools.partial(forward_paged, config=config, backend=backend)
+    attend, products = functools.partial(forward_paged, config=config, backend=backend), products_of(backend)
 
     def draw(hidden: jax.Array, positions: jax.Array) -> jax.Array:
-        scores = logits(weights, config, hidden, backend=products_of(backend))
-        return sample(scores, known.sampling, positions + 1, backend=products_of(backend))
+        return sample(logits(weights, config, hidden, backend=products), known.sampling, positions + 1, backend=products)
 
     def first(cache: KVCache) -> tuple[jax.Array, jax.Array, KVCache]:
         """The tiles, and of each sequence two tokens where two are not known, or else the last."""

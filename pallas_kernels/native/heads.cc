@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "arrays.h"
 #include "parallel.h"
 #include "vectors.h"
 #include "xla/ffi/api/ffi.h"
@@ -111,17 +112,10 @@ ffi::Error RotateAll(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::Buffer<ffi::
                      ffi::Result<ffi::Buffer<ffi::PRED>> is_finite, float eps) {
   const auto d = qkv.dimensions();
   const Call c{.X = d[0], .K = d[1], .G = d[2] - 2, .H = d[3], .cos = cos.typed_data(), .sin = sin.typed_data(), .eps = eps};
-  const auto given = [](const ffi::AnyBuffer& x) -> const void* { return x.element_count() ? x.untyped_data() : nullptr; };
-  const auto run = [&](auto kind) {
-    return Run<decltype(kind)>(pool, c, qkv.untyped_data(), given(q_norm), given(k_norm), q->untyped_data(), k->untyped_data(),
+  return OfFloats(qkv.element_type(), [&](auto kind) {
+    return Run<decltype(kind)>(pool, c, qkv.untyped_data(), DataOrNull(q_norm), DataOrNull(k_norm), q->untyped_data(), k->untyped_data(),
                                v->untyped_data(), is_finite->typed_data());
-  };
-  switch (qkv.element_type()) {
-    case ffi::F32: return run(float{});
-    case ffi::BF16: return run(BFloat16{});
-    case ffi::F16: return run(Half{});
-    default: return ffi::Error::Internal("unknown type of heads");
-  }
+  });
 }
 
 }  // namespace

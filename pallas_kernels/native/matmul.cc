@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "arrays.h"
 #include "parallel.h"
 #include "rows.h"
 #include "tiles.h"
@@ -175,10 +176,10 @@ struct Call {
   int64_t stride;      // numbers from a row to the next
   const void* weight;  // [F, D] or [2F, D], or the panels of it
   const float* scales; // [F], of a weight of int8; of a gated one [2F]
-  const float* row_scales;  // of rows that are rounded to int8, one for each that counts
-  const float* bias;
-  const void* residual;  // [X, F], as the result
-  const bool* is_real;   // [X], rows that count; the others are 0
+  const float* row_scales = nullptr;  // of rows that are rounded to int8, one for each that counts
+  const float* bias = nullptr;
+  const void* residual = nullptr;  // [X, F], as the result
+  const bool* is_real = nullptr;   // [X], rows that count; the others are 0
   void* out;             // [X, F]
   std::vector<int64_t> real = {};  // the numbers of those rows, which are multiplied as if no other stood between them
 
@@ -375,96 +376,58 @@ void RunAs(ffi::ThreadPool& pool, Call& c, const P* scale, float eps, ffi::DataT
   Run<A, W, P>(pool, c);
 }
 
-template <typename P>
-ffi::Error RunRows(ffi::ThreadPool& pool, Call& c, const void* scale, float eps, ffi::DataType weight, bool is_turned, ffi::DataType out) {
-  if (is_turned && weight != ffi::F32 && weight != ffi::BF16) return ffi::Error::Internal("no panels of this type");
-  const P* scales = static_cast<const P*>(scale);
-  switch (weight) {
-    case ffi::F32:
-      if (is_turned) {
-        RunAs<Turned<Singles>, float>(pool, c, scales, eps, out);
-      } else {
-        RunAs<Singles, float>(pool, c, scales, eps, out);
-      }
-      break;
-    case ffi::F16: RunAs<Singles, Half>(pool, c, scales, eps, out); break;
-    case ffi::BF16:
-#ifdef __AVX512BF16__
-      if constexpr (std::is_same_v<P, BFloat16>) {
-        if (is_turned) {
-          RunAs<Turned<Pairs>, BFloat16>(pool, c, scales, eps, out);
-        } else {
-          RunAs<Pairs, BFloat16>(pool, c, scales, eps, out);
-        }
-        break;
-      }
-#endif
-      if (is_turned) {
-        RunAs<Turned<WidePairs>, BFloat16>(pool, c, scales, eps, out);
-      } else {
-        RunAs<Singles, BFloat16>(pool, c, scales, eps, out);
-      }
-      break;
-    default: return ffi::Error::Internal("unknown type of weight");
+// With a weight as panels, or as the checkpoint has it.
+template <typename OfPanels, typename A, typename W, typename P>
+ffi::Error RunEither(bool is_turned, ffi::ThreadPool& pool, Call& c, const P* scale, float eps, ffi::DataType out) {
+  if (is_turned) {
+    RunAs<Turned<OfPanels>, W>(pool, c, scale, eps, out);
+  } else {
+    RunAs<A, W>(pool, c, scale, eps, out);
   }
   return ffi::Error::Success();
 }
 
-const void* DataOrNull(const ffi::AnyBuffer& x) { return x.element_count() ? x.untyped_data() : nullptr; }
-
-// Optional arrays have no element when they are not given.
-ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::Buffer<ffi::F32> bias, ffi::AnyBuffer norm,
-                    ffi::AnyBuffer residual, ffi::Buffer<ffi::PRED> is_real, ffi::Result<ffi::AnyBuffer> out, float eps, bool is_gated) {
-  const auto xd = x.dimensions(), od = out->dimensions();
-  Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = is_gated, .x = x.untyped_data(), .stride = xd[1], .weight = weight.untyped_data(), .scales = nullptr, .row_scales = nullptr,
-         .bias = bias.element_count() ? bias.typed_data() : nullptr,
-         .residual = DataOrNull(residual), .is_real = is_real.element_count() ? is_real.typed_data() : nullptr, .out = out->untyped_data()};
-  c.FindReal();
-  const ffi::DataType of_weight = weight.element_type(), of_out = out->element_type();
-  const bool is_turned = weight.dimensions().size() == 4;
-  switch (x.element_type()) {
-    case ffi::F32: return RunRows<float>(pool, c, DataOrNull(norm), eps, of_weight, is_turned, of_out);
-    case ffi::BF16: return RunRows<BFloat16>(pool, c, DataOrNull(norm), eps, of_weight, is_turned, of_out);
-    case ffi::F16: return RunRows<Half>(pool, c, DataOrNull(norm), eps, of_weight, is_turned, of_out);
-    default: return ffi::Error::Internal("unknown type of rows");
+template <typename P>
+ffi::Error RunRows(ffi::ThreadPool& pool, Call& c, const P* scale, float eps, ffi::DataType weight, bool is_turned, ffi::DataType out) {
+  if (is_turned && weight == ffi::F16) return ffi::Error::Internal("no panels of this type");
+  switch (weight) {
+    case ffi::F32: return RunEither<Singles, Singles, float>(is_turned, pool, c, scale, eps, out);
+    case ffi::F16: RunAs<Singles, Half>(pool, c, scale, eps, out); return ffi::Error::Success();
+    case ffi::BF16:
+#ifdef __AVX512BF16__
+      if constexpr (std::is_same_v<P, BFloat16>) return RunEither<Pairs, Pairs, BFloat16>(is_turned, pool, c, scale, eps, out);
+#endif
+      return RunEither<WidePairs, Singles, BFloat16>(is_turned, pool, c, scale, eps, out);
+    // Rows are rounded too: every sum is exact before it is rounded to a float once.
+    case ffi::S8: return RunEither<Quads, Quads, Int8>(is_turned, pool, c, scale, eps, out);
+    default: return ffi::Error::Internal("unknown type of weight");
   }
 }
 
-// Rows of floats times a weight of int8 with a scale for each output.
+// `scales` are of a weight of int8, one for each output. What is not given has no element.
+ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::F32> bias,
+                    ffi::AnyBuffer norm, ffi::AnyBuffer residual, ffi::Buffer<ffi::PRED> is_real, ffi::Result<ffi::AnyBuffer> out, float eps,
+                    bool is_gated) {
+  const auto xd = x.dimensions(), od = out->dimensions();
+  Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = is_gated, .x = x.untyped_data(), .stride = xd[1], .weight = weight.untyped_data(),
+         .scales = DataOrNull(scales), .bias = DataOrNull(bias), .residual = DataOrNull(residual), .is_real = DataOrNull(is_real),
+         .out = out->untyped_data()};
+  c.FindReal();
+  return OfFloats(x.element_type(), [&](auto kind) {
+    const auto* scale = static_cast<const decltype(kind)*>(DataOrNull(norm));
+    return RunRows(pool, c, scale, eps, weight.element_type(), weight.dimensions().size() == 4, out->element_type());
+  });
+}
+
+// Rows of floats, as they are, times a weight of int8 with a scale for each output.
 ffi::Error MultiplyInt8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> weight, ffi::Buffer<ffi::F32> scales,
                         ffi::Result<ffi::Buffer<ffi::F32>> out) {
   const auto xd = x.dimensions(), od = out->dimensions();
   Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = false, .x = x.typed_data(), .stride = xd[1], .weight = weight.typed_data(),
-         .scales = scales.typed_data(), .row_scales = nullptr, .bias = nullptr, .residual = nullptr, .is_real = nullptr, .out = out->typed_data()};
+         .scales = scales.typed_data(), .out = out->typed_data()};
   c.FindReal();
   Run<Singles, Int8, float>(pool, c);
   return ffi::Error::Success();
-}
-
-// The same of rows that are rounded to int8: every sum is exact before it is rounded to a float once. Otherwise as Multiply.
-ffi::Error MultiplyRounded(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S8> weight, ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::F32> bias,
-                           ffi::AnyBuffer norm, ffi::AnyBuffer residual, ffi::Buffer<ffi::PRED> is_real, ffi::Result<ffi::AnyBuffer> out, float eps,
-                           bool is_gated) {
-  const auto xd = x.dimensions(), od = out->dimensions();
-  Call c{.X = xd[0], .D = xd[1], .F = od[1], .is_gated = is_gated, .x = x.untyped_data(), .stride = xd[1], .weight = weight.typed_data(),
-         .scales = scales.typed_data(), .row_scales = nullptr, .bias = bias.element_count() ? bias.typed_data() : nullptr,
-         .residual = DataOrNull(residual), .is_real = is_real.element_count() ? is_real.typed_data() : nullptr, .out = out->untyped_data()};
-  c.FindReal();
-  const auto run = [&](auto kind) {
-    const auto* norms = static_cast<const decltype(kind)*>(DataOrNull(norm));
-    if (weight.dimensions().size() == 4) {
-      RunAs<Turned<Quads>, Int8>(pool, c, norms, eps, out->element_type());
-    } else {
-      RunAs<Quads, Int8>(pool, c, norms, eps, out->element_type());
-    }
-    return ffi::Error::Success();
-  };
-  switch (x.element_type()) {
-    case ffi::F32: return run(float{});
-    case ffi::BF16: return run(BFloat16{});
-    case ffi::F16: return run(Half{});
-    default: return ffi::Error::Internal("unknown type of rows");
-  }
 }
 
 }  // namespace
@@ -481,18 +444,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Matmul, Multiply,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::PRED>>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<float>("eps")
-                                  .Attr<bool>("is_gated"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(MatmulRounded, MultiplyRounded,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()

@@ -21,7 +21,7 @@ _SOURCE = Path(__file__).with_name("matmul.cc")
 @functools.cache
 def unavailable() -> str | None:
     """Why this backend cannot run here, or None when it can. Builds and registers it at the first call."""
-    handlers = {name: _target(name) for name in ("Matmul", "MatmulInt8", "MatmulRounded")}
+    handlers = {name: _target(name) for name in ("Matmul", "MatmulInt8")}
     return building.register(_SOURCE, handlers, building.MATH, "matrix products")
 
 
@@ -29,28 +29,22 @@ def _target(name: str) -> str:
     return f"pallas_kernels.{name}"
 
 
-def matmul(x: jax.Array, weight: jax.Array, around: Around, out_dtype: jax.typing.DTypeLike) -> jax.Array:
-    """See the contract in `pallas_kernels.matmul`."""
-    return _call("Matmul", x, (weight,), around, out_dtype)
-
-
-def matmul_rounded(
-    x: jax.Array, weight: jax.Array, scales: jax.Array, around: Around, out_dtype: jax.typing.DTypeLike
+def matmul(
+    x: jax.Array, weight: jax.Array, around: Around, out_dtype: jax.typing.DTypeLike, scales: jax.Array | None = None
 ) -> jax.Array:
-    """The same of a weight of int8, [F, D] or its panels, whose output f is multiplied by scales[f], and of rows that are
-    rounded to int8, behind the norm: see `pallas_kernels.quantized_matmul`. Integers are multiplied exactly.
+    """See the contract in `pallas_kernels.matmul`.
+
+    With `scales` the weight is of int8, [F, D] or its panels, whose output f is multiplied by scales[f], and rows are rounded to
+    int8 behind the norm: see `pallas_kernels.quantized_matmul`. Integers are multiplied exactly.
     """
-    return _call("MatmulRounded", x, (weight, scales), around, out_dtype)
-
-
-def _call(name: str, x: jax.Array, weight: tuple[jax.Array, ...], around: Around, out_dtype: jax.typing.DTypeLike) -> jax.Array:
-    num_outputs = weight[0].shape[0] * (weight[0].shape[2] if weight[0].ndim == 4 else 1) // (2 if around.is_gated else 1)
-    call = jax.ffi.ffi_call(_target(name), jax.ShapeDtypeStruct((x.shape[0], num_outputs), out_dtype))
+    num_outputs = weight.shape[0] * (weight.shape[2] if weight.ndim == 4 else 1) // (2 if around.is_gated else 1)
+    call = jax.ffi.ffi_call(_target("Matmul"), jax.ShapeDtypeStruct((x.shape[0], num_outputs), out_dtype))
     absent = jnp.zeros(0, jnp.float32)
     bias = absent if around.bias is None else around.bias.astype(jnp.float32)
-    norm, residual = (absent if a is None else a for a in (around.norm, around.residual))
+    others = (absent if a is None else a for a in (around.norm, around.residual))
     is_real = jnp.zeros(0, bool) if around.is_real is None else around.is_real
-    return call(x, *weight, bias, norm, residual, is_real, eps=np.float32(around.eps), is_gated=around.is_gated)
+    scales = absent if scales is None else scales
+    return call(x, weight, scales, bias, *others, is_real, eps=np.float32(around.eps), is_gated=around.is_gated)
 
 
 def matmul_int8(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "arrays.h"
 #include "parallel.h"
 #include "tiles.h"
 #include "vectors.h"
@@ -100,7 +101,6 @@ __attribute__((noinline)) float Weigh(Query& query, const Block& block, float* _
     const float cap = block.soft_cap, inverse = 1.0f / cap;
     for (int j = a; j < b; ++j) weights[j] = cap * Tanh(weights[j] * inverse);
   }
-  constexpr Dwords kPlaces = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const auto seen = [&](int j, Vec x, Vec other) { return (kPlaces + j >= a) & (kPlaces + j < b) ? x : other; };
   const Vec so_far = Vec{} + query.peak;
   Vec peaks = so_far, totals = {};
@@ -435,10 +435,6 @@ void AttendAll(ffi::ThreadPool& pool, const Call& c) {
     const int64_t head = task % parts * heads;
     AttendRow<A, P, HEAD_SIZE / kLanes>(c, task / parts, head, std::min(head + heads, c.K));
   });
-}
-
-const float* DataOrNull(const ffi::Buffer<ffi::F32>& x) {
-  return x.element_count() ? x.typed_data() : nullptr;
 }
 
 // Pages of narrow floats travel as unsigned integers; `kind` says what they are. Optional arrays have no element when not given.

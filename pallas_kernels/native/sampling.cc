@@ -13,6 +13,7 @@
 #include <limits>
 #include <vector>
 
+#include "arrays.h"
 #include "parallel.h"
 #include "vectors.h"
 #include "xla/ffi/api/ffi.h"
@@ -26,7 +27,6 @@ constexpr float kMost = 15.95f;                  // of noise, rounded outwards: 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 typedef uint32_t Words __attribute__((vector_size(64)));
-constexpr Ints kPlaces = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // How a row samples. A filter that it does not use has the value for none: 0, 1 and 0.
 struct Row {
@@ -363,7 +363,7 @@ ffi::Error SampleAll(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::Buffer<ff
                      ffi::Buffer<ffi::F32> min_ps, ffi::Buffer<ffi::S32> first_keys, ffi::Buffer<ffi::S32> second_keys,
                      ffi::Result<ffi::Buffer<ffi::S32>> tokens) {
   const int64_t B = logits.dimensions()[0], V = logits.dimensions()[1], some = std::max<int64_t>(1, kTaskNumbers / V);
-  const auto run = [&](auto kind) {
+  return OfFloats(logits.element_type(), [&](auto kind) {
     using P = decltype(kind);
     ParallelFor(pool, (B + some - 1) / some, [&](int64_t task) {
       thread_local Storage room;
@@ -375,13 +375,7 @@ ffi::Error SampleAll(ffi::ThreadPool pool, ffi::AnyBuffer logits, ffi::Buffer<ff
       }
     });
     return ffi::Error::Success();
-  };
-  switch (logits.element_type()) {
-    case ffi::F32: return run(float{});
-    case ffi::BF16: return run(BFloat16{});
-    case ffi::F16: return run(Half{});
-    default: return ffi::Error::Internal("unknown type of logits");
-  }
+  });
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ constexpr int kRows = 2;
 constexpr int kPanels = 2;  // of a tile
 
 // What sixteen outputs have for a step along the sum: a float each, two bfloat16 or four bytes.
-typedef int32_t Dwords __attribute__((vector_size(64)));
+using Dwords = Ints;
 
 // What a product is made of: how many numbers a step takes, and how it adds them to the sums of sixteen outputs: the same numbers of a
 // row to each, or to each its own.

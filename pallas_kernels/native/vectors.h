@@ -77,6 +77,7 @@ inline float ExpNonPositive(float x) {
 constexpr int kLanes = 16;
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));  // of a comparison too: all bits where it is true
+constexpr Ints kPlaces = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 INLINE Vec Load(const float* p) {
   Vec x;

@@ -29,6 +29,6 @@ def matmul_rounded(operands: Operands, around: Around, dtype: jnp.dtype) -> jax.
     """[X, F] in `dtype`, of rows that are rounded, with all that is done around it."""
     x, weight, scales, _, _ = operands
     if dtype in (jnp.float32, x.dtype):
-        return native.matmul_rounded(x, weight, scales, around, dtype)
-    out = native.matmul_rounded(x, weight, scales, around._replace(residual=None), jnp.float32)
+        return native.matmul(x, weight, around, dtype, scales)
+    out = native.matmul(x, weight, around._replace(residual=None), jnp.float32, scales)
     return Around(residual=around.residual, is_real=around.is_real).result(out, dtype)

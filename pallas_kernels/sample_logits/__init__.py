@@ -90,8 +90,9 @@ def choose(backend: str, *, vocab_size: int, dtype: str) -> backends.Choice:
 
 def is_native(backend: backends.Backend, logits: jax.Array) -> bool:
     """Whether these logits would be sampled in C++ here: then a filter or noise costs no passes over all rows."""
-    choice = jax.default_backend() == "cpu" and choose(backend, vocab_size=logits.shape[1], dtype=logits.dtype.name)
-    return bool(choice) and choice.name == "native"
+    if jax.default_backend() != "cpu":
+        return False
+    return choose(backend, vocab_size=logits.shape[1], dtype=logits.dtype.name).name == "native"
 
 
 def _check(logits: jax.Array, seeds: jax.Array, *others: jax.Array) -> None:

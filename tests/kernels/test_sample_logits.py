@@ -17,9 +17,8 @@ from pallas_kernels.sample_logits import cases, noise
 
 SAMPLE = operations.operation("sample_logits")
 each_backend = pytest.mark.parametrize("backend", ["reference", "xla", "native", "interpret"])
-each_fast_backend = pytest.mark.parametrize(
-    "backend", ["reference", "xla", "native"]
-)  # thousands of rows are too many for the interpreter
+# Thousands of rows are too many for the interpreter.
+each_fast_backend = pytest.mark.parametrize("backend", ["reference", "xla", "native"])
 
 
 def run(backend: str, **arrays: np.ndarray) -> np.ndarray:
