@@ -20,7 +20,9 @@ from jaxpaged.host.request import SamplingParams
 from jaxpaged.model import weights as model_weights
 from jaxpaged.model.panels import PanelMatrix
 from jaxpaged.model.weights import Weights, num_bytes
+from pallas_kernels.matmul.packed import is_packed
 from pallas_kernels.matmul.panels import has_panels
+from pallas_kernels.native import building
 from pallas_kernels.native import matmul as native
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -71,6 +73,8 @@ def test_an_engine_computes_the_same_bits(name: str, dtype: str, monkeypatch: py
     plain_events, plain_vectors, plain_kept = computed(BY_NAME[name], dtype)
     there = [one for one in kept if one is not None]
     assert [isinstance(one, PanelMatrix) for one in there] == [has_panels(one.shape, dtype) for one in there]
+    if dtype == "bfloat16" and "avx512_bf16" in building._processor():
+        assert all(is_packed(one.panels) == (one.shape[-1] >= 32) for one in there if isinstance(one, PanelMatrix))
     assert isinstance(there[0], PanelMatrix) and all(one is None or isinstance(one, jax.Array) for one in plain_kept)
     assert events == plain_events and any(event.likelihood is not None for event in events)
     np.testing.assert_array_equal(vectors, plain_vectors)

@@ -7,6 +7,7 @@ give here, both measured on the spot: `jaxpaged bench profile`.
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -22,6 +23,7 @@ from jaxpaged.bench.step_times import full_plan, give_back
 from jaxpaged.bench.thunks import Heavy, Program, heaviest, read_trace, shares
 from jaxpaged.config import Bucket
 from jaxpaged.engine import Engine
+from jaxpaged.model.panels import PanelMatrix
 from jaxpaged.runner import JaxRunner
 
 # The parts that are told apart -> the scopes of the model's code that are of it. What has none of them is "other".
@@ -204,11 +206,16 @@ def _needs(engine: Engine, bucket: Bucket, num_context: int, num_pairs: int) -> 
     num_sampling = bucket.decode_rows + bucket.prefill_tiles
     weights = runner.weights  # type: ignore[attr-defined]
     head = weights.embed if weights.lm_head is None else weights.lm_head
-    of_layers = [leaf for leaf in jax.tree.leaves(weights.layers) if leaf.ndim > 1]
+    of_layers = [
+        one for one in jax.tree.leaves(weights.layers, is_leaf=lambda one: isinstance(one, PanelMatrix)) if len(one.shape) > 1
+    ]
     token_bytes = model.page_bytes(1, engine.config.kv_cache_dtype)
     attention_flops = 4 * num_pairs * model.num_heads * model.head_dim * model.num_layers
     return {
-        "matmuls": (sum(leaf.nbytes for leaf in of_layers), 2 * num_tokens * sum(leaf.size for leaf in of_layers)),
+        "matmuls": (
+            sum(array.nbytes for array in jax.tree.leaves(of_layers)),
+            2 * num_tokens * sum(math.prod(one.shape) for one in of_layers),
+        ),
         "head": (sum(leaf.nbytes for leaf in jax.tree.leaves(head)), 2 * num_sampling * model.vocab_size * model.hidden_size),
         "attention": (num_context * token_bytes, attention_flops),
         "K/V writes": (num_tokens * token_bytes, 0),

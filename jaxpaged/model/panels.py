@@ -1,6 +1,7 @@
 """Matrices as the panels that products in C++ read as they are: another order of the same numbers.
 
-Knows `pallas_kernels.matmul.panels`. Refuses to know which parameters are kept so: that is `jaxpaged.model.weights`.
+Knows `panels` and `packed` of `pallas_kernels.matmul`. Refuses to know which parameters are kept so: that is
+`jaxpaged.model.weights`.
 """
 
 from __future__ import annotations
@@ -8,18 +9,22 @@ from __future__ import annotations
 import flax.struct
 import jax
 
+from pallas_kernels.matmul import packed
 from pallas_kernels.matmul import panels as turned
+from pallas_kernels.native.matmul import pack_panels
 
 
 @flax.struct.dataclass
 class PanelMatrix:
     """A matrix of this shape, [O..., I], of which only the panels are kept."""
 
-    panels: jax.Array  # [O / 16, I / n, 16, n]; of int8 one step more
+    panels: jax.Array  # [O / 16, I / n, 16, n]; of int8 one step more; packed [O / 16, words]
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
     def take(self, indices: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Rows of a matrix [V, D], in `dtype`."""
+        if packed.is_packed(self.panels):
+            return packed.rows_of(self.panels, indices, self.shape[-1]).astype(dtype)
         return turned.rows_of(self.panels, indices).astype(dtype)
 
 
@@ -29,12 +34,23 @@ def flat(matrix: jax.Array | PanelMatrix) -> jax.Array:
 
 
 def in_panels(matrix: jax.Array) -> PanelMatrix | jax.Array:
-    """The matrix in place of the one given, which is deleted; that one where it has no panels."""
+    """The matrix in place of the one given, which is deleted; that one where it has no panels. Packed where they can be."""
     if not turned.has_panels(matrix.shape, matrix.dtype):
         return matrix
-    found = PanelMatrix(jax.block_until_ready(_turn(matrix)), matrix.shape)
+    panels = jax.block_until_ready(_turn(matrix))
     matrix.delete()
-    return found
+    if packed.can_pack(panels):
+        smaller, is_packed = _pack(panels)
+        if is_packed:
+            panels.delete()
+            panels = smaller
+    return PanelMatrix(panels, matrix.shape)
+
+
+@jax.jit
+def _pack(panels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    smaller, is_packed = pack_panels(panels)
+    return smaller, is_packed.all()
 
 
 @jax.jit

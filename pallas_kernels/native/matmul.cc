@@ -1,8 +1,8 @@
 // Rows times the transpose of a weight for a CPU, called by XLA through its foreign function interface.
 //
 // A panel is sixteen outputs of a weight, turned: what a tile needs of them at a step along D lies side by side. A weight comes as its
-// panels, [F / 16, D / n, 16, n] with n numbers a step (of int8 one step more, see matmul/panels.py), or as the checkpoint has it,
-// [F, D], and is turned on its way. A tile multiplies up to twelve rows by two panels, of neighbouring outputs or of a gate and what it
+// panels, [F / 16, D / n, 16, n] with n numbers a step (of int8 one step more, see matmul/panels.py), as packed ones, see packed.h, or
+// as the checkpoint has it, [F, D], and is turned on its way. A tile multiplies up to twelve rows by two panels, of neighbouring outputs or of a gate and what it
 // is for, whose sums never leave the registers; while the first rows meet a panel, the next is fetched.
 // Every sum is one lane that walks D in order, whatever rows and outputs are computed beside it, on whatever thread: a row's bits
 // depend on the row and the weight alone. Only that order counts here: this source is not built with -fassociative-math.
@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "arrays.h"
+#include "packed.h"
 #include "parallel.h"
 #include "rows.h"
 #include "tiles.h"
@@ -24,7 +25,6 @@
 namespace {
 
 constexpr int kFewRows = kRows > 2 ? 4 : 1;  // up to here a weight is used as it is turned
-constexpr int64_t kAheadBytes = 2 << 10;     // of a panel of a weight are fetched ahead
 constexpr int64_t kTaskBytes = 64 << 10;     // of weight: less is not worth waking a thread
 
 // Panels of bfloat16 for rows of floats: one number of a pair after the other, with the sums of Singles.
@@ -47,6 +47,19 @@ template <typename A>
 constexpr bool kIsTurned = false;
 template <typename A>
 constexpr bool kIsTurned<Turned<A>> = true;
+
+// And as packed ones, of which D is a multiple of eight.
+template <typename A>
+struct Twelve : A {};
+template <typename A>
+constexpr bool kIsTurned<Twelve<A>> = true;
+template <typename A>
+constexpr bool kIsPacked = false;
+template <typename A>
+constexpr bool kIsPacked<Twelve<A>> = true;
+
+template <typename A>
+constexpr int64_t kAheadBytes = (kIsPacked<A> ? 3 : 2) << 10;  // of a panel are fetched ahead
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 // The instruction multiplies bytes without a sign by bytes with one, so rows come shifted; a sum starts with -128 times those of the
@@ -239,33 +252,48 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
   constexpr int kFewest = kIsTurned<A> ? 1 : std::min(kFewRows + 1, kRows / 2);  // rows of a tile: fewer are a stream
   alignas(64) Vec sums[kPanels * kRows];
   Panels panels = {};
-  const auto multiply = [&](int64_t at, Ahead ahead) {
+  const auto multiply = [&](int64_t at, Ahead ahead, const auto& first_tile) {
     int64_t row = first;
     for (int64_t tile = 0; tile < num_tiles; ++tile) {  // tiles of as many rows, or one less
       const int64_t num_rows = (last - row) / (num_tiles - tile);
-      Tiles<A, kFewest>(num_rows, x + row * c.stride, c.stride, panels, steps, ahead, sums);
+      const auto* from = x + row * c.stride;
+      if (tile > 0 || !first_tile(from, num_rows)) Tiles<A, kFewest>(num_rows, from, c.stride, panels, steps, ahead, sums);
       Finish<Out>(c, row, num_rows, at, sums);
       row += num_rows;
       if constexpr (kIsTurned<A>)
         for (int p = 0; p < kPanels; ++p) ahead.from[p] += steps * ahead.step;
     }
   };
+  const auto as_others = [](const auto*, int64_t) { return false; };
   if constexpr (kIsTurned<A>) {
     const int64_t count = c.F / kLanes, last_panel = (c.is_gated ? kPanels : 1) * count - 1;
+    const int64_t panel_bytes = kIsPacked<A> ? PackedBytes(c.D) : (kHead<A> + steps) * static_cast<int64_t>(sizeof(Dwords));
     const auto panel_of = [&](int64_t at, int p) {
       const int64_t panel = c.is_gated ? at / kLanes + p * count : at / kLanes + p;
-      return static_cast<const char*>(c.weight) + (std::min(panel, last_panel) * (kHead<A> + steps) + kHead<A>) * sizeof(Dwords);
+      return static_cast<const char*>(c.weight) + std::min(panel, last_panel) * panel_bytes + kHead<A> * sizeof(Dwords);
     };
+    thread_local std::vector<Dwords> storage;  // of packed panels, for all tiles but the first
+    if constexpr (kIsPacked<A>) storage.resize(num_tiles > 1 ? kPanels * steps : 0);
     for (int64_t at = begin; at < end; at += width) {
       // One tile is as fast as memory. Several share the fetching of the next panels among them.
       const int64_t next = at + width < end ? at + width : later;
-      Ahead ahead{{nullptr, nullptr}, static_cast<int64_t>(sizeof(Dwords)) / num_tiles};
+      Ahead ahead{{nullptr, nullptr}, panel_bytes / steps / num_tiles};
       for (int p = 0; p < kPanels; ++p) {
         panels.from[p] = panel_of(at, p);
         if constexpr (kHead<A>) std::memcpy(&panels.starts[p], panels.from[p] - sizeof(Dwords), sizeof(Dwords));
-        ahead.from[p] = num_tiles == 1 ? panels.from[p] + kAheadBytes : panel_of(next, p);
+        ahead.from[p] = num_tiles == 1 ? panels.from[p] + kAheadBytes<A> : panel_of(next, p);
       }
-      multiply(at, ahead);
+      if constexpr (kIsPacked<A>) {
+        Packed packed{{panels.from[0], panels.from[1]}, {storage.data(), storage.data() + steps}, c.D};
+        for (int p = 0; p < kPanels; ++p) panels.from[p] = reinterpret_cast<const char*>(packed.to[p]);
+        multiply(at, ahead, [&](const BFloat16* from, int64_t num_rows) {
+          const auto tiles = num_tiles > 1 ? PackedTiles<true> : PackedTiles<false>;
+          tiles(num_rows, from, c.stride, packed, ahead, sums);
+          return true;
+        });
+      } else {
+        multiply(at, ahead, as_others);
+      }
     }
   } else {
     const int64_t panel_size = 1 + (steps + kLanes - 1) / kLanes * kLanes;
@@ -291,7 +319,7 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
         panels.starts[p] = panel[0];
         panels.from[p] = reinterpret_cast<const char*>(panel + 1);
       }
-      multiply(at, ahead);
+      multiply(at, ahead, as_others);
     }
   }
 }
@@ -398,6 +426,14 @@ ffi::Error RunRows(ffi::ThreadPool& pool, Call& c, const P* scale, float eps, ff
       if constexpr (std::is_same_v<P, BFloat16>) return RunEither<Pairs, Pairs, BFloat16>(is_turned, pool, c, scale, eps, out);
 #endif
       return RunEither<WidePairs, Singles, BFloat16>(is_turned, pool, c, scale, eps, out);
+    case ffi::U16:
+#ifdef __AVX512BF16__
+      if constexpr (std::is_same_v<P, BFloat16>) {
+        RunAs<Twelve<Pairs>, BFloat16>(pool, c, scale, eps, out);
+        return ffi::Error::Success();
+      }
+#endif
+      return ffi::Error::Internal("packed panels are for rows of bfloat16, and a processor that multiplies these");
     // Rows are rounded too: every sum is exact before it is rounded to a float once.
     case ffi::S8: return RunEither<Quads, Quads, Int8>(is_turned, pool, c, scale, eps, out);
     default: return ffi::Error::Internal("unknown type of weight");
@@ -417,6 +453,23 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
     const auto* scale = static_cast<const decltype(kind)*>(DataOrNull(norm));
     return RunRows(pool, c, scale, eps, weight.element_type(), weight.dimensions().size() == 4, out->element_type());
   });
+}
+
+// Panels of bfloat16, [P, D / 2, 16, 2], as packed ones, and which of them can be: none where no product takes them.
+ffi::Error PackAll(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> panels, ffi::Result<ffi::Buffer<ffi::U16>> packed, ffi::Result<ffi::Buffer<ffi::PRED>> is_packed) {
+  const auto d = panels.dimensions();
+  const int64_t D = 2 * d[1];
+#ifdef __AVX512BF16__
+  constexpr bool kHasProducts = true;
+#else
+  constexpr bool kHasProducts = false;
+#endif
+  const auto* from = static_cast<const uint16_t*>(panels.untyped_data());
+  char* const to = static_cast<char*>(packed->untyped_data());
+  ParallelFor(pool, d[0], [&, found = is_packed->typed_data()](int64_t panel) {
+    found[panel] = kHasProducts && Pack(from + panel * D * kLanes, D, to + panel * PackedBytes(D));
+  });
+  return ffi::Error::Success();
 }
 
 // Rows of floats, as they are, times a weight of int8 with a scale for each output.
@@ -439,6 +492,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(MatmulInt8, MultiplyInt8,
                                   .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PackPanels, PackAll,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Ret<ffi::Buffer<ffi::U16>>()
+                                  .Ret<ffi::Buffer<ffi::PRED>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Matmul, Multiply,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.matmul.around import Around
+from pallas_kernels.matmul.packed import is_packed, num_words
+from pallas_kernels.matmul.panels import LANES
 from pallas_kernels.native import building
 
 _SOURCE = Path(__file__).with_name("matmul.cc")
@@ -21,7 +23,7 @@ _SOURCE = Path(__file__).with_name("matmul.cc")
 @functools.cache
 def unavailable() -> str | None:
     """Why this backend cannot run here, or None when it can. Builds and registers it at the first call."""
-    handlers = {name: _target(name) for name in ("Matmul", "MatmulInt8")}
+    handlers = {name: _target(name) for name in ("Matmul", "MatmulInt8", "PackPanels")}
     return building.register(_SOURCE, handlers, building.MATH, "matrix products")
 
 
@@ -37,7 +39,8 @@ def matmul(
     With `scales` the weight is of int8, [F, D] or its panels, whose output f is multiplied by scales[f], and rows are rounded to
     int8 behind the norm: see `pallas_kernels.quantized_matmul`. Integers are multiplied exactly.
     """
-    num_outputs = weight.shape[0] * (weight.shape[2] if weight.ndim == 4 else 1) // (2 if around.is_gated else 1)
+    are_panels = weight.ndim == 4 or is_packed(weight)
+    num_outputs = weight.shape[0] * (LANES if are_panels else 1) // (2 if around.is_gated else 1)
     call = jax.ffi.ffi_call(_target("Matmul"), jax.ShapeDtypeStruct((x.shape[0], num_outputs), out_dtype))
     absent = jnp.zeros(0, jnp.float32)
     bias = absent if around.bias is None else around.bias.astype(jnp.float32)
@@ -45,6 +48,21 @@ def matmul(
     is_real = jnp.zeros(0, bool) if around.is_real is None else around.is_real
     scales = absent if scales is None else scales
     return call(x, weight, scales, bias, *others, is_real, eps=np.float32(around.eps), is_gated=around.is_gated)
+
+
+def pack_panels(panels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Panels of bfloat16 as packed ones, see `pallas_kernels.matmul.packed`: uint16 [P, words], and bool [P], which of them could
+    be packed: none where no product takes them.
+
+    Raises:
+      NotImplementedError: this backend cannot run here; the message says why.
+    """
+    if (reason := unavailable()) is not None:
+        raise NotImplementedError(f"panels cannot be packed: {reason}")
+    num_panels, steps = panels.shape[:2]
+    words = jax.ShapeDtypeStruct((num_panels, num_words(2 * steps)), jnp.uint16)
+    packed, is_packed = jax.ffi.ffi_call(_target("PackPanels"), (words, jax.ShapeDtypeStruct((num_panels,), bool)))(panels)
+    return packed, is_packed
 
 
 def matmul_int8(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.Array:

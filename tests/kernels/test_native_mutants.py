@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_matmul
+import test_packed
 from planting import Bug, changed, first_rung, fresh, healthy_rung
 from test_quantized_matmul import integers_differ
 
@@ -74,8 +75,8 @@ PRODUCT_BUGS = (
     Bug(
         "the next step's panel",
         "matmul.cc",
-        "last_panel) * (kHead<A> + steps)",
-        "last_panel) * (kHead<A> + steps - 1)",
+        "last_panel) * panel_bytes",
+        "last_panel) * (panel_bytes - 64)",
         "definition",
         MATMUL,
         TURNED,
@@ -217,7 +218,8 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         builds = {native: lambda: native._unavailable.__wrapped__(64)}
         builds |= {module: module.unavailable.__wrapped__ for module in (matmul, heads, sampling)}
         for module, build in builds.items():
-            if not module._SOURCE.name.endswith(needed) or (changes and not {module._SOURCE.name, "vectors.h"} & set(changes)):
+            source = module._SOURCE.read_text() + f'"{module._SOURCE.name}"'
+            if not module._SOURCE.name.endswith(needed) or (changes and not any(f'"{name}"' in source for name in changes)):
                 continue  # each takes seconds to compile
             monkeypatch.setattr(module, "_SOURCE", tmp_path / module._SOURCE.name)
             monkeypatch.setattr(module, "_target", lambda name, head_dim=0: f"{tmp_path}.{name}.{head_dim}")
@@ -269,6 +271,23 @@ def test_a_row_that_depends_on_its_neighbours_is_seen(use: Callable[..., None]) 
     use(changed_source("matmul.cc", "for (int s = 0; s < kLanes; ++s) add(s);", "for (int s = kLanes; s--;) add(s);"))
     assert first_rung(MATMUL, PRODUCT, "native") == ""
     assert test_matmul.rows_differ(*test_matmul.INVARIANT[0])
+
+
+PACKED_BUGS = (
+    ("a stray's neighbour", "1u << strays[p]->place", "1u << (strays[p]->place ^ 1)"),
+    ("a stray of the next step", "strays[p]->step == step + s;", "strays[p]->step == step + s + 1;"),
+    ("bytes that are not swapped", "s % 2 == 0 ? _mm512_shuffle_epi8(pairs[p], swapped)", "s % 2 == 0 ? pairs[p]"),
+    ("what later tiles find is of the other panel", "packed.to[p][step + s]", "packed.to[kPanels - 1 - p][step + s]"),
+)
+
+
+@test_packed.needs_pairs
+@pytest.mark.parametrize("bug", PACKED_BUGS, ids=lambda bug: bug[0])
+def test_a_bug_of_packed_panels_is_seen(use: Callable[..., None], bug: tuple[str, str, str]) -> None:
+    D, F, is_gated, stray = test_packed.SHAPES[1]
+    assert test_packed.products_differ(D, F, is_gated=is_gated, stray=stray) == []
+    use(changed_source("packed.h", *bug[1:]))
+    assert test_packed.products_differ(D, F, is_gated=is_gated, stray=stray)
 
 
 def test_without_avx512_it_is_the_definition_too(use: Callable[..., None]) -> None:
