@@ -243,9 +243,9 @@ __attribute__((noinline)) void Finish(const Call& c, int64_t row, int64_t num_ro
   }
 }
 
-// Rows [first, last) of those that count times outputs [begin, end). Outputs from `later` on are likely to be the thread's next.
+// Rows [first, last) of those that count times outputs [begin, end).
 template <typename A, typename P, typename Out>
-void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t end, int64_t later) {
+void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t end) {
   const int64_t width = c.Width(), num_tiles = (last - first + kRows - 1) / kRows;
   const int64_t steps = (c.D + A::kGroup - 1) / A::kGroup;
   const auto* x = static_cast<const typename A::Row*>(c.x);
@@ -275,13 +275,12 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
     thread_local std::vector<Dwords> storage;  // of packed panels, for all tiles but the first
     if constexpr (kIsPacked<A>) storage.resize(num_tiles > 1 ? kPanels * steps : 0);
     for (int64_t at = begin; at < end; at += width) {
-      // One tile is as fast as memory. Several share the fetching of the next panels among them.
-      const int64_t next = at + width < end ? at + width : later;
+      // One tile is as fast as memory. Several share the fetching of the next panels among them, those of the next task too.
       Ahead ahead{{nullptr, nullptr}, panel_bytes / steps / num_tiles};
       for (int p = 0; p < kPanels; ++p) {
         panels.from[p] = panel_of(at, p);
         if constexpr (kHead<A>) std::memcpy(&panels.starts[p], panels.from[p] - sizeof(Dwords), sizeof(Dwords));
-        ahead.from[p] = num_tiles == 1 ? panels.from[p] + kAheadBytes<A> : panel_of(next, p);
+        ahead.from[p] = num_tiles == 1 ? panels.from[p] + kAheadBytes<A> : panel_of(at + width, p);
       }
       if constexpr (kIsPacked<A>) {
         Packed packed{{panels.from[0], panels.from[1]}, {storage.data(), storage.data() + steps}, c.D};
@@ -346,9 +345,9 @@ void Run(ffi::ThreadPool& pool, const Call& c) {
   const int64_t num_rows = (num_real + row_parts - 1) / row_parts;
   ParallelFor(pool, row_parts * output_tasks, [&](int64_t task) {
     const int64_t part = task / output_tasks, row = part * num_rows, output = task % output_tasks * tiles * width;
-    const int64_t end = std::min(output + tiles * width, c.F), later = output + NumThreads(pool) * tiles * width;
+    const int64_t end = std::min(output + tiles * width, c.F);
     if (part == 0 && num_real < c.X) Clear<Out>(c, output, end);
-    if (row < num_real) Compute<A, P, Out>(c, row, std::min(row + num_rows, num_real), output, end, later);
+    if (row < num_real) Compute<A, P, Out>(c, row, std::min(row + num_rows, num_real), output, end);
   });
 }
 
