@@ -442,7 +442,7 @@ class JaxRunner:
         temporary_bytes = max((analysis.temp_size_in_bytes for analysis in analyses if analysis is not None), default=0)
         pages = f"KV pages ({self.num_pages:,} x {page_bytes:,} bytes, {config.kv_cache_dtype})"
         rows = [
-            (f"weights ({config.weights_dtype})", model_weights.num_bytes(model, config.dtype, config.quantization)),
+            (f"weights ({config.weights_dtype})", _kept_bytes(self.weights)),
             (pages, self.num_pages * page_bytes),
             (f"marks for penalties ({config.max_num_seqs:,} sequences)", config.marks_bytes(model)),
             ("temporaries of the largest step", temporary_bytes),
@@ -453,7 +453,7 @@ class JaxRunner:
         if self.drafter is not None:
             draft = self.drafter.model
             draft_bytes = kv_cache.page_bytes(draft, config.block_size, config.kv_cache_dtype)  # type: ignore[arg-type]
-            num_bytes = model_weights.num_bytes(draft, config.dtype, config.quantization)
+            num_bytes = _kept_bytes((self.weights, self.drafter.weights)) - _kept_bytes(self.weights)  # what they share is one
             rows.append((f"weights of the draft model ({config.weights_dtype})", num_bytes))
             rows.append((f"its KV pages ({self.num_pages:,} x {draft_bytes:,} bytes)", self.num_pages * draft_bytes))
         for what, size in rows:
@@ -585,6 +585,11 @@ def plan_memory(config: EngineConfig, model: ModelConfig, draft: ModelConfig | N
         needed = f"{num_pages * page_bytes / 2**30:.2f} GiB ({num_pages:,} pages)"
         raise ResourceError(f"the page pool needs {needed}, {available / 2**30:.2f} GiB are free")
     return num_pages
+
+
+def _kept_bytes(arrays: Any) -> int:
+    """Of all arrays in it, each once."""
+    return sum(array.nbytes for array in {id(array): array for array in jax.tree.leaves(arrays)}.values())
 
 
 def _spare_bytes(config: EngineConfig, models: Seq[ModelConfig]) -> int:

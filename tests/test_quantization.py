@@ -287,8 +287,10 @@ def test_the_pool_gets_what_the_weights_leave(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.undo()
     caplog.set_level(logging.INFO, "jaxpaged")
     config = EngineConfig(**few_steps(8, 64), quantization="int8", enforce_eager=True)  # type: ignore[arg-type]
-    Engine.from_weights(config, model, BY_NAME["llama3"].weights()).close()
-    told = f"{model_weights.num_bytes(model, 'float32', 'int8') / 2**20:,.1f} MiB"
+    with Engine.from_weights(config, model, BY_NAME["llama3"].weights()) as engine:
+        kept = sum(array.nbytes for array in jax.tree.leaves(engine.runner.weights))  # type: ignore[attr-defined]
+    assert kept < 0.5 * model_weights.num_bytes(model, "float32")
+    told = f"{kept / 2**20:,.1f} MiB"
     assert any("weights (int8, float32)" in message and message.endswith(told) for message in caplog.messages)
 
 

@@ -1,4 +1,4 @@
-"""Matrices as the panels that products in C++ read as they are: another order of the same numbers.
+"""Matrices as the panels that products in C++ read as they are: the same numbers in another order, those of bfloat16 in 12 bits.
 
 Knows `panels` and `packed` of `pallas_kernels.matmul`. Refuses to know which parameters are kept so: that is
 `jaxpaged.model.weights`.
@@ -6,12 +6,16 @@ Knows `panels` and `packed` of `pallas_kernels.matmul`. Refuses to know which pa
 
 from __future__ import annotations
 
+import logging
+
 import flax.struct
 import jax
 
 from pallas_kernels.matmul import packed
 from pallas_kernels.matmul import panels as turned
 from pallas_kernels.native.matmul import pack_panels
+
+logger = logging.getLogger("jaxpaged")
 
 
 @flax.struct.dataclass
@@ -40,17 +44,22 @@ def in_panels(matrix: jax.Array) -> PanelMatrix | jax.Array:
     panels = jax.block_until_ready(_turn(matrix))
     matrix.delete()
     if packed.can_pack(panels):
-        smaller, is_packed = _pack(panels)
-        if is_packed:
+        smaller, fits = _pack(panels)
+        if fits:
             panels.delete()
             panels = smaller
+        else:
+            # Of numbers with rare exponents, or on a processor without products of pairs.
+            logger.debug(
+                "A matrix %s stays in 16 bits a number: 12 are not enough for it, or not multiplied here.", list(matrix.shape)
+            )
     return PanelMatrix(panels, matrix.shape)
 
 
 @jax.jit
 def _pack(panels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    smaller, is_packed = pack_panels(panels)
-    return smaller, is_packed.all()
+    smaller, fits = pack_panels(panels)
+    return smaller, fits.all()
 
 
 @jax.jit

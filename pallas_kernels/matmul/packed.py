@@ -20,7 +20,7 @@ _REST = 0x807F  # sign and fraction
 
 def can_pack(panels: jax.Array) -> bool:
     """Whether panels are of the kind that can be packed, if their numbers allow it, and are smaller then."""
-    if panels.ndim != 4 or panels.dtype != jnp.bfloat16 or panels.shape[1] % _STEPS:
+    if panels.ndim != 4 or panels.shape[2:] != (LANES, 2) or panels.dtype != jnp.bfloat16 or panels.shape[1] % _STEPS:
         return False
     return num_words(2 * panels.shape[1]) * panels.shape[0] < panels.size
 
@@ -56,10 +56,9 @@ def rows_of(packed: jax.Array, indices: jax.Array, D: int) -> jax.Array:
     bits = (jnp.stack([*rest(line(0)), *rest(line(1))], axis=2) | exponents).reshape(-1, D)
 
     strays = packed[panel, _LINE + jnp.arange(_stray_lines(D) * _LINE)].reshape(len(flat), -1, 4)
-    step = (strays[..., 0] + (strays[..., 1].astype(jnp.int32) << 16)).astype(jnp.int32)
-    is_last = jnp.cumsum(step < 0, axis=1) > 0  # behind the one of no step there is nothing
-    is_here = (strays[..., 2] // 2 == lane) & ~is_last
-    at = jnp.where(is_here, 2 * step + strays[..., 2] % 2, D)
+    step = strays[..., 0].astype(jnp.int32) + (strays[..., 1].astype(jnp.int32) << 16)  # from 1 on, 0 for none
+    is_here = (step > 0) & (strays[..., 2] // 2 == lane)
+    at = jnp.where(is_here, 2 * (step - 1) + strays[..., 2] % 2, D)
     bits = bits.at[jnp.arange(len(flat))[:, None], at].set(strays[..., 3], mode="drop")
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).reshape(*indices.shape, D)
 

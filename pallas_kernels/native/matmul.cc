@@ -2,8 +2,8 @@
 //
 // A panel is sixteen outputs of a weight, turned: what a tile needs of them at a step along D lies side by side. A weight comes as its
 // panels, [F / 16, D / n, 16, n] with n numbers a step (of int8 one step more, see matmul/panels.py), as packed ones, see packed.h, or
-// as the checkpoint has it, [F, D], and is turned on its way. A tile multiplies up to twelve rows by two panels, of neighbouring outputs or of a gate and what it
-// is for, whose sums never leave the registers; while the first rows meet a panel, the next is fetched.
+// as the checkpoint has it, [F, D], and is turned on its way. A tile multiplies up to twelve rows by two panels, of neighbouring outputs
+// or of a gate and what it is for, whose sums never leave the registers; while the first rows meet a panel, the next is fetched.
 // Every sum is one lane that walks D in order, whatever rows and outputs are computed beside it, on whatever thread: a row's bits
 // depend on the row and the weight alone. Only that order counts here: this source is not built with -fassociative-math.
 
@@ -252,19 +252,25 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
   constexpr int kFewest = kIsTurned<A> ? 1 : std::min(kFewRows + 1, kRows / 2);  // rows of a tile: fewer are a stream
   alignas(64) Vec sums[kPanels * kRows];
   Panels panels = {};
-  const auto multiply = [&](int64_t at, Ahead ahead, const auto& first_tile) {
+  [[maybe_unused]] Packed packed = {{}, {}, c.D};
+  const auto multiply = [&](int64_t at, Ahead ahead) {
     int64_t row = first;
     for (int64_t tile = 0; tile < num_tiles; ++tile) {  // tiles of as many rows, or one less
       const int64_t num_rows = (last - row) / (num_tiles - tile);
       const auto* from = x + row * c.stride;
-      if (tile > 0 || !first_tile(from, num_rows)) Tiles<A, kFewest>(num_rows, from, c.stride, panels, steps, ahead, sums);
+      if (kIsPacked<A> && tile == 0) {
+#ifdef __AVX512BF16__
+        if constexpr (kIsPacked<A>) (num_tiles > 1 ? PackedTiles<true> : PackedTiles<false>)(num_rows, from, c.stride, packed, ahead, sums);
+#endif
+      } else {
+        Tiles<A, kFewest>(num_rows, from, c.stride, panels, steps, ahead, sums);
+      }
       Finish<Out>(c, row, num_rows, at, sums);
       row += num_rows;
       if constexpr (kIsTurned<A>)
         for (int p = 0; p < kPanels; ++p) ahead.from[p] += steps * ahead.step;
     }
   };
-  const auto as_others = [](const auto*, int64_t) { return false; };
   if constexpr (kIsTurned<A>) {
     const int64_t count = c.F / kLanes, last_panel = (c.is_gated ? kPanels : 1) * count - 1;
     const int64_t panel_bytes = kIsPacked<A> ? PackedBytes(c.D) : (kHead<A> + steps) * static_cast<int64_t>(sizeof(Dwords));
@@ -273,26 +279,22 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
       return static_cast<const char*>(c.weight) + std::min(panel, last_panel) * panel_bytes + kHead<A> * sizeof(Dwords);
     };
     thread_local std::vector<Dwords> storage;  // of packed panels, for all tiles but the first
-    if constexpr (kIsPacked<A>) storage.resize(num_tiles > 1 ? kPanels * steps : 0);
+    if constexpr (kIsPacked<A>) storage.resize(kPanels * steps);
     for (int64_t at = begin; at < end; at += width) {
       // One tile is as fast as memory. Several share the fetching of the next panels among them, those of the next task too.
-      Ahead ahead{{nullptr, nullptr}, panel_bytes / steps / num_tiles};
+      Ahead ahead{{nullptr, nullptr}, panel_bytes / std::max<int64_t>(1, steps) / num_tiles};
       for (int p = 0; p < kPanels; ++p) {
-        panels.from[p] = panel_of(at, p);
-        if constexpr (kHead<A>) std::memcpy(&panels.starts[p], panels.from[p] - sizeof(Dwords), sizeof(Dwords));
-        ahead.from[p] = num_tiles == 1 ? panels.from[p] + kAheadBytes<A> : panel_of(at + width, p);
+        const char* from = panel_of(at, p);
+        if constexpr (kHead<A>) std::memcpy(&panels.starts[p], from - sizeof(Dwords), sizeof(Dwords));
+        ahead.from[p] = num_tiles == 1 ? from + kAheadBytes<A> : panel_of(at + width, p);
+        panels.from[p] = from;
+        if constexpr (kIsPacked<A>) {
+          packed.from[p] = from;
+          packed.to[p] = storage.data() + p * steps;
+          panels.from[p] = reinterpret_cast<const char*>(packed.to[p]);
+        }
       }
-      if constexpr (kIsPacked<A>) {
-        Packed packed{{panels.from[0], panels.from[1]}, {storage.data(), storage.data() + steps}, c.D};
-        for (int p = 0; p < kPanels; ++p) panels.from[p] = reinterpret_cast<const char*>(packed.to[p]);
-        multiply(at, ahead, [&](const BFloat16* from, int64_t num_rows) {
-          const auto tiles = num_tiles > 1 ? PackedTiles<true> : PackedTiles<false>;
-          tiles(num_rows, from, c.stride, packed, ahead, sums);
-          return true;
-        });
-      } else {
-        multiply(at, ahead, as_others);
-      }
+      multiply(at, ahead);
     }
   } else {
     const int64_t panel_size = 1 + (steps + kLanes - 1) / kLanes * kLanes;
@@ -318,7 +320,7 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
         panels.starts[p] = panel[0];
         panels.from[p] = reinterpret_cast<const char*>(panel + 1);
       }
-      multiply(at, ahead, as_others);
+      multiply(at, ahead);
     }
   }
 }
@@ -425,7 +427,7 @@ ffi::Error RunRows(ffi::ThreadPool& pool, Call& c, const P* scale, float eps, ff
       if constexpr (std::is_same_v<P, BFloat16>) return RunEither<Pairs, Pairs, BFloat16>(is_turned, pool, c, scale, eps, out);
 #endif
       return RunEither<WidePairs, Singles, BFloat16>(is_turned, pool, c, scale, eps, out);
-    case ffi::U16:
+    case ffi::U16:  // packed
 #ifdef __AVX512BF16__
       if constexpr (std::is_same_v<P, BFloat16>) {
         RunAs<Twelve<Pairs>, BFloat16>(pool, c, scale, eps, out);
@@ -455,9 +457,11 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
 }
 
 // Panels of bfloat16, [P, D / 2, 16, 2], as packed ones, and which of them can be: none where no product takes them.
-ffi::Error PackAll(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> panels, ffi::Result<ffi::Buffer<ffi::U16>> packed, ffi::Result<ffi::Buffer<ffi::PRED>> is_packed) {
+ffi::Error PackAll(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> panels, ffi::Result<ffi::Buffer<ffi::U16>> packed,
+                   ffi::Result<ffi::Buffer<ffi::PRED>> fits) {
   const auto d = panels.dimensions();
   const int64_t D = 2 * d[1];
+  if (packed->dimensions()[1] * 2 != PackedBytes(D)) return ffi::Error::Internal("packed panels are told to have another size");
 #ifdef __AVX512BF16__
   constexpr bool kHasProducts = true;
 #else
@@ -465,8 +469,8 @@ ffi::Error PackAll(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> panels, ffi::Res
 #endif
   const auto* from = static_cast<const uint16_t*>(panels.untyped_data());
   char* const to = static_cast<char*>(packed->untyped_data());
-  ParallelFor(pool, d[0], [&, found = is_packed->typed_data()](int64_t panel) {
-    found[panel] = kHasProducts && Pack(from + panel * D * kLanes, D, to + panel * PackedBytes(D));
+  ParallelFor(pool, d[0], [&, found = fits->typed_data()](int64_t panel) {
+    found[panel] = kHasProducts && PackPanel(from + panel * D * kLanes, D, to + panel * PackedBytes(D));
   });
   return ffi::Error::Success();
 }

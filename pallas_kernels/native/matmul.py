@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.matmul.around import Around
-from pallas_kernels.matmul.packed import is_packed, num_words
+from pallas_kernels.matmul.packed import can_pack, is_packed, num_words
 from pallas_kernels.matmul.panels import LANES
 from pallas_kernels.native import building
 
@@ -51,18 +51,20 @@ def matmul(
 
 
 def pack_panels(panels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Panels of bfloat16 as packed ones, see `pallas_kernels.matmul.packed`: uint16 [P, words], and bool [P], which of them could
-    be packed: none where no product takes them.
+    """Panels of bfloat16 as packed ones, see `pallas_kernels.matmul.packed`: uint16 [P, words], and bool [P], which of them have
+    few enough numbers with rare exponents. None has where no product takes packed ones.
 
     Raises:
+      ValueError: they are not what `can_pack`.
       NotImplementedError: this backend cannot run here; the message says why.
     """
+    if not can_pack(panels):
+        raise ValueError(f"panels are {panels.dtype}{list(panels.shape)}, expected what packed.can_pack")
     if (reason := unavailable()) is not None:
         raise NotImplementedError(f"panels cannot be packed: {reason}")
     num_panels, steps = panels.shape[:2]
     words = jax.ShapeDtypeStruct((num_panels, num_words(2 * steps)), jnp.uint16)
-    packed, is_packed = jax.ffi.ffi_call(_target("PackPanels"), (words, jax.ShapeDtypeStruct((num_panels,), bool)))(panels)
-    return packed, is_packed
+    return tuple(jax.ffi.ffi_call(_target("PackPanels"), (words, jax.ShapeDtypeStruct((num_panels,), bool)))(panels))  # type: ignore[return-value]
 
 
 def matmul_int8(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.Array:

@@ -22,19 +22,18 @@ constexpr int kStepsOfGroup = 4;
 constexpr int64_t kLine = 64, kGroupBytes = 3 * kLine;
 constexpr uint16_t kExponentBits = 0x7f80;
 
-// A number by itself. Behind the last of a panel comes one of no step.
+// A number by itself. The room behind the last of a panel is zeros.
 struct Stray {
-  int32_t step;
+  int32_t step;  // counted from 1
   uint16_t place, bits;
 };
-constexpr int32_t kNoStep = -1;
 
-// Room for one number in a thousand. D is a multiple of eight.
+// Room for one number in a thousand at least, and for what ends them. D is a multiple of eight.
 inline int64_t StrayLines(int64_t D) { return 1 + D / 512; }
 inline int64_t PackedBytes(int64_t D) { return (1 + StrayLines(D)) * kLine + D / 8 * kGroupBytes; }
 
-// Packs a panel, D / 2 steps of 32 numbers; false where it has too many strays.
-inline bool Pack(const uint16_t* panel, int64_t D, char* packed) {
+// D / 2 steps of 32 numbers; false where there are too many strays.
+inline bool PackPanel(const uint16_t* panel, int64_t D, char* packed) {
   const int64_t count = D * kLanes;
   int64_t counts[256] = {};
   for (int64_t i = 0; i < count; ++i) ++counts[(panel[i] & kExponentBits) >> 7];
@@ -59,7 +58,7 @@ inline bool Pack(const uint16_t* panel, int64_t D, char* packed) {
       int number = number_of[(bits & kExponentBits) >> 7];
       if (number == kExponents) {
         if (stray == last) return false;
-        *stray++ = {static_cast<int32_t>(step), static_cast<uint16_t>(place), bits};
+        *stray++ = {static_cast<int32_t>(step + 1), static_cast<uint16_t>(place), bits};
         number = 0;
       }
       lines[s / 2 * kPlacesOfStep + place] |= s % 2 ? rest << 8 | rest >> 8 : rest;
@@ -67,11 +66,8 @@ inline bool Pack(const uint16_t* panel, int64_t D, char* packed) {
     }
     if (s == kStepsOfGroup - 1) lines += kGroupBytes / sizeof *lines;
   }
-  *stray = {kNoStep, 0, 0};
   return true;
 }
-
-#ifdef __AVX512BF16__
 
 // Two packed panels, on their way to a tile and, where others come after it, to where these find them.
 struct Packed {
@@ -79,6 +75,8 @@ struct Packed {
   Dwords* to[kPanels];
   int64_t D;
 };
+
+#ifdef __AVX512BF16__
 
 // As Tile, with the same bits.
 template <int NR, bool kKeeps>
@@ -111,7 +109,7 @@ __attribute__((noinline)) void PackedTile(const BFloat16* x, int64_t stride, con
       UNROLL for (int p = 0; p < kPanels; ++p) {
         const __m512i exponent = _mm512_permutexvar_epi16(numbers[p], exponents[p]);
         __m512i both = _mm512_ternarylogic_epi64(pairs[p], rest, exponent, 0xea);  // pairs & rest | exponent
-        for (; strays[p]->step == step + s; ++strays[p]) both = _mm512_mask_set1_epi16(both, 1u << strays[p]->place, strays[p]->bits);
+        for (; strays[p]->step == step + s + 1; ++strays[p]) both = _mm512_mask_set1_epi16(both, 1u << strays[p]->place, strays[p]->bits);
         w[p] = reinterpret_cast<Dwords>(both);
         if constexpr (kKeeps) packed.to[p][step + s] = w[p];
         numbers[p] = _mm512_srli_epi16(numbers[p], 4);
