@@ -50,13 +50,13 @@ constexpr bool kIsTurned<Turned<A>> = true;
 
 // And as packed ones, of which D is a multiple of eight.
 template <typename A>
-struct Twelve : A {};
+struct Packed : A {};
 template <typename A>
-constexpr bool kIsTurned<Twelve<A>> = true;
+constexpr bool kIsTurned<Packed<A>> = true;
 template <typename A>
 constexpr bool kIsPacked = false;
 template <typename A>
-constexpr bool kIsPacked<Twelve<A>> = true;
+constexpr bool kIsPacked<Packed<A>> = true;
 
 template <typename A>
 constexpr int64_t kAheadBytes = (kIsPacked<A> ? 3 : 2) << 10;  // of a panel are fetched ahead
@@ -132,7 +132,7 @@ struct Outputs {
 
 // A panel: what its sums start with, then a step after the other.
 template <typename A, typename P>
-__attribute__((noinline)) void Pack(const P* w, int64_t count, int64_t D, Dwords* panel) {
+__attribute__((noinline)) void TurnPanel(const P* w, int64_t count, int64_t D, Dwords* panel) {
   const Outputs<A, P> outputs(w, count, D);
   Dwords start = {};
   Dwords* at = panel + 1;
@@ -252,7 +252,7 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
   constexpr int kFewest = kIsTurned<A> ? 1 : std::min(kFewRows + 1, kRows / 2);  // rows of a tile: fewer are a stream
   alignas(64) Vec sums[kPanels * kRows];
   Panels panels = {};
-  [[maybe_unused]] Packed packed = {{}, {}, c.D};
+  [[maybe_unused]] PackedPanels packed = {{}, {}, c.D};
   const auto multiply = [&](int64_t at, Ahead ahead) {
     int64_t row = first;
     for (int64_t tile = 0; tile < num_tiles; ++tile) {  // tiles of as many rows, or one less
@@ -316,7 +316,7 @@ void Compute(const Call& c, int64_t first, int64_t last, int64_t begin, int64_t 
       }
       for (int p = 0; p < kPanels; ++p) {
         Dwords* const panel = storage.data() + p * panel_size;
-        Pack<A>(weight_of(at, p), count_of(at, p), c.D, panel);
+        TurnPanel<A>(weight_of(at, p), count_of(at, p), c.D, panel);
         panels.starts[p] = panel[0];
         panels.from[p] = reinterpret_cast<const char*>(panel + 1);
       }
@@ -430,7 +430,7 @@ ffi::Error RunRows(ffi::ThreadPool& pool, Call& c, const P* scale, float eps, ff
     case ffi::U16:  // packed
 #ifdef __AVX512BF16__
       if constexpr (std::is_same_v<P, BFloat16>) {
-        RunAs<Twelve<Pairs>, BFloat16>(pool, c, scale, eps, out);
+        RunAs<Packed<Pairs>, BFloat16>(pool, c, scale, eps, out);
         return ffi::Error::Success();
       }
 #endif

@@ -70,7 +70,7 @@ inline bool PackPanel(const uint16_t* panel, int64_t D, char* packed) {
 }
 
 // Two packed panels, on their way to a tile and, where others come after it, to where these find them.
-struct Packed {
+struct PackedPanels {
   const char* from[kPanels];
   Dwords* to[kPanels];
   int64_t D;
@@ -80,11 +80,9 @@ struct Packed {
 
 // As Tile, with the same bits.
 template <int NR, bool kKeeps>
-__attribute__((noinline)) void PackedTile(const BFloat16* x, int64_t stride, const Packed& packed, Ahead ahead, Vec* out) {
-  alignas(64) static constexpr uint8_t kSwapped[64] = {1,  0,  3,  2,  5,  4,  7,  6,  9,  8,  11, 10, 13, 12, 15, 14, 17, 16, 19, 18, 21, 20,
-                                                       23, 22, 25, 24, 27, 26, 29, 28, 31, 30, 33, 32, 35, 34, 37, 36, 39, 38, 41, 40, 43, 42,
-                                                       45, 44, 47, 46, 49, 48, 51, 50, 53, 52, 55, 54, 57, 56, 59, 58, 61, 60, 63, 62};
-  const __m512i swapped = _mm512_load_si512(kSwapped), rest = _mm512_set1_epi16(static_cast<int16_t>(~kExponentBits));
+__attribute__((noinline)) void PackedTile(const BFloat16* x, int64_t stride, const PackedPanels& packed, Ahead ahead, Vec* out) {
+  const __m512i swapped = _mm512_set4_epi32(0x0e0f0c0d, 0x0a0b0809, 0x06070405, 0x02030001);  // bytes of 16 bits, in each quarter
+  const __m512i rest = _mm512_set1_epi16(static_cast<int16_t>(~kExponentBits));
   Vec sums[NR][kPanels] = {};
   __m512i exponents[kPanels];  // twice, so that the lowest five bits of a place may be any
   const Stray* strays[kPanels];
@@ -126,7 +124,7 @@ __attribute__((noinline)) void PackedTile(const BFloat16* x, int64_t stride, con
 }
 
 template <bool kKeeps, int NR = kRows>
-inline void PackedTiles(int64_t num_rows, const BFloat16* x, int64_t stride, const Packed& packed, Ahead ahead, Vec* out) {
+inline void PackedTiles(int64_t num_rows, const BFloat16* x, int64_t stride, const PackedPanels& packed, Ahead ahead, Vec* out) {
   if (num_rows >= NR) return PackedTile<NR, kKeeps>(x, stride, packed, ahead, out);
   if constexpr (NR > 1) PackedTiles<kKeeps, NR - 1>(num_rows, x, stride, packed, ahead, out);
 }

@@ -223,7 +223,8 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 continue  # each takes seconds to compile
             monkeypatch.setattr(module, "_SOURCE", tmp_path / module._SOURCE.name)
             monkeypatch.setattr(module, "_target", lambda name, head_dim=0: f"{tmp_path}.{name}.{head_dim}")
-            assert build() is None, "it does not compile any more"
+            reason = build()
+            assert reason is None, f"{module._SOURCE.name} does not compile any more: {reason}"
 
     # The healthy ones first: what they find they keep.
     for reason in (native.unavailable(64), *(module.unavailable() for module in (matmul, heads, sampling))):
@@ -251,7 +252,7 @@ PAIR_BUGS = (  # seen where there is an instruction for pairs of bfloat16
 )
 
 
-@pytest.mark.skipif("avx512_bf16" not in building._processor(), reason="this processor has no products of pairs")
+@test_packed.needs_pairs
 @pytest.mark.parametrize("bug", PAIR_BUGS, ids=str)
 def test_a_bug_of_pairs_is_seen(use: Callable[..., None], bug: Bug) -> None:
     test_a_planted_bug_is_seen(use, bug)
