@@ -68,4 +68,4 @@ def write_kv_pages(pages: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Ar
     bits = as_bits(pages)
     name = _target("WritePages", pages.shape[-1])
     call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(bits.shape, bits.dtype), input_output_aliases={0: 0})
-    return call(bits, as_bits(new.astype(pages.dtype)), slots.astype(jnp.int32)).view(pages.dtype)
+    return call(bits, new.astype(pages.dtype), slots.astype(jnp.int32)).view(pages.dtype)  # bits of few tokens would be a copy
