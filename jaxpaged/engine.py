@@ -76,7 +76,7 @@ class Engine:
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
         self.failed_ids: frozenset[str] = frozenset()  # requests that were in the last step that raised
-        self._untold: list[TokenEvent] = []  # events of a call of `step` that went on to fail
+        self._untold: list[TokenEvent] = []  # events that no call of `step` has returned yet, of one that went on to fail too
         self._in_flight: deque[tuple[StepPlan, Callable[[], Result]]] = deque()  # steps that run, the oldest first
         self._seeds = random.Random(config.seed)
         self._ids = itertools.count()
@@ -220,7 +220,7 @@ class Engine:
 
     def abort(self, request_id: str) -> list[TokenEvent]:
         """End a request now; its pages are free when this returns. An event for each output that had not ended, behind those that
-        a step which failed has left untold.
+        no step has returned yet.
         """
         self._eyes.changing()
         events = self.scheduler.abort(request_id)
@@ -262,7 +262,6 @@ class Engine:
             may as well come late, after a compilation too where one is needed (`enforce_eager`). It may call `stop` and `abort`,
             and must not raise.
         """
-        events, self._untold = self._untold, []
         try:
             self._take_fetched(wait=False)
             drafts = self._forced()
@@ -270,7 +269,7 @@ class Engine:
             if is_wanted or drafts or any(chunk.drafts for plan, _ in self._in_flight for chunk in plan.decodes):
                 while self._in_flight:
                     before_waiting()
-                    events += self._finish_step()
+                    self._untold += self._finish_step()
                 drafts = self._forced()
             if is_wanted:
                 drafts |= self._possible(self._drafting.propose(self._unforced(drafts)))  # type: ignore[union-attr]
@@ -281,24 +280,24 @@ class Engine:
                 self._drafting.planned(plan)
             if plan is not None:
                 self._in_flight.append((plan, self.runner.submit(plan)))
-            elif not self._in_flight and self.has_unfinished:
+            elif not self._in_flight and self.scheduler.has_unfinished:
                 before_waiting()
                 self._take_fetched(wait=True)  # it is for these that they wait
             is_ahead = plan is not None and self.config.async_scheduling and len(self._in_flight) == 1
             if self._in_flight and not is_ahead:
                 before_waiting()
-                events += self._finish_step()
+                self._untold += self._finish_step()
             # What runs for nobody is not waited for: all that it was for has ended.
             while self._in_flight and not any(chunk.sequence.finish_reason is None for chunk in self._in_flight[0][0].chunks()):
                 self._finish_step(is_awaited=False)
         except BaseException as error:
             in_flight = [chunk.sequence for plan, _ in self._in_flight for chunk in plan.chunks()]
             self.failed_ids = frozenset(one.request.request_id for one in (*in_flight, *self.scheduler.running))
-            self._untold = events  # of steps that did not fail
             self._eyes.failed(error)
             with contextlib.suppress(Exception):  # of a scheduler that is broken itself; what raised first is what to tell
                 self._set_back()
             raise
+        events, self._untold = self._untold, []
         self.num_generation_tokens += sum(len(event.token_ids) or event.token_id is not None for event in events)
         return events
 
@@ -342,7 +341,9 @@ class Engine:
             events = self._end_complete(events, plan)
         self.num_steps += 1
         if self._drafting is not None:
-            self._drafting.ran(plan, result.token_ids if is_awaited else None, len(events), is_last=not self.has_unfinished)
+            self._drafting.ran(
+                plan, result.token_ids if is_awaited else None, len(events), is_last=not self.scheduler.has_unfinished
+            )
         if result.likelihoods is not None:
             events = _with_likelihoods(events, plan, result.likelihoods)
         return [self._with_prompt(event) for event in events] if self._prompts else events

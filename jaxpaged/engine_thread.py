@@ -112,8 +112,8 @@ class EngineThread:
         return self._streams.get(request_id)
 
     def end(self, stream: Stream) -> None:
-        """Take a request out of the engine before its next step, if it is not over."""
-        if not stream.is_over:
+        """Take a request out of the engine before its next step, if it is there; who iterates gets its end, if it had none."""
+        if self._has(stream):
             self._send(functools.partial(self._abort, stream))
 
     def expire(self, stream: Stream) -> None:
@@ -123,7 +123,7 @@ class EngineThread:
         """
         if not stream.is_over:
             stream.fail(DeadlineError())
-            self._send(functools.partial(self._drop, stream))
+            self.end(stream)
             stream.wake()
 
     async def call(self, function: Callable[[Engine], T]) -> T:
@@ -276,8 +276,7 @@ class EngineThread:
             self._fail(self._streams[one], StepFailedError("the steps that compute this request fail"))
 
     def _fault(self, stream: Stream, error: Exception) -> None:
-        logger.error("Request %s has failed: %s", stream.request.request_id, error, exc_info=error)
-        self._fail(stream, RequestFaultError("this request could not be completed"))
+        self._fail(stream, RequestFaultError.of(stream.request.request_id, error))
 
     def _fail(self, stream: Stream, error: Exception) -> None:
         stream.fail(error)
@@ -297,22 +296,16 @@ class EngineThread:
 
     def _abort(self, stream: Stream) -> None:
         self._tell_untold()
-        if stream.is_over:
+        if not self._has(stream):
             return
         events = self.engine.abort(stream.request.request_id)
         try:
-            for event in events:
+            for event in events if not stream.is_over else ():
                 stream.record(event, self.clock())
         except Exception as error:
             self._fault(stream, error)
         self._forget_if_over(stream)
         self._wake([stream])
-
-    def _drop(self, stream: Stream) -> None:
-        self._tell_untold()
-        if self._has(stream):
-            self.engine.abort(stream.request.request_id)
-            self._forget_if_over(stream)
 
     def _has(self, stream: Stream) -> bool:
         """Whether its id is still its own: another may have come with it since it ended."""

@@ -19,6 +19,9 @@ _IS_WHOLE = (None, FinishReason.STOP, FinishReason.LENGTH)
 class GrowingText:
     """The text of one output, which ends where a string of `stop` ends in it.
 
+    Tokens become text when it is asked for, all that have come since at once: most answers are told whole, or several tokens at
+    a time. Only a `stop` has to see each of them as it comes.
+
     Law: however the text came, it is that of the same ids without `stop`, cut at the string that ended it; and what `shown` gave
     at any time is the beginning of it.
     """
@@ -28,6 +31,7 @@ class GrowingText:
     ):
         """No string ends it that ends in the text of its first `min_tokens` tokens."""
         self._detokenizer = detokenizer
+        self._new_ids: list[int] = []  # no text yet
         self._finder = StopFinder(stop) if stop else None
         self._is_stop_included = is_stop_included
         self._min_tokens, self._num_tokens = min_tokens, 0
@@ -37,6 +41,9 @@ class GrowingText:
 
     def add(self, token_ids: Iterable[int], *, is_last: bool) -> None:
         """Take further tokens; after a string has been found they change nothing."""
+        if self._finder is None:
+            self._new_ids += token_ids
+            return
         for token_id in token_ids:
             self._num_tokens += 1
             self._take(self._detokenizer.add(token_id))
@@ -53,14 +60,18 @@ class GrowingText:
         self._num_taken += len(piece)
 
     def shown(self, *, is_over: bool) -> int:
-        """How many characters of `text` can be shown: those of which it is certain that they stay."""
+        """How many characters of `text` can be shown: those of which it is certain that they stay; all when it is over."""
         if self.stop_string is not None:
             return self._num_kept
-        num_held = 0 if is_over or self._finder is None or self._is_stop_included else self._finder.num_open
+        if self._finder is None:
+            new_ids, self._new_ids = self._new_ids, []
+            self._detokenizer.finish(*new_ids) if is_over else self._detokenizer.add(*new_ids)
+            return len(self._detokenizer.text)
+        num_held = 0 if is_over or self._is_stop_included else self._finder.num_open
         return len(self._detokenizer.text) - num_held
 
     def text(self, start: int, end: int) -> str:
-        """Characters [start, end)."""
+        """Characters [start, end), of those that were shown."""
         return self._detokenizer.text[start:end]
 
 

@@ -6,6 +6,7 @@ Knows two threads and nothing else of either.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from jaxpaged.growing import GrowingRequest
 from jaxpaged.host.request import RequestOutputKind, TokenEvent
 from jaxpaged.outputs import RequestOutput
 from jaxpaged.pacing import Pacer
+
+logger = logging.getLogger("jaxpaged")
 
 
 class EngineError(Exception):
@@ -27,6 +30,12 @@ class RequestFaultError(EngineError):
     """Something went wrong with this request alone: its text, its log-probabilities."""
 
     code = "internal_error"
+
+    @classmethod
+    def of(cls, request_id: str, error: Exception) -> RequestFaultError:
+        """What is told of an error of ours, which is for the log alone."""
+        logger.error("Request %s has failed: %s", request_id, error, exc_info=error)
+        return cls("this request could not be completed")
 
 
 class StepFailedError(EngineError):
@@ -134,7 +143,15 @@ class Stream:
     async def __anext__(self) -> RequestOutput:
         while not self._is_told:
             self._has_news.clear()
-            output = self._take()
+            try:
+                output = self._take()
+            except EngineError:
+                raise
+            except Exception as error:  # in its text, which is made now
+                told = RequestFaultError.of(self.request.request_id, error)
+                self.fail(told)
+                self.close()
+                raise told from error
             if output is not None:
                 return output
             await self._has_news.wait()

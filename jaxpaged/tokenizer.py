@@ -245,7 +245,7 @@ def look(source: str) -> Look:
 class Detokenizer:
     """The text of a growing list of ids. It only ever grows, and never by a part of a character.
 
-    Law: what all `add` calls returned, then `finish`, is together `tokenizer.decode(all ids)`.
+    Law: what all `add` calls returned, then `finish`, is together `tokenizer.decode(all ids)`, however many ids came at a time.
 
     Ids are decoded in a window that begins at a place where the text is settled; the window keeps the ids before that place up
     to the settled place before it, because decoders treat the first token of a text specially (a leading space is dropped).
@@ -259,27 +259,31 @@ class Detokenizer:
         self._is_in_bytes = False
         self.text = ""
 
-    def add(self, token_id: int) -> str:
-        """The text that this id settles, often of exactly this token; empty while a character is incomplete."""
-        self._window.append(token_id)
-        # Byte-fallback decoders turn a whole run of byte tokens into replacement characters when one byte of it is wrong, so no
-        # character of the run is settled before the run ends. A skipped token does not end it.
-        is_skipped = (self._skip and token_id in self._tokenizer.special_ids) or token_id not in self._tokenizer.known_ids
-        self._is_in_bytes = self._is_in_bytes if is_skipped else token_id in self._tokenizer.byte_ids
-        if self._is_in_bytes:
+    def add(self, *token_ids: int) -> str:
+        """The text that these ids settle, often of exactly these; empty while a character is incomplete."""
+        end = 0  # of the window's ids that can be settled
+        for token_id in token_ids:
+            self._window.append(token_id)
+            # Byte-fallback decoders turn a whole run of byte tokens into replacement characters when one byte of it is wrong, so
+            # no character of the run is settled before the run ends. A skipped token does not end it.
+            is_skipped = (self._skip and token_id in self._tokenizer.special_ids) or token_id not in self._tokenizer.known_ids
+            self._is_in_bytes = self._is_in_bytes if is_skipped else token_id in self._tokenizer.byte_ids
+            if not self._is_in_bytes:
+                end = len(self._window)
+        if not end:
             return ""
-        text = self._tokenizer.decode(self._window, self._skip)
+        text = self._tokenizer.decode(self._window[:end], self._skip)
         # An incomplete character shows as one replacement character at the end; the next id may complete it.
         settled = text[:-1] if text.endswith("\ufffd") else text
         new = self._give(settled)
         if new and len(settled) == len(text):
-            self._window = self._window[self._num_settled :]
-            self._num_settled = len(self._window)
-            self._num_out = len(self._tokenizer.decode(self._window, self._skip))
+            self._window, self._num_settled = self._window[self._num_settled :], end - self._num_settled
+            self._num_out = len(self._tokenizer.decode(self._window[: self._num_settled], self._skip))
         return new
 
-    def finish(self) -> str:
-        """The rest: what an incomplete character at the very end decodes to."""
+    def finish(self, *token_ids: int) -> str:
+        """The rest behind the last ids: what an incomplete character at the very end decodes to, too."""
+        self._window += token_ids
         return self._give(self._tokenizer.decode(self._window, self._skip))
 
     def _give(self, settled: str) -> str:

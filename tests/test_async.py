@@ -168,6 +168,19 @@ def test_what_a_failed_step_left_untold_is_told_with_the_end() -> None:
     assert events[0] == untold[1] and all(event.request_id == "b" for event in events)
 
 
+def test_who_is_ended_while_a_step_runs_is_told_all_before_the_end() -> None:
+    """Also what the steps before have left untold; and nothing of it comes again."""
+    engine = new_engine()
+    for name in "ab":
+        engine.add_request([1, 2, 3], greedy(9), request_id=name)
+    engine.step()
+    untold, ended = engine.step(), []
+    engine._untold = list(untold)
+    events = engine.step(lambda: ended.extend(engine.abort("a")))
+    assert ended[0] == untold[0] and [event.finish_reason for event in ended] == [None, FinishReason.ABORT]
+    assert events[0] == untold[1] and all(event.request_id == "b" for event in events)
+
+
 class Flaky(FakeRunner):
     """Fails at random: when a step is to start, or when it is waited for."""
 

@@ -45,6 +45,24 @@ def test_a_text_that_grows_is_the_whole_text_cut_where_it_stops(kind: str) -> No
     assert texts.stopped(kind, 2_000) > 300
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_without_stops_is_the_same_whenever_it_is_asked_for(kind: str) -> None:
+    assert texts.asked_for(kind, 1_000) > 500
+
+
+def test_a_text_that_nobody_asks_for_before_its_end_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer, decoded = Tokenizer.load(tmp_path), []
+    ids = tokenizer.encode("one day a cat went out")
+    text = GrowingText(tokenizer.detokenizer())
+    whole, decode = tokenizer.decode(ids), Tokenizer.decode
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, *rest: decoded.append(ids) or decode(self, ids, *rest))
+    for token_id in ids:
+        text.add([token_id], is_last=False)
+    assert not decoded
+    assert text.text(0, text.shown(is_over=True)) == whole and len(decoded) == 1
+
+
 def test_no_string_ends_the_text_of_the_first_tokens(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     tokenizer = Tokenizer.load(tmp_path)

@@ -55,11 +55,19 @@ def vocabulary(tokenizer: Tokenizer) -> int:
 
 
 def check_stream(tokenizer: Tokenizer, ids: list[int], *, skip: bool) -> None:
-    """One sequence."""
-    growing = tokenizer.detokenizer(skip_special_tokens=skip)
-    pieces = [growing.add(token_id) for token_id in ids]
+    """One sequence: token by token, some at a time with the same text wherever they pause, and all at the end."""
+    growing, by_some, at_end = (tokenizer.detokenizer(skip_special_tokens=skip) for _ in range(3))
+    pieces, step, place = [], 2 + sum(ids) % 5, 0
+    for count, token_id in enumerate(ids, 1):
+        pieces.append(growing.add(token_id))
+        if count % step == 0:
+            by_some.add(*ids[place:count])
+            place = count
+            assert by_some.text == growing.text, (ids, count)
     pieces.append(growing.finish())
-    assert "".join(pieces) == growing.text == tokenizer.decode(ids, skip), ids
+    by_some.finish(*ids[place:])
+    at_end.finish(*ids)
+    assert "".join(pieces) == growing.text == by_some.text == at_end.text == tokenizer.decode(ids, skip), ids
 
 
 def all_streams(share: float) -> int:
@@ -120,6 +128,28 @@ def found_and_held(num_trials: int, seed: int = 0) -> tuple[int, int]:
         assert found == first_stop(text, stops, num_exempt), (text, stops, num_exempt)
         num_found += found is not None
     return num_found, num_held
+
+
+def asked_for(kind: str, num_trials: int) -> int:
+    """Random ids whose text is asked for at some places and at the end: how often it was shown before."""
+    tokenizer, rng, num_shown = tokenizer_of(kind), random.Random(kind), 0
+    common = [*tokenizer.encode(SOME_TEXT), 0, 1, 2]
+    for trial in range(num_trials):
+        ids = [rng.choice(range(tokenizer.max_token_id + 3) if trial % 2 else common) for _ in range(rng.randrange(20))]
+        skip = bool(trial % 3)
+        text, whole = (
+            GrowingText(tokenizer.detokenizer(skip_special_tokens=skip)),
+            tokenizer.decode(ids, skip_special_tokens=skip),
+        )
+        shown = 0
+        for place, token_id in enumerate(ids):
+            text.add([token_id], is_last=place == len(ids) - 1)
+            if rng.random() < 0.3:
+                before, shown = shown, text.shown(is_over=False)
+                assert shown >= before and whole.startswith(text.text(0, shown)), ids
+                num_shown += shown > before
+        assert text.text(0, text.shown(is_over=True)) == whole, ids
+    return num_shown
 
 
 def stopped(kind: str, num_trials: int, seed: int = 1) -> int:
