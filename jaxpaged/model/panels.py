@@ -13,6 +13,7 @@ import jax
 
 from pallas_kernels.matmul import packed
 from pallas_kernels.matmul import panels as turned
+from pallas_kernels.matmul.forms import form_of
 from pallas_kernels.native.matmul import pack_panels
 
 logger = logging.getLogger("jaxpaged")
@@ -27,9 +28,7 @@ class PanelMatrix:
 
     def take(self, indices: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Rows of a matrix [V, D], in `dtype`."""
-        if packed.is_packed(self.panels):
-            return packed.rows_of(self.panels, indices, self.shape[-1]).astype(dtype)
-        return turned.rows_of(self.panels, indices).astype(dtype)
+        return form_of(self.panels).rows_of(self.panels, indices, self.shape[-1]).astype(dtype)
 
 
 def flat(matrix: jax.Array | PanelMatrix) -> jax.Array:

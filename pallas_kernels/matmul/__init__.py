@@ -9,13 +9,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import backends
 from pallas_kernels.matmul.around import Around
-from pallas_kernels.matmul.packed import from_packed, is_packed, num_words
-from pallas_kernels.matmul.panels import LANES, from_panels
+from pallas_kernels.matmul.forms import FLOATS, form_of
 from pallas_kernels.native import matmul as native
 
 __all__ = ["is_native", "matmul"]
-
-_FLOATS = ("float32", "bfloat16", "float16")
 
 
 def matmul(
@@ -68,10 +65,8 @@ def matmul(
     choice = backends.choose("matmul", backend, native=native.unavailable)
     # For any number of rows: with XLA's products for some, the last bits of a request would depend on how many others there are.
     module = native if choice.name == "native" else importlib.import_module(f"pallas_kernels.matmul.{choice.name}")
-    if module is not native and is_packed(weight):
-        weight = from_packed(weight, x.shape[1])
-    elif module is not native and weight.ndim == 4:
-        weight = from_panels(weight)
+    if module is not native:
+        weight = form_of(weight).plain(weight, x.shape[1])
     return module.matmul(x, weight, around, dtype)
 
 
@@ -88,23 +83,11 @@ def _check(x: jax.Array, weight: jax.Array, around: Around, dtype: jnp.dtype) ->
 
     if x.ndim != 2 or weight.ndim not in (2, 4):
         refuse(f"x and weight have {x.ndim} and {weight.ndim} axes, expected 2 and 2, or 4 of panels")
-    for name, array in (("x", x), ("weight", weight)):
-        if array.dtype.name not in _FLOATS and not (array is weight and is_packed(weight)):
-            refuse(f"{name} of {array.dtype} is not supported; {', '.join(_FLOATS)} are")
-    (X, D), num_outputs, unit = x.shape, weight.shape[0], 1
-    if is_packed(weight):
-        num_outputs, unit = num_outputs * LANES, LANES
-        if x.dtype != jnp.bfloat16 or D % 8 or weight.shape[1] != num_words(D):
-            expected = f"uint16[P, {num_words(D)}] for rows of bfloat16 whose length is a multiple of 8"
-            refuse(f"packed panels of the weight are {list(weight.shape)} and x {x.dtype}{[X, D]}, expected {expected}")
-    elif weight.ndim == 4:
-        num_outputs, unit = num_outputs * LANES, LANES
-        at_a_step = weight.shape[3]
-        if weight.shape[2] != LANES or (weight.dtype.name, at_a_step) not in (("float32", 1), ("bfloat16", 2)):
-            expected = "float32[P, D, 16, 1] or bfloat16[P, D / 2, 16, 2]"
-            refuse(f"panels of the weight are {weight.dtype}{list(weight.shape)}, expected {expected}")
-    if not is_packed(weight) and weight.size != num_outputs * D:
-        refuse(f"weight is {list(weight.shape)}, expected [F, {D}] for x of [{X}, {D}]")
+    if x.dtype.name not in FLOATS:
+        refuse(f"x of {x.dtype} is not supported; {', '.join(FLOATS)} are")
+    form = form_of(weight)
+    if fault := form.fault(x, weight):
+        refuse(fault)
     if dtype not in (jnp.float32, x.dtype):
         refuse(f"out_dtype {dtype.name!r}, expected 'float32' or x's dtype, {x.dtype.name!r}")
-    around.check(refuse, x, num_outputs, dtype, unit)
+    around.check(refuse, x, form.num_outputs(weight), dtype, form.unit)

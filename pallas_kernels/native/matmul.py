@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.matmul.around import Around
-from pallas_kernels.matmul.packed import can_pack, is_packed, num_words
-from pallas_kernels.matmul.panels import LANES
+from pallas_kernels.matmul.forms import form_of
+from pallas_kernels.matmul.packed import can_pack, num_words
 from pallas_kernels.native import building
 
 _SOURCE = Path(__file__).with_name("matmul.cc")
@@ -39,8 +39,7 @@ def matmul(
     With `scales` the weight is of int8, [F, D] or its panels, whose output f is multiplied by scales[f], and rows are rounded to
     int8 behind the norm: see `pallas_kernels.quantized_matmul`. Integers are multiplied exactly.
     """
-    are_panels = weight.ndim == 4 or is_packed(weight)
-    num_outputs = weight.shape[0] * (LANES if are_panels else 1) // (2 if around.is_gated else 1)
+    num_outputs = form_of(weight).num_outputs(weight) // (2 if around.is_gated else 1)
     call = jax.ffi.ffi_call(_target("Matmul"), jax.ShapeDtypeStruct((x.shape[0], num_outputs), out_dtype))
     absent = jnp.zeros(0, jnp.float32)
     bias = absent if around.bias is None else around.bias.astype(jnp.float32)
