@@ -269,7 +269,7 @@ class Engine:
             if is_wanted or drafts or any(chunk.drafts for plan, _ in self._in_flight for chunk in plan.decodes):
                 while self._in_flight:
                     before_waiting()
-                    self._untold += self._finish_step()
+                    self._finish_step()
                 drafts = self._forced()
             if is_wanted:
                 drafts |= self._possible(self._drafting.propose(self._unforced(drafts)))  # type: ignore[union-attr]
@@ -286,7 +286,7 @@ class Engine:
             is_ahead = plan is not None and self.config.async_scheduling and len(self._in_flight) == 1
             if self._in_flight and not is_ahead:
                 before_waiting()
-                self._untold += self._finish_step()
+                self._finish_step()
             # What runs for nobody is not waited for: all that it was for has ended.
             while self._in_flight and not any(chunk.sequence.finish_reason is None for chunk in self._in_flight[0][0].chunks()):
                 self._finish_step(is_awaited=False)
@@ -298,7 +298,6 @@ class Engine:
                 self._set_back()
             raise
         events, self._untold = self._untold, []
-        self.num_generation_tokens += sum(len(event.token_ids) or event.token_id is not None for event in events)
         return events
 
     def _set_back(self) -> None:
@@ -321,7 +320,8 @@ class Engine:
             if request_ids is not None:
                 self._set_back()
 
-    def _finish_step(self, *, is_awaited: bool = True) -> list[TokenEvent]:
+    def _finish_step(self, *, is_awaited: bool = True) -> None:
+        """Wait for the oldest step, if it is for anybody; what it brings is untold."""
         plan, wait = self._in_flight.popleft()
         count = len(plan.outputs())
         result = Result(*wait()) if is_awaited else Result([0] * count, [True] * count)
@@ -346,7 +346,8 @@ class Engine:
             )
         if result.likelihoods is not None:
             events = _with_likelihoods(events, plan, result.likelihoods)
-        return [self._with_prompt(event) for event in events] if self._prompts else events
+        self.num_generation_tokens += sum(len(event.token_ids) or event.token_id is not None for event in events)
+        self._untold += map(self._with_prompt, events) if self._prompts else events
 
     def _end_complete(self, events: list[TokenEvent], plan: StepPlan) -> list[TokenEvent]:
         """End the outputs whose grammar lets nothing follow: the step's events, with their ends."""

@@ -5,7 +5,7 @@ Knows texts, and where they end. Refuses to know engines: whoever feeds it the e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from jaxpaged.host.request import FinishReason, Likelihood, Request, TokenEvent
@@ -19,8 +19,8 @@ _IS_WHOLE = (None, FinishReason.STOP, FinishReason.LENGTH)
 class GrowingText:
     """The text of one output, which ends where a string of `stop` ends in it.
 
-    Tokens become text when it is asked for, all that have come since at once: most answers are told whole, or several tokens at
-    a time. Only a `stop` has to see each of them as it comes.
+    Tokens become text when it is asked for or they are the last, all that have come since at once: most answers are told whole,
+    or several tokens at a time. Only a `stop` has to see each of them as it comes.
 
     Law: however the text came, it is that of the same ids without `stop`, cut at the string that ended it; and what `shown` gave
     at any time is the beginning of it.
@@ -43,6 +43,8 @@ class GrowingText:
         """Take further tokens; after a string has been found they change nothing."""
         if self._finder is None:
             self._new_ids += token_ids
+            if is_last:
+                self._settle(self._detokenizer.finish)
             return
         for token_id in token_ids:
             self._num_tokens += 1
@@ -60,15 +62,17 @@ class GrowingText:
         self._num_taken += len(piece)
 
     def shown(self, *, is_over: bool) -> int:
-        """How many characters of `text` can be shown: those of which it is certain that they stay; all when it is over."""
+        """How many characters of `text` can be shown: those of which it is certain that they stay."""
         if self.stop_string is not None:
             return self._num_kept
-        if self._finder is None:
-            new_ids, self._new_ids = self._new_ids, []
-            self._detokenizer.finish(*new_ids) if is_over else self._detokenizer.add(*new_ids)
-            return len(self._detokenizer.text)
-        num_held = 0 if is_over or self._is_stop_included else self._finder.num_open
+        if self._new_ids:
+            self._settle(self._detokenizer.add)
+        num_held = 0 if is_over or self._finder is None or self._is_stop_included else self._finder.num_open
         return len(self._detokenizer.text) - num_held
+
+    def _settle(self, take: Callable[..., str]) -> None:
+        new_ids, self._new_ids = self._new_ids, []
+        take(*new_ids)
 
     def text(self, start: int, end: int) -> str:
         """Characters [start, end), of those that were shown."""

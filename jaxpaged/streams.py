@@ -145,10 +145,10 @@ class Stream:
             self._has_news.clear()
             try:
                 output = self._take()
-            except EngineError:
-                raise
-            except Exception as error:  # in its text, which is made now
-                told = RequestFaultError.of(self.request.request_id, error)
+            except Exception as error:
+                if error is self._error:
+                    raise
+                told = RequestFaultError.of(self.request.request_id, error)  # in its text, which is made now
                 self.fail(told)
                 self.close()
                 raise told from error

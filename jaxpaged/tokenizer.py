@@ -242,6 +242,10 @@ def look(source: str) -> Look:
     return shared().look(source)
 
 
+_MAX_OPEN_IDS = 3  # an incomplete character has so many bytes, and no more ids
+_MANY_IDS = 16  # that are not settled: fewer are not worth further looks
+
+
 class Detokenizer:
     """The text of a growing list of ids. It only ever grows, and never by a part of a character.
 
@@ -276,7 +280,13 @@ class Detokenizer:
         # An incomplete character shows as one replacement character at the end; the next id may complete it.
         settled = text[:-1] if text.endswith("\ufffd") else text
         new = self._give(settled)
-        if new and len(settled) == len(text):
+        if len(settled) < len(text):
+            # Several ids at a time may always end inside a character: what is before it is settled all the same.
+            ends = (
+                range(end - 1, max(end - 1 - _MAX_OPEN_IDS, self._num_settled), -1) if end - self._num_settled > _MANY_IDS else ()
+            )
+            end = next((one for one in ends if self._tokenizer.decode(self._window[:one], self._skip) == settled), 0)
+        if new and end:
             self._window, self._num_settled = self._window[self._num_settled :], end - self._num_settled
             self._num_out = len(self._tokenizer.decode(self._window[: self._num_settled], self._skip))
         return new

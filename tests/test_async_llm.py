@@ -135,6 +135,18 @@ def test_what_is_refused_is_refused_before_it_is_queued() -> None:
     served(task)
 
 
+def test_what_the_engine_refuses_is_a_refusal_to_who_waits() -> None:
+    """Somebody beside has given it a request of this id."""
+
+    async def task(llm: AsyncLLM, runner: Gated) -> None:
+        await llm.between_steps(lambda engine: engine.add_request([1], params(), request_id="mine"))
+        with pytest.raises(RequestError, match="already in use"):
+            await tokens_of(llm, [2], params(), request_id="mine")
+        await llm.between_steps(lambda engine: engine.abort("mine"))
+
+    served(task)
+
+
 def test_a_slow_consumer_gets_more_at_once() -> None:
     async def task(llm: AsyncLLM, runner: Gated) -> None:
         stream = await llm.start([1, 2, 3], params(100, output_kind=DELTA))

@@ -46,8 +46,12 @@ def test_a_text_that_grows_is_the_whole_text_cut_where_it_stops(kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_without_stops_is_the_same_whenever_it_is_asked_for(kind: str) -> None:
+@pytest.mark.parametrize("many", [0, 16])
+def test_a_text_without_stops_is_the_same_whenever_it_is_asked_for(kind: str, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And wherever it settles behind an open character."""
+    monkeypatch.setattr("jaxpaged.tokenizer._MANY_IDS", many)
     assert texts.asked_for(kind, 1_000) > 500
+    assert texts.streamed(texts.tokenizer_of(kind), 500, seed=many) == 500
 
 
 def test_a_text_that_nobody_asks_for_before_its_end_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,10 +61,27 @@ def test_a_text_that_nobody_asks_for_before_its_end_is_decoded_once(tmp_path: Pa
     text = GrowingText(tokenizer.detokenizer())
     whole, decode = tokenizer.decode(ids), Tokenizer.decode
     monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, *rest: decoded.append(ids) or decode(self, ids, *rest))
-    for token_id in ids:
+    for token_id in ids[:-1]:
         text.add([token_id], is_last=False)
     assert not decoded
-    assert text.text(0, text.shown(is_over=True)) == whole and len(decoded) == 1
+    text.add(ids[-1:], is_last=True)
+    for _ in range(2):
+        assert text.text(0, text.shown(is_over=True)) == whole and len(decoded) == 1
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 7])
+def test_a_text_that_is_asked_for_inside_characters_is_settled_behind_them(step: int, tmp_path: Path) -> None:
+    """Else all of it would be decoded at each ask."""
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = tokenizer.encode("😀" * 100 + "日本" * 100, add_special_tokens=False)
+    growing, longest = tokenizer.detokenizer(), 0
+    growing.add(ids[0])
+    for place in range(1, len(ids), step):
+        growing.add(*ids[place : place + step])
+        longest = max(longest, len(growing._window))
+    assert len(ids) >= 600 and longest < 64
+    assert growing.finish() is not None and growing.text == tokenizer.decode(ids)
 
 
 def test_no_string_ends_the_text_of_the_first_tokens(tmp_path: Path) -> None:

@@ -88,3 +88,10 @@ def test_donated_pages_are_written_in_place(num_tokens: int, backend: str) -> No
     analysis = lowered(backend, pages, new, slots).compile().memory_analysis()
     assert analysis.alias_size_in_bytes >= 4096 * 2 * 16 * 64 * 4
     assert analysis.temp_size_in_bytes < 1 << 20
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "float4_e2m1fn"])
+def test_pages_of_half_bytes_are_refused(dtype: str) -> None:
+    pages = jax.numpy.zeros((2, 1, 8, 64), dtype)
+    with pytest.raises(ValueError, match=f"write_kv_pages: pages of {dtype}, expected numbers of whole bytes"):
+        write_kv_pages(pages, jax.numpy.zeros((1, 1, 64), dtype), jax.numpy.zeros(1, int))
