@@ -176,7 +176,9 @@ def test_who_is_ended_while_a_step_runs_is_told_all_before_the_end() -> None:
     engine.step()
     untold, ended = engine.step(), []
     engine._untold = list(untold)
+    assert engine.num_generation_tokens == 2
     events = engine.step(lambda: ended.extend(engine.abort("a")))
+    assert engine.num_generation_tokens == 3
     assert ended[0] == untold[0] and [event.finish_reason for event in ended] == [None, FinishReason.ABORT]
     assert events[0] == untold[1] and all(event.request_id == "b" for event in events)
 

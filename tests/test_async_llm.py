@@ -11,9 +11,10 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
+from text_model import write_tokenizer
 
 from jaxpaged import async_llm
 from jaxpaged.admission import Admission, QueueFullError, QueueOptions
@@ -23,6 +24,7 @@ from jaxpaged.engine import Engine
 from jaxpaged.growing import GrowingRequest
 from jaxpaged.host.request import RequestError, RequestOutputKind, SamplingParams
 from jaxpaged.streams import ClosedError, DeadlineError, RequestFaultError, StalledError, StepFailedError
+from jaxpaged.tokenizer import Detokenizer, Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent / "observe"))
 sys.path.insert(0, str(Path(__file__).parent / "host"))
@@ -329,6 +331,24 @@ def test_the_id_of_one_that_expired_is_taken_until_the_engine_is_rid_of_it() -> 
         assert await tokens_of(llm, PROMPTS[1], params(5), request_id="late") == alone
 
     served(task, runner=runner)
+
+
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_a_fault_in_the_last_text_is_no_success(kind: RequestOutputKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is told of ends is told of it too."""
+    write_tokenizer(tmp_path)
+    monkeypatch.setattr(Detokenizer, "finish", lambda *_: 1 / 0)
+    ended = []
+
+    async def task(llm: AsyncLLM, runner: Gated) -> None:
+        llm.tokenizer = Tokenizer.load(tmp_path)
+        llm.observe(SimpleNamespace(started=lambda _: 0, queued=lambda *_: 0, stepped=lambda *_: 0, ended=ended.append))  # type: ignore[arg-type]
+        with pytest.raises(RequestFaultError):
+            await tokens_of(llm, [1, 2, 3], params(5, output_kind=kind))
+        await until(lambda: len(ended) == 1)
+        assert isinstance(ended[0].error, RequestFaultError)
+
+    served(task)
 
 
 def test_a_fault_in_one_is_no_fault_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
