@@ -19,7 +19,7 @@ def runner() -> Iterator[bits.KeepingRunner]:
 
 
 def test_every_path_yields_the_same_tokens_and_bits(runner: bits.KeepingRunner, tmp_path: Path) -> None:
-    for found in all_paths(runner, 300, str(tmp_path), few_pages=24):
+    for found in all_paths(runner, 500, str(tmp_path), few_pages=24):
         print(f"  {found.name:24} {found.num_tokens:6,} tokens, {found.num_same:6,} bit by bit, "
               f"the others {found.largest:g} apart   ({found.took})")  # fmt: skip
         assert found.num_same > 0.9 * found.num_tokens

@@ -137,11 +137,8 @@ def asked_for(kind: str, num_trials: int) -> int:
     for trial in range(num_trials):
         ids = [rng.choice(range(tokenizer.max_token_id + 3) if trial % 2 else common) for _ in range(rng.randrange(20))]
         skip = bool(trial % 3)
-        text, whole = (
-            GrowingText(tokenizer.detokenizer(skip_special_tokens=skip)),
-            tokenizer.decode(ids, skip_special_tokens=skip),
-        )
-        shown = 0
+        text, shown = GrowingText(tokenizer.detokenizer(skip_special_tokens=skip)), 0
+        whole = tokenizer.decode(ids, skip_special_tokens=skip)
         for place, token_id in enumerate(ids):
             text.add([token_id], is_last=place == len(ids) - 1)
             if rng.random() < 0.3:

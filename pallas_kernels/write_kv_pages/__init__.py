@@ -89,7 +89,7 @@ def _check(pages: jax.Array, new: jax.Array, slots: jax.Array, scales: jax.Array
     (P, K, S, H), X = pages.shape, slots.shape[0]
     if new.shape != (X, K, H):
         refuse(f"new has shape {list(new.shape)}, expected {[X, K, H]} as slots and pages have it")
-    if jnp.dtype(pages.dtype).name.removeprefix("u") in ("int2", "int4") or pages.dtype.name.startswith("float4"):
+    if pages.dtype.name.removeprefix("u") in ("int2", "int4") or pages.dtype.name.startswith("float4"):
         refuse(f"pages of {pages.dtype}, expected numbers of whole bytes")
     if not jnp.issubdtype(slots.dtype, jnp.integer):
         refuse(f"slots are {slots.dtype}, expected int32")

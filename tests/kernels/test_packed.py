@@ -81,7 +81,7 @@ def test_every_bit_comes_back() -> None:
     exponents = (all_bits & 0x7F80) >> 7
     weight = np.concatenate([all_bits[exponents // 16 == some].reshape(16, 256) for some in range(16)])
     _, smaller, fits = pack(weight)
-    assert all(fits)
+    assert fits == [True] * 16
     np.testing.assert_array_equal(bits(packed.from_packed(smaller, 256)), weight)
 
 
