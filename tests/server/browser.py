@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ os.dup2(here, 4)
 os.execv(sys.argv[3], sys.argv[3:])
 """
 TIMEOUT_S = 30.0
+# What Chromium says to who asks a page while another is put in its place.
+_GOING = ("Inspected target navigated or closed", "Cannot find context with specified id", "Execution context was destroyed")
+
+
+class GoingError(RuntimeError):
+    """The page that was asked is on its way to another; the next one can be asked."""
 
 
 def find_browser() -> str | None:
@@ -75,7 +81,8 @@ class Browser:
                 raise TimeoutError(f"{method}: no answer for {TIMEOUT_S:g} s")
             reply = self._replies.pop(number, {"error": "the browser has ended"})
         if "error" in reply:
-            raise RuntimeError(f"{method}: {reply['error']}")
+            is_going = any(text in str(reply["error"]) for text in _GOING)
+            raise (GoingError if is_going else RuntimeError)(f"{method}: {reply['error']}")
         return reply["result"]
 
     @contextmanager
@@ -169,12 +176,14 @@ class Page:
         return int(self.text(selector).replace(",", ""))
 
     def until(self, holds: str | Callable[[], Any], what: str = "", seconds: float = TIMEOUT_S) -> Any:
-        """Wait for an expression, or a function, to be true."""
+        """Wait for an expression, or a function, to be true; of a page that comes in this one's place too."""
         deadline = time.monotonic() + seconds
-        while not (found := holds() if callable(holds) else self.run(holds)):
+        while True:
+            with suppress(GoingError):
+                if found := holds() if callable(holds) else self.run(holds):
+                    return found
             assert time.monotonic() < deadline, f"waited in vain: {what or holds}; {self.problems}"
             time.sleep(0.03)
-        return found
 
     def type(self, selector: str, text: str) -> None:
         self.run(f"document.querySelector({json.dumps(selector)}).focus()")

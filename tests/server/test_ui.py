@@ -304,6 +304,15 @@ def test_a_key_is_asked_for_and_a_wrong_one_is_told(browser: Browser, fake: tupl
         page.until("document.getElementById('key-dialog')?.open")
 
 
+def test_who_waits_for_a_page_that_goes_waits_for_the_next(browser: Browser, fake: tuple[AsyncLLM, Gated]) -> None:
+    never_at_first = "sessionStorage.again ? 'the next' : (sessionStorage.again = 1, location.reload(), new Promise(() => {}))"
+    with running(fake[0]) as one, browser.page() as page:
+        page.open(f"{one.url}/ui")
+        assert page.until(never_at_first) == "the next"
+        with pytest.raises(RuntimeError, match="ReferenceError"):  # what is wrong stays wrong
+            page.until("no_such_name")
+
+
 def test_a_server_that_ends_and_comes_back_is_told(browser: Browser, fake: tuple[AsyncLLM, Gated]) -> None:
     with browser.page() as page:
         with running(fake[0]) as one:
