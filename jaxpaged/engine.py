@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 
+from jaxpaged import cpu_threads
 from jaxpaged.config import MAX_SURE_DRAFTS, ConfigError, EngineConfig, ModelConfig, nearest
 from jaxpaged.drafter import Draft, check_draft
 from jaxpaged.duel import Duel
@@ -96,6 +97,8 @@ class Engine:
     ) -> Engine:
         """An engine on this machine's device, warmed up, from weights that are already there.
 
+        On a CPU this process's threads are SCHED_BATCH from here on: see `jaxpaged.cpu_threads`.
+
         Args:
           weights: `jaxpaged.model.weights.Weights` of `config.dtype`; the engine owns them from here and `close` deletes them.
             With `config.quantization` those that are not quantised yet are; `jaxpaged.checkpoint.load` does it one by one.
@@ -108,6 +111,8 @@ class Engine:
         config = config.resolved(model, jax.default_backend())
         if draft is not None:
             check_draft(draft.model, model)
+        if jax.default_backend() == "cpu":
+            cpu_threads.wake_in_turn()
         weights = _as_asked(weights, model, config)
         draft = draft._replace(weights=_as_asked(draft.weights, draft.model, config)) if draft is not None else None
         use_compilation_cache(config.compilation_cache_dir)

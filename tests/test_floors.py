@@ -19,7 +19,7 @@ LIBRARY = ("jaxpaged", "pallas_kernels", "convert")
 FLOORS = (
     (
         *("jaxpaged.version", "jaxpaged.errors", "jaxpaged.framed", "jaxpaged.stop_strings", "jaxpaged.suspects"),
-        "jaxpaged.tools",
+        *("jaxpaged.cpu_threads", "jaxpaged.tools"),
     ),
     (
         "jaxpaged.admission",
@@ -53,6 +53,7 @@ ONLY = {
     "jaxpaged.version": (),
     "jaxpaged.errors": (),
     "jaxpaged.admission": ("jaxpaged.errors",),
+    "jaxpaged.cpu_threads": (),
     "jaxpaged.client": ("jaxpaged.client", "jaxpaged.errors", "httptools"),
     "jaxpaged.framed": (),
     "jaxpaged.speculative_config": ("jaxpaged.errors",),
