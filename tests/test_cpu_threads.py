@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from jaxpaged import cpu_threads
 
 TASKS = Path("/proc/self/task")
 _ENGINE = """
+import json
 import os
 from jaxpaged import LLM
 with LLM(max_model_len=64, max_num_seqs=2) as llm:
@@ -91,3 +93,32 @@ def test_other_systems_are_left_as_they_are(
     monkeypatch.setattr(os, "sched_getscheduler", lambda *_: pytest.fail("asked"), raising=False)
     monkeypatch.setattr(os, "sched_setscheduler", lambda *_: pytest.fail("set"), raising=False)
     cpu_threads.wake_in_turn(tasks)
+
+
+@needs_policies
+def test_the_bench_compares_both_and_leaves_the_threads_as_an_engine_has_them(capsys: pytest.CaptureFixture[str]) -> None:
+    from jaxpaged.bench import cpu_threads as bench
+
+    seen: list[set[int]] = []
+
+    class Fake:
+        model_config = type("Shape", (), {"vocab_size": 9})
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+        def __enter__(self) -> Fake:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def reset_prefix_cache(self) -> None: ...
+        def generate(self, prompts: list[object], *_: object, **__: object) -> None:
+            assert len(prompts) == 6
+            seen.append({os.sched_getscheduler(int(task.name)) for task in TASKS.iterdir()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "LLM", Fake)
+        assert bench.main(["--num-seqs", "3", "--requests-per-seq", "2", "--rounds", "2", "--json"]) == 0
+        with pytest.raises(SystemExit):
+            bench.main(["--rounds", "0"])
+    assert seen == [{os.SCHED_OTHER}, {os.SCHED_BATCH}] * 3
+    row = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert row["num_seqs"] == 3 and row["lowest"] <= row["ratio"] <= row["highest"]
