@@ -3,8 +3,8 @@
 XLA's threads wake several times in a step, look around for some microseconds and sleep again; the thread that plans steps and
 one that serves wake as often. Under the default policy each that wakes may push another off its CPU in the middle of its work:
 for the bundled model that was a tenth to a sixth of the time. As SCHED_BATCH, the policy of threads that compute, whoever wakes
-waits for a turn: under full load an event loop 0.8 ms instead of 0.2, the 99th percentile of 5 ms stays (135M shape, 64 requests, 2
-CPUs). Other processes gain and lose nothing by it: shares of time stay what they were, see sched(7).
+waits for a turn: under full load an event loop 0.8 ms instead of 0.2, the 99th percentile of 5 ms stays (135M shape, 64 requests,
+2 CPUs). Other processes gain and lose nothing by it: shares of time stay what they were, see sched(7).
 """
 
 from __future__ import annotations
