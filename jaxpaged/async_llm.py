@@ -124,7 +124,7 @@ class AsyncLLM:
             ticket = self.admit(getattr(params, "num_drawn", 1), guessed_len(prompt))
         try:
             async with asyncio.timeout(self._time_left(ticket, timeout_s)):
-                checked = await self._checked(prompt, params, request_id or f"req-{next(self._ids)}", priority, tenant)
+                checked = await self._checked(prompt, params, request_id or self._new_id(), priority, tenant)
             ticket.resize(len(checked.request.prompt_token_ids))
             live = GrowingRequest(checked.request, checked.prompt, self.tokenizer)
             how = {"pacer": self._pacer_here(), "interval": self.queue.stream_interval}
@@ -187,7 +187,7 @@ class AsyncLLM:
                 ids = [one.request.prompt_token_ids for one in checked]
                 ticket.resize(sum(map(len, ids)))
                 embed = functools.partial(self._embedder.embed, ids, pooling_params, is_wanted=lambda: not is_left.is_set())
-                vectors = await asyncio.get_running_loop().run_in_executor(self._embedding, embed)
+                vectors = await self._in_pool(self._embedding, embed)
         except TimeoutError:
             raise DeadlineError() from None
         finally:
@@ -202,8 +202,8 @@ class AsyncLLM:
             stream.close()
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """What a function gives that would hold the loop up, from a thread for texts."""
-        return await asyncio.get_running_loop().run_in_executor(self._texts, functools.partial(function, *arguments))
+        """What a function gives that would hold the loop up, from a thread for texts. Raises ClosedError."""
+        return await self._in_pool(self._texts, functools.partial(function, *arguments))
 
     async def reset_prefix_cache(self) -> None:
         """See `Engine.reset_prefix_cache`. Raises ClosedError."""
@@ -221,6 +221,23 @@ class AsyncLLM:
     async def between_steps(self, look: Callable[[Engine], T]) -> T:
         """What a function of the engine gives between two steps, on the engine's thread. Raises ClosedError."""
         return await self._thread.call(look)
+
+    def _new_id(self) -> str:
+        """An id that no unfinished request has, those that callers chose included."""
+        return next(name for name in (f"req-{number}" for number in self._ids) if self._thread.find(name) is None)
+
+    async def _in_pool(self, pool: ThreadPoolExecutor, function: Callable[[], T]) -> T:
+        """What a function gives on a thread of a pool. Raises ClosedError where this is closed before it has."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, function)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._thread.is_closed or (task is not None and task.cancelling()):
+                raise
+        except (RuntimeError, RequestError):  # the pool takes nothing any more, or the engine is closed
+            if not self._thread.is_closed:
+                raise
+        raise ClosedError("closed before the request had begun")
 
     def _time_left(self, ticket: Ticket, timeout_s: float | None) -> float | None:
         return None if timeout_s is None else max(0.0, ticket.at_s + timeout_s - self.clock())
@@ -242,7 +259,7 @@ class AsyncLLM:
                 await asyncio.sleep(0)
             return checked()
         pool = self._grammars if has_grammar else self._texts
-        return await asyncio.get_running_loop().run_in_executor(pool, checked)
+        return await self._in_pool(pool, checked)
 
     # --- its life ---
 

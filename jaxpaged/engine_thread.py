@@ -11,6 +11,7 @@ import functools
 import logging
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
@@ -71,7 +72,7 @@ class EngineThread:
         self.observer: Observer | None = None
         self._lock = threading.Condition()  # of what follows
         self._commands: list[Callable[[], None]] = []
-        self._is_closing = False
+        self._is_closing, self._close_by_s = False, 0.0
         self._beat_s = self.clock()
         self._told_beat_s: float | None = None  # of the hang whose stack is in the log
         self._death: BaseException | None = None
@@ -181,12 +182,25 @@ class EngineThread:
             logger.error("The engine hangs; its thread's stack:\n%s", "".join(traceback.format_stack(frame)))
 
     def close(self) -> None:
-        """End what runs with a ClosedError to who waits for it, and the engine. Twice is nothing."""
+        """End what runs with a ClosedError to who waits for it, and the engine. Twice is nothing.
+
+        A step that hangs is not waited for longer than `stall_s`: those who wait are told here then, and the engine stays as it
+        is.
+        """
         with self._lock:
+            if not self._is_closing:
+                self._close_by_s = time.monotonic() + self._stall_s
             self._is_closing = True
             self._lock.notify()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        if threading.current_thread() is self._thread:
+            return
+        self._thread.join(max(0.0, self._close_by_s - time.monotonic()))
+        if self._thread.is_alive():
+            self._tell_stack()
+            streams = list(self._streams.values())
+            for stream in streams:
+                stream.fail(ClosedError("closed while a step hung"))
+            self._wake(streams)
 
     def _send(self, command: Callable[[], None]) -> bool:
         """Have something done before the next step; False when there will be none."""

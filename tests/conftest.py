@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Warnings that this project can do nothing about, each with its reason. Everything else fails the test that caused it.
 ALLOWED_WARNINGS = [
@@ -20,6 +21,8 @@ ALLOWED_WARNINGS = [
     "ignore::FutureWarning:torch.*",
     # A future of tensorstore, which orbax reads with, that comes after the event loop of a read that failed.
     "ignore:(?s)Exception ignored in. None.*Event loop is closed:pytest.PytestUnraisableExceptionWarning",
+    # Two workers compile one program at once, and one finds what the other has half written: jax compiles it then.
+    "ignore:Error reading persistent compilation cache entry:UserWarning",
     "ignore::DeprecationWarning:<frozen importlib._bootstrap>",  # SWIG types of a dependency's extension module
 ]
 
@@ -28,6 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # Where the suite runs behind a shell's `&`, Ctrl-C is ignored, and would be by every process that a test begins.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "error")
+    # New examples are for the long fuzzing; and a machine that is held up is no failure.
+    settings.register_profile(
+        "suite", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("suite")
     for line in ALLOWED_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
 

@@ -377,7 +377,7 @@ def test_what_no_request_may_ask(field: str, bad: Any) -> None:
     "options",
     [
         {"logit_bias": {V: 1.0}},
-        {"logit_bias": {index: 1.0 for index in range(MAX_RULES + 1)}},
+        {"bad_words_token_ids": [[1]] * MAX_RULES, "logit_bias": {2: 1.0}},
         {"allowed_token_ids": [1, V]},
         {"allowed_token_ids": [1, 2], "bad_words_token_ids": [[1], [2]]},
         {"allowed_token_ids": [1], "stop_token_ids": [1], "min_tokens": 1},
@@ -390,6 +390,21 @@ def test_what_this_model_cannot_serve(engine: Engine, options: dict[str, Any]) -
     with pytest.raises(RequestError, match=r"^(logit_bias|allowed_token_ids|bad_words\w*): [^\n]*$"):
         one.add_request(PROMPT, params)
     assert not one.has_unfinished
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("stop_token_ids", [1] * (MAX_RULES + 1)),
+        ("logit_bias", {index: 1.0 for index in range(MAX_RULES + 1)}),
+        ("bad_words", ["dog"] * (MAX_RULES + 1)),
+        ("bad_words", ["d" * 257]),
+        ("bad_words_token_ids", [[1]] * (MAX_RULES + 1)),
+    ],
+)
+def test_more_than_a_step_has_room_for_is_refused_before_it_is_read(name: str, value: object) -> None:
+    with pytest.raises(RequestError, match=f"^{name}: got [^\n]*, the limit is (1,024|256)$"):
+        SamplingParams(**{name: value})
 
 
 def test_a_search_takes_none_of_them() -> None:

@@ -166,13 +166,14 @@ def test_an_interval_tells_the_same_tokens_less_often(interval: int, n: int) -> 
     """The first at once, then as many together as it says or more, the rest at the end."""
 
     async def task(llm: AsyncLLM, runner: Gated) -> None:
-        runner.pause_s = 0.001  # so that each step could be told by itself
+        runner.pause_s = 0.01  # so that each step could be told by itself
         asked = params(50, n=n, output_kind=DELTA)
         pieces = [output async for output in llm.generate([1, 2, 3], asked)]
         sizes = [sum(len(one.token_ids) for one in piece.outputs) for piece in pieces]
         assert sum(sizes) == 50 * n and sizes[0] < 50 * n and pieces[-1].finished
         assert all(size >= interval for size in sizes[1:-1]), sizes
         assert len(sizes) > 2 or interval > 50 * n
+        runner.pause_s = 0.0
         found = await tokens_of(llm, [1, 2, 3], asked)
         assert found == await tokens_of(llm, [1, 2, 3], params(50, n=n))
 
@@ -251,6 +252,7 @@ def test_pages_of_one_that_left_are_free_before_the_next_step() -> None:
     """Counted in steps of the device, which the test lets run one by one."""
 
     async def task(llm: AsyncLLM, runner: Gated) -> None:
+        runner.pause_s = 0.01  # it does not end while nobody looks
         stream = await llm.start([7] * 40, params(400))
         await until(lambda: runner.num_steps > 3)
         runner.gate.clear()
@@ -416,7 +418,7 @@ def test_one_that_had_a_token_in_its_trial_stands_for_nobody_else() -> None:
     """Two steps of both fail, then the second of a trial, in which one of them has had its token."""
 
     async def task(llm: AsyncLLM, runner: Gated) -> None:
-        alone = [await tokens_of(llm, prompt, params(60)) for prompt in PROMPTS[:2]]
+        alone = [await tokens_of(llm, prompt, params(400)) for prompt in PROMPTS[:2]]
         num_failed, num_alone = 0, 0
 
         def raises(request_ids: set[str]) -> bool:
@@ -428,7 +430,7 @@ def test_one_that_had_a_token_in_its_trial_stands_for_nobody_else() -> None:
 
         runner.pause_s = 0.002
         crowd = [
-            asyncio.create_task(tokens_of(llm, prompt, params(60), request_id=name))
+            asyncio.create_task(tokens_of(llm, prompt, params(400), request_id=name))
             for name, prompt in zip("ab", PROMPTS, strict=False)
         ]
         await until(lambda: all(one is not None and one.num_generated > 2 for one in map(llm._thread.find, "ab")))
@@ -556,6 +558,7 @@ def test_shutting_down_ends_what_runs_with_an_error() -> None:
     llm, runner = new_llm()
 
     async def main() -> None:
+        runner.pause_s = 0.01  # they do not end while nobody looks
         streams = [await llm.start(prompt, params(400)) for prompt in PROMPTS]
         await until(lambda: runner.num_steps > 3)
         await asyncio.to_thread(llm.shutdown)
@@ -575,10 +578,70 @@ def test_shutting_down_ends_what_runs_with_an_error() -> None:
     assert not llm._thread._thread.is_alive() and llm._engine.pool.num_used == 0
 
 
+def test_a_step_that_hangs_holds_nobody_up_who_shuts_down() -> None:
+    llm, runner = new_llm(stall_s=0.3)
+
+    async def main() -> None:
+        runner.gate.clear()
+        streams = [await llm.start(prompt, params(400)) for prompt in PROMPTS]
+        await until(lambda: bool(llm._engine.scheduler.running))
+        ended = asyncio.ensure_future(asyncio.to_thread(llm.shutdown))
+        for stream in streams:
+            with pytest.raises(ClosedError):
+                async for _ in stream:
+                    pass
+        await ended
+        await asyncio.to_thread(llm.shutdown)  # twice is nothing, and no wait
+        assert not runner.gate.is_set() and llm._thread._thread.is_alive()
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+    runner.gate.set()
+    llm._thread._thread.join(10)
+    assert not llm._thread._thread.is_alive() and llm._engine.pool.num_used == 0
+
+
+def test_what_waits_for_a_thread_is_told_that_it_was_closed() -> None:
+    llm, _ = new_llm(num_text_threads=1)
+
+    async def main() -> None:
+        is_wanted = threading.Event()
+        held = asyncio.ensure_future(llm.in_thread(is_wanted.wait, 20))
+        queued = [asyncio.ensure_future(llm.in_thread(int)), asyncio.ensure_future(tokens_of(llm, [1] * 300, params()))]
+        left = asyncio.ensure_future(llm.in_thread(int))
+        await asyncio.sleep(0.01)
+        left.cancel()
+        llm.shutdown()
+        is_wanted.set()
+        assert await held
+        for one in queued:
+            with pytest.raises(ClosedError):
+                await one
+        with pytest.raises(asyncio.CancelledError):  # who was cancelled by its own caller is
+            await left
+        with pytest.raises(ClosedError):
+            await llm.in_thread(int)
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+    assert llm.admission.num_outputs == 0
+
+
+def test_an_id_of_ours_is_none_that_somebody_chose() -> None:
+    async def task(llm: AsyncLLM, runner: Gated) -> None:
+        runner.gate.clear()
+        chosen = await llm.start([1, 2], params(), request_id="req-0")
+        ours = await llm.start([1, 2], params())
+        assert ours.request.request_id != chosen.request.request_id
+        runner.gate.set()
+        assert [len([one async for one in stream]) > 0 for stream in (chosen, ours)] == [True, True]
+
+    served(task)
+
+
 def test_a_loop_that_is_gone_leaves_nothing_behind() -> None:
     llm, runner = new_llm()
 
     async def main() -> None:
+        runner.pause_s = 0.01
         await llm.start([1, 2, 3], params(450))
 
     try:
@@ -593,6 +656,7 @@ def test_a_loop_that_is_gone_leaves_nothing_behind() -> None:
 
 def test_stats_and_the_prefix_cache_are_asked_between_steps() -> None:
     async def task(llm: AsyncLLM, runner: Gated) -> None:
+        runner.pause_s = 0.01
         stream = await llm.start([9] * 64, params(300))
         await until(lambda: runner.num_steps > 3)
         found = await llm.stats()

@@ -8,6 +8,7 @@ SCHED_OTHER, the median with its quartiles.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -25,7 +26,8 @@ from jaxpaged.llm import LLM
 def push_on_waking(tasks: Path = Path("/proc/self/task")) -> None:
     """Undo `cpu_threads.wake_in_turn`."""
     for task in tasks.iterdir():
-        os.sched_setscheduler(int(task.name), os.SCHED_OTHER, os.sched_param(0))
+        with contextlib.suppress(OSError):  # it has ended since
+            os.sched_setscheduler(int(task.name), os.SCHED_OTHER, os.sched_param(0))
 
 
 def measure(llm: LLM, num_requests: int, prompt_len: int, num_tokens: int, rounds: int) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class InProcess:
         num_output = 0
         with closing(self._llm.stream(prompt, self._params)) as outputs:
             for output in outputs:
-                for one in output.outputs[:1]:
+                for one in (one for one in output.outputs if not one.index):
                     num_output += len(one.token_ids)
                     usage = {"prompt_tokens": len(output.prompt_token_ids), "completion_tokens": num_output}
                     yield Delta(one.text, one.finish_reason, usage)

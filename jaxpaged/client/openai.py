@@ -85,6 +85,13 @@ def text_of(choice: dict[str, Any]) -> str:
     return found if isinstance(found, str) else ""
 
 
+def of_first(event: dict[str, Any]) -> dict[str, Any]:
+    """What an event of a stream has of the first output; nothing where it is of others."""
+    choices = event.get("choices")
+    several = choices if isinstance(choices, list) else []
+    return next((one for one in several if isinstance(one, dict) and not one.get("index")), {})
+
+
 async def check_status(answer: Answer) -> None:
     """Raise ServerError unless the answer is a good one, HttpError where there is none."""
     await answer.head()
@@ -108,8 +115,7 @@ async def deltas(client: Client, path: str, body: dict[str, Any]) -> AsyncGenera
                 if data == DONE:
                     return
                 value = event_value(data)
-                choices = value.get("choices")
-                choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+                choice = of_first(value)
                 yield Delta(text_of(choice), choice.get("finish_reason"), value.get("usage"))
         raise HttpError("cut short", "the answer ended before its end")
     finally:

@@ -154,6 +154,7 @@ class SamplingParams:
                 raise RequestError(f"{name}: got {shown(getattr(self, name))}, expected True or False")
         if isinstance(self.stop_token_ids, (str, bytes, bytearray)) or not isinstance(self.stop_token_ids, Seq):
             raise RequestError(f"stop_token_ids: got {shown(self.stop_token_ids)}, expected a list of token ids")
+        _check_count("stop_token_ids", self.stop_token_ids, "ids")
         for token_id in self.stop_token_ids:
             check_int("stop_token_ids", token_id, 0, 2**31 - 1)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -263,6 +264,7 @@ def _checked_logit_options(params: SamplingParams) -> dict[str, object]:
 
     bias: object = () if params.logit_bias is None else params.logit_bias  # None is vLLM's way to say nothing
     pairs = tuple(bias.items() if isinstance(bias, Mapping) else _listed("logit_bias", bias, "a dict of token ids and numbers"))
+    _check_count("logit_bias", pairs, "token ids")
     for pair in pairs:
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise RequestError(f"logit_bias: got {shown(pair)}, expected a token id and a number")
@@ -278,14 +280,25 @@ def _checked_logit_options(params: SamplingParams) -> dict[str, object]:
             raise RequestError("allowed_token_ids: got an empty list, expected at least one token id, or None for all")
 
     words = _listed("bad_words", () if params.bad_words is None else params.bad_words, "a list of words")
+    _check_count("bad_words", words, "words")
     for word in words:
         if not isinstance(word, str) or not word.strip():
             raise RequestError(f"bad_words: got {shown(word)}, expected a word")
-    ids = tuple(_checked_ids("bad_words_token_ids", one) for one in _listed("bad_words_token_ids", params.bad_words_token_ids))
+        if len(word) > MAX_STOP_LEN:
+            raise RequestError(f"bad_words: got a word of {len(word):,} characters, the limit is {MAX_STOP_LEN}")
+    several = _listed("bad_words_token_ids", params.bad_words_token_ids)
+    _check_count("bad_words_token_ids", several, "words")
+    ids = tuple(_checked_ids("bad_words_token_ids", one) for one in several)
     for one in ids:
         if not 1 <= len(one) <= MAX_BAD_WORD_LEN:
             raise RequestError(f"bad_words_token_ids: got a word of {len(one)} tokens, expected 1 to {MAX_BAD_WORD_LEN}")
     return {"logit_bias": pairs, "allowed_token_ids": allowed, "bad_words": words, "bad_words_token_ids": ids}
+
+
+def _check_count(name: str, found: Seq[object], what: str) -> None:
+    """Refuse what no step has room for before it is looked through."""
+    if len(found) > MAX_RULES:
+        raise RequestError(f"{name}: got {len(found):,} {what}, the limit is {MAX_RULES:,}")
 
 
 def _checked_extra_args(given: object) -> tuple[tuple[str, float], ...]:

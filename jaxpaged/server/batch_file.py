@@ -264,7 +264,7 @@ async def _answer(app: Any, line: Line, make_id: Callable[[], str]) -> dict[str,
     if line.body is None:
         problem = f"line {line.number}: {line.problem}"
         return {**head, "response": None, "error": {"code": "invalid_line", "message": problem, "line": line.number}}
-    raw = json.dumps(line.body).encode()
+    raw = dump_json(line.body)
     while True:
         status, headers, content = await call(app, line.url, raw)
         if status != 429:

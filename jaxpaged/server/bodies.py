@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from jaxpaged.host.checks import shown
 from jaxpaged.server.errors import ApiError
 
 MAX_DIGITS = 400  # of a number
+MAX_DEPTH = 200  # brackets in one another: whoever reads a value after us may recurse
 _PYTHON = {"boolean": bool, "string": str, "array": list, "object": dict}
 _EXPECTED = {"boolean": "true or false", "string": "a text", "array": "a list", "object": "an object"}
 
@@ -67,9 +69,12 @@ def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_json(raw: bytes) -> Any:
-    """A JSON document, strictly: UTF-8, no NaN, no name twice in an object, no number that overflows. Raises ApiError."""
+    """A JSON document, strictly: UTF-8, no NaN, no name twice in an object, no number that overflows, no more than MAX_DEPTH
+    brackets in one another. Raises ApiError.
+    """
+    too_deep = ApiError(400, "the body is nested too deep", code="invalid_json")
     try:
-        return json.loads(
+        found = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_object,
             parse_constant=_constant,
@@ -79,9 +84,22 @@ def parse_json(raw: bytes) -> Any:
     except UnicodeDecodeError:
         raise ApiError(400, "the body is not UTF-8", code="invalid_json") from None
     except RecursionError:
-        raise ApiError(400, "the body is nested too deep", code="invalid_json") from None
+        raise too_deep from None
     except json.JSONDecodeError as error:
         raise ApiError(400, f"the body is no JSON: {error.msg} at character {error.pos}", code="invalid_json") from None
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deeper(found, MAX_DEPTH):
+        raise too_deep
+    return found
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    """Whether more lists and objects than that are in one another."""
+    level = [value] if isinstance(value, (list, dict)) else []
+    while level and limit:
+        limit -= 1
+        values = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [child for several in values for child in several if isinstance(child, (list, dict))]
+    return bool(level)
 
 
 _dumped = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -99,8 +117,8 @@ def _kind(value: Any) -> str | None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise ApiError(400, f"{shown(twice)} is in an object twice", param=twice[:64], code="invalid_json")
     return found
 

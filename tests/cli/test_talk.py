@@ -10,12 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fake_server import Script, fake_server
 
 from jaxpaged import cli
+from jaxpaged.cli.talk import InProcess
 from jaxpaged.cli.terminal import harmless
+from jaxpaged.client.openai import of_first, text_of
+from jaxpaged.host.request import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("own_logger")
 
@@ -60,6 +65,24 @@ def test_completions_of_a_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     with fake_server(Script(ends="cut")) as fake:
         assert cli.main(["complete", "--url", fake.url, "-q", "Once"]) == cli.EXIT_USAGE
     assert "closed the connection" in capsys.readouterr().err
+
+
+def test_of_several_outputs_the_first_is_told_alone() -> None:
+    def piece(index: int, text: str, reason: str | None = None) -> SimpleNamespace:
+        return SimpleNamespace(index=index, text=text, token_ids=[1], finish_reason=reason)
+
+    pieces = [[piece(0, "a"), piece(1, "x")], [piece(1, "y")], [piece(1, "z"), piece(0, "b", "stop")], [piece(1, "w", "length")]]
+    outputs = (SimpleNamespace(outputs=one, prompt_token_ids=[1]) for one in pieces)
+    llm: Any = SimpleNamespace(stream=lambda *_: outputs)
+    told = list(InProcess(llm, SamplingParams(n=2)).complete("One"))
+    assert [one.text for one in told] == ["a", "b"] and told[-1].finish_reason == "stop"
+
+    events = [
+        *({"choices": [{"index": index, "text": text}]} for index, text in ((1, "x"), (0, "a"), (1, "y"), (0, "b"))),
+        {"choices": [{"index": 1, "text": "z"}, {"index": 0, "text": "c"}]},
+    ]
+    assert [text_of(of_first(event)) for event in events] == ["", "a", "", "b", "c"]
+    assert of_first({"choices": [{"text": "old"}]}) == {"text": "old"} and of_first({}) == of_first({"choices": [3]}) == {}
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_conversation() -> None:

@@ -106,7 +106,7 @@ def disconnects(server: Running, count: int, *, at_a_time: int = 10, seed: int =
             stays = [threading.Thread(target=stay) for _ in range(2)]
             for thread in stays:
                 thread.start()
-            wait_until(lambda: server.llm.num_unfinished >= 2)
+            wait_until(lambda found=found: server.llm.num_unfinished >= 2 or bool(found))
             way, when = WAYS[trial % len(WAYS)], TIMES[trial // len(WAYS) % len(TIMES)]
             at_once([_one(server, way, when, rng.random()) for _ in range(at_a_time)], at_a_time)
             left_s = time.monotonic()

@@ -75,6 +75,21 @@ def sizes(server: Running, *, num_chunks: int = 1_000_000, num_parallel: int = 6
                 num_sent += 65536
         assert num_sent < 48 * MIB, "a header has no end"
 
+    for rest in (b"0\r\n", b"0\r\nX: ", b"1;"):  # trailers without an end, one of them, an extension of a chunk
+        for path in (COMPLETION, "/nothing"):  # which is answered before its body has come
+            with socket.create_connection(place, 20) as client:
+                client.sendall(request(path, b"2\r\n{}\r\n" + rest, headers=chunked))
+                num_sent = 0
+                with contextlib.suppress(ConnectionError):
+                    while num_sent < 64 * MIB:
+                        client.sendall(b"a:b\r\n" * 10_000 if rest == b"0\r\n" else b"y" * 50_000)
+                        num_sent += 50_000
+                assert num_sent < 48 * MIB, "what stands beside a body has no end"
+    body = json.dumps(SMALL).encode()
+    trailing = b"%x\r\n%b\r\n0\r\nX-Request-Id: theirs\r\nContent-Type: text/plain\r\n\r\n" % (len(body), body)
+    status, headers, _ = parsed(exchange(place, request(COMPLETION, trailing, headers=chunked)))
+    assert status == 200 and "theirs" not in str(headers), "a trailer was taken for a header"
+
     statuses: list[int] = []
     largest = request(COMPLETION, b'{"prompt": "One", "max_tokens": 2, "user": "' + b"x" * (limit - 100) + b'"}')
     peak, is_over = 0, threading.Event()
@@ -96,7 +111,7 @@ def sizes(server: Running, *, num_chunks: int = 1_000_000, num_parallel: int = 6
     )
     assert peak - before < 5 * 16 * limit, "memory without a limit"  # of 16 bodies: bytes, text, what was read of them
     settled(server)
-    return 7 + num_parallel
+    return 14 + num_parallel
 
 
 # --- R34: slowness ---

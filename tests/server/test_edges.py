@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,14 @@ for name in ("fastapi", "uvicorn", "httptools", "httpx2"):
     pytest.importorskip(name, reason="the extra `serve` is not installed")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from running import ENGINE, is_empty  # noqa: E402
+from asgi import ask  # noqa: E402
+from hostile import exchange  # noqa: E402
+from running import ENGINE, is_empty, running, wait_until  # noqa: E402
 from test_async_llm import new_llm as new_fake_llm  # noqa: E402
 
 from jaxpaged.server.app import build_app  # noqa: E402
+from jaxpaged.server.bodies import parse_json  # noqa: E402
+from jaxpaged.server.errors import ApiError  # noqa: E402
 from jaxpaged.server.run import bind  # noqa: E402
 
 KEY = "a-key-of-at-least-16"
@@ -91,6 +97,7 @@ def test_a_client_that_never_reads_is_given_up_and_its_pages_come_back() -> None
     async def task() -> None:
         app = build_app(llm, ServerOptions(send_timeout_s=0.1))
         body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 450, "ignore_eos": True, "stream": True}).encode()
+        runner.pause_s = 0.005  # it does not end while nobody looks
         runner.gate.clear()
         answer = asyncio.ensure_future(app(scope(), receiving(body), send))
         while not runner.num_steps:
@@ -105,6 +112,69 @@ def test_a_client_that_never_reads_is_given_up_and_its_pages_come_back() -> None
     finally:
         llm.shutdown()
     assert 3 < num_sent < 10
+
+
+@pytest.mark.parametrize("num_queued", [0, 1, 3])
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_who_leaves_with_more_requests_sent_ahead_leaves_nothing(is_streamed: bool, num_queued: int) -> None:
+    llm, runner = new_fake_llm()
+    body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 450, "ignore_eos": True, "stream": is_streamed}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    runner.pause_s = 0.02  # nine seconds for all of it
+    try:
+        with running(llm) as one:
+            with socket.create_connection((one.server.config.host, int(one.url.rpartition(":")[2])), 20) as client:
+                client.sendall((head % len(body) + body) * (1 + num_queued))
+                wait_until(lambda: runner.num_steps > 3)
+            wait_until(lambda: is_empty(llm), 4.0)
+            assert runner.num_steps < 300
+            time.sleep(0.1)
+            assert is_empty(llm), "one that was sent ahead has begun"
+    finally:
+        llm.shutdown()
+
+
+def test_answers_to_requests_sent_ahead_come_in_their_order() -> None:
+    llm, _ = new_fake_llm()
+    raw = b"".join(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nX-Request-Id: number-%02d\r\n"
+        b'%bContent-Length: 44\r\n\r\n{"prompt": [1], "max_tokens": %2d, "seed": 1}'
+        % (n, b"Connection: close\r\n" * (n == 12), n)
+        for n in range(1, 13)
+    )
+    try:
+        with running(llm) as one:
+            said = exchange((one.server.config.host, int(one.url.rpartition(":")[2])), raw)
+    finally:
+        llm.shutdown()
+    assert re.findall(rb"x-request-id: (number-\d+)", said) == [b"number-%02d" % n for n in range(1, 13)]
+    assert said.count(b"HTTP/1.1 200") == 12
+
+
+@pytest.mark.parametrize("depth", [100, 150, 200, 201, 400, 960, 970, 980, 100_000])
+@pytest.mark.parametrize("padding", [0, 70_000])  # the latter is read on a thread, whose stack is shorter
+@pytest.mark.parametrize("field", ["temperature", "response_format", "metadata"])
+def test_what_is_nested_is_refused_or_read_at_any_depth(field: str, padding: int, depth: int) -> None:
+    llm, _ = new_fake_llm()
+    value = "[" * (depth - 1) + "]" * (depth - 1)
+    if field == "response_format":
+        value = '{"type": "structural_tag", "x": ' + "[" * (depth - 2) + "]" * (depth - 2) + "}"
+    raw = f'{{"prompt": [1], "max_tokens": 1, "{field}": {value}}}{" " * padding}'.encode()
+    try:
+        status, body = asyncio.run(ask(build_app(llm, ServerOptions()), "POST", "/v1/completions", raw))
+    finally:
+        llm.shutdown()
+    assert status in ((200, 400) if depth <= 200 else (400,)), body
+    assert (b"nested too deep" in body) == (depth > 200)
+
+
+@pytest.mark.parametrize("num_names", [40_000, 400_000])
+def test_a_name_that_is_there_twice_is_found_in_time(num_names: int) -> None:
+    names = ",".join(f'"{number}":0' for number in range(num_names))
+    began = time.process_time()
+    with pytest.raises(ApiError, match=f"{num_names - 1}' is in an object twice"):
+        parse_json(f'{{{names},"{num_names - 1}":1}}'.encode())
+    assert time.process_time() - began < 5  # comparing all with all would take minutes
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])

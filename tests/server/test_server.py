@@ -591,7 +591,7 @@ def test_a_key_protects_everything_but_the_open_paths(model: AsyncLLM) -> None:
 
 def test_a_full_queue_is_a_429_and_draining_ends_what_runs() -> None:
     llm = new_llm(max_queued_requests=2, max_queued_tokens=4000)
-    served = Running(llm, ServerOptions(drain_s=0.4))
+    served = Running(llm, ServerOptions(drain_s=60))
     try:
         with served.client() as client, concurrent.futures.ThreadPoolExecutor(24) as pool:
             body = {"prompt": "One day", "max_tokens": 30, "ignore_eos": True, "temperature": 0, "n": 2}
@@ -616,6 +616,9 @@ def test_a_full_queue_is_a_429_and_draining_ends_what_runs() -> None:
                 answer = client.get(path) if path == "/ready" else client.post(path, json={"prompt": "x"})
                 assert answer.status_code == 503 and answer.json()["error"]["code"] == "shutting_down"
             assert short.result(10).status_code == 200
+            assert not long.done()
+            clock = llm.clock
+            llm.clock = lambda: clock() + 61  # the time to drain is over
             assert long.result(10)[-1]["error"]["code"] == "shutting_down"
         served.thread.join(10)
         assert not served.thread.is_alive()
@@ -631,7 +634,7 @@ def test_the_page_chats_as_the_model_does(server: Running, browser: Browser, mon
     """The rest of the page is in `test_ui`."""
     step = server.engine.step
     # Or it is over before it is seen.
-    monkeypatch.setattr(server.engine, "step", lambda *given, **how: (time.sleep(0.01), step(*given, **how))[1])
+    monkeypatch.setattr(server.engine, "step", lambda *given, **how: (time.sleep(0.03), step(*given, **how))[1])
     prompt = "<img src=x onerror=alert(1)> Sort these words: pear, apple, fig"
     body = {"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 40}
     expected = post(server, "/v1/chat/completions", body)["choices"][0]["message"]["content"]

@@ -161,7 +161,9 @@ def test_the_page_says_nothing_and_runs_nothing_else(fake: tuple[AsyncLLM, Gated
 
 def test_whoever_has_seen_a_map_is_told_what_is_new(fake: tuple[AsyncLLM, Gated], monkeypatch: pytest.MonkeyPatch) -> None:
     llm, runner = fake
-    monkeypatch.setattr("jaxpaged.server.looks.INTERVAL_S", 0.01)
+    for name, seconds in (("INTERVAL_S", 0.01), ("ENGINE_SHARE", 1.0)):  # whatever a look on a busy machine takes
+        monkeypatch.setattr(f"jaxpaged.server.looks.{name}", seconds)
+    monkeypatch.setattr(live_module, "_PATIENCE_S", 15.0)
 
     async def task() -> None:
         live = Live(Service(llm, ServerOptions()))
@@ -198,6 +200,8 @@ def test_a_step_that_does_not_end_is_told(fake: tuple[AsyncLLM, Gated], monkeypa
             await asyncio.sleep(0.001)
         early = json.loads(await live.answer(""))
         runner.gate.set()
+        while live._look.held_up_s:  # the step that was told ends, and the look that waited for it
+            await asyncio.sleep(0.001)
         while (late := json.loads(await live.answer("")))["look"] is None:
             assert late["now"]["problem"] is None, "a look is put off, no step is long"
         stream.close()
