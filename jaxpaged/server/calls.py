@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -187,9 +188,16 @@ class _ListedCalls:
         return {"tool_calls": [_call(index, self._make_id(), *pair) for index, pair in enumerate(pairs)]}
 
 
+def _finite(text: str) -> float:
+    if not math.isfinite(found := float(text)):
+        raise ValueError(f"{text[:64]} is no finite number")
+    return found
+
+
 def _listed(text: str) -> list[dict[str, Any]]:
     """The calls of a JSON list that are whole; the list may be cut short."""
-    found, place, decoder = [], text.find("[") + 1, json.JSONDecoder()
+    # A number that no float holds would be written as one that JSON does not have.
+    found, place, decoder = [], text.find("[") + 1, json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
     while True:
         place += len(text[place:]) - len(text[place:].lstrip(" \t\r\n,"))
         try:

@@ -146,6 +146,25 @@ def test_a_long_file_takes_little_memory(tmp_path: Path) -> None:
     assert app.most <= 4  # as many as max_concurrency are asked, and no more read
 
 
+def test_a_text_is_sent_in_the_bytes_that_it_has(tmp_path: Path) -> None:
+    sizes: list[int] = []
+
+    class Weighing(App):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            async def weighed() -> Any:
+                message = await receive()
+                sizes.append(len(message["body"]))
+                return message
+
+            await super().__call__(scope, weighed, send)
+
+    body = {"prompt": "很久以前" * 1000, "stop": ["\ud800"]}
+    raw = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}, ensure_ascii=False)
+    app = Weighing()
+    answered(raw.encode("utf-8", "backslashreplace"), tmp_path / "out", app)
+    assert app.asked == [body] and sizes[0] < 3 * 4000 + 100
+
+
 def test_an_application_is_called_as_a_server_would() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         assert scope["type"] == "http" and scope["method"] == "POST" and (await receive())["body"] == b"{}"

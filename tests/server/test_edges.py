@@ -30,6 +30,7 @@ from hostile import exchange  # noqa: E402
 from running import ENGINE, is_empty, running, wait_until  # noqa: E402
 from test_async_llm import new_llm as new_fake_llm  # noqa: E402
 
+from jaxpaged.server import calls  # noqa: E402
 from jaxpaged.server.app import build_app  # noqa: E402
 from jaxpaged.server.bodies import parse_json  # noqa: E402
 from jaxpaged.server.errors import ApiError  # noqa: E402
@@ -166,6 +167,13 @@ def test_what_is_nested_is_refused_or_read_at_any_depth(field: str, padding: int
         llm.shutdown()
     assert status in ((200, 400) if depth <= 200 else (400,)), body
     assert (b"nested too deep" in body) == (depth > 200)
+
+
+def test_arguments_of_calls_are_json_whatever_numbers_a_model_writes() -> None:
+    whole = '[{"name": "f", "parameters": {"a": 1e2}}, {"name": "g", "parameters": {"a": %s}}]'
+    for number in ("1e999", "-1e999", "NaN", "Infinity"):
+        found = calls._ListedCalls(lambda: "id").take(whole % number, is_last=True)["tool_calls"]
+        assert [one["function"] for one in found] == [{"name": "f", "arguments": '{"a": 100.0}'}]
 
 
 @pytest.mark.parametrize("num_names", [40_000, 400_000])
