@@ -203,7 +203,7 @@ def test_a_client_that_is_late_itself_says_so(monkeypatch: pytest.MonkeyPatch) -
 def test_failures_are_counted_by_reason() -> None:
     scripts = [Script(), Script(status=429), Script(status=429), Script(ends="cut"), Script(ends="error"), Script(ends="hangs")]
     with fake_server(*scripts, Script()) as fake:
-        run = measured(fake.url, 8, max_concurrency=1, timeout_s=0.5)
+        run = measured(fake.url, 8, max_concurrency=1, timeout_s=3)
     numbers = numbers_of(run)
     assert numbers["failed_by_reason"] == {
         "HTTP 429 queue_full": 2,

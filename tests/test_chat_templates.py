@@ -318,8 +318,9 @@ def test_processor_time_is_bounded_and_said() -> None:
 
 
 def test_a_process_that_says_nothing_is_ended() -> None:
-    process = TemplateProcess(wall_s=0.2)
+    process = TemplateProcess()
     assert process.render("a", {}, NOW) == "a"
+    process._wall_s = 0.2
     os.kill(process._process.pid, signal.SIGSTOP)  # type: ignore[union-attr]
     started = time.monotonic()
     with pytest.raises(TemplateError, match=r"^no answer within 0.2 s$"):

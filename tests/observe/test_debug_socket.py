@@ -146,14 +146,14 @@ def test_an_error_in_a_step_does_not_stop_the_answers(path: str) -> None:
 
 
 def test_clients_that_say_nothing_or_nonsense(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(debug_socket, "_CLIENT_S", 0.2)
+    monkeypatch.setattr(debug_socket, "_CLIENT_S", 2.0)
     with new_engine(debug_socket=path) as engine, socket.socket(socket.AF_UNIX) as silent:
         silent.connect(path)
         engine.add_request([1] * 20, SamplingParams(max_tokens=100, ignore_eos=True))
         started = time.perf_counter()
         for _ in range(20):
             engine.step()
-        assert time.perf_counter() - started < 0.15, "a step waited for the client"
+        assert time.perf_counter() - started < 1.0, "a step waited for the client"
         check_view(ask(path, "active-blocks"))
         for line in (b"\n", b"[]\n", b"{}\n", b"x" * 10_000, b'{"view": "x"}\n', b'{"view": ["scheduler"]}\n', b"\xff\xfe\n"):
             with socket.socket(socket.AF_UNIX) as client:

@@ -49,7 +49,7 @@ def freeze(seconds: float, stall_s: float) -> int:
     try:
         body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True, "return_token_ids": True}).encode()
         answers: list[bytes] = []
-        runner.pause_s = 0.002
+        runner.pause_s = 0.005  # two seconds for all of it, or it is over before it hangs
         client = threading.Thread(target=lambda: answers.append(exchange(address(served), request(COMPLETION, body), 60)))
         client.start()
         wait_until(lambda: runner.num_steps > 2)

@@ -72,7 +72,7 @@ def test_every_route_needs_a_key_by_every_name(shared: Running) -> None:
 
 def test_a_device_that_hangs_is_seen_from_outside() -> None:
     """R38."""
-    lifecycle.freeze(0.5, 0.3)
+    lifecycle.freeze(2.0, 1.0)
 
 
 def test_no_stream_is_cut_without_a_word_at_the_end() -> None:
