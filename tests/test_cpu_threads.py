@@ -17,7 +17,6 @@ from jaxpaged import cpu_threads
 
 TASKS = Path("/proc/self/task")
 _ENGINE = """
-import json
 import os
 from jaxpaged import LLM
 with LLM(max_model_len=64, max_num_seqs=2) as llm:

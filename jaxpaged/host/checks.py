@@ -26,6 +26,6 @@ def shown(value: object, limit: int = 64) -> str:
     """A value for a message of one short line, whatever it is."""
     try:
         text = ascii(value).replace("\n", " ")  # an array's repr has lines
-    except (ValueError, RecursionError):  # Python spells out no whole number of thousands of digits
+    except (ValueError, RecursionError):  # Python spells out neither thousands of digits nor of brackets
         text = f"a value of type {type(value).__name__} that is too long to show"
     return text if len(text) <= limit else text[: limit - 3] + "..."

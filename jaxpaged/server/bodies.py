@@ -72,7 +72,6 @@ def parse_json(raw: bytes) -> Any:
     """A JSON document, strictly: UTF-8, no NaN, no name twice in an object, no number that overflows, no more than MAX_DEPTH
     brackets in one another. Raises ApiError.
     """
-    too_deep = ApiError(400, "the body is nested too deep", code="invalid_json")
     try:
         found = json.loads(
             raw.decode("utf-8"),
@@ -81,15 +80,15 @@ def parse_json(raw: bytes) -> Any:
             parse_int=_whole,
             parse_float=_decimal,
         )
+        if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deeper(found, MAX_DEPTH):
+            raise RecursionError
+        return found
     except UnicodeDecodeError:
         raise ApiError(400, "the body is not UTF-8", code="invalid_json") from None
     except RecursionError:
-        raise too_deep from None
+        raise ApiError(400, "the body is nested too deep", code="invalid_json") from None
     except json.JSONDecodeError as error:
         raise ApiError(400, f"the body is no JSON: {error.msg} at character {error.pos}", code="invalid_json") from None
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deeper(found, MAX_DEPTH):
-        raise too_deep
-    return found
 
 
 def _is_deeper(value: Any, limit: int) -> bool:

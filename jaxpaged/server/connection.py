@@ -36,8 +36,8 @@ class Connection(HttpToolsProtocol):
         self.logger = _logger
         self._request_s = request_s
         self._deadline: asyncio.TimerHandle | None = None  # held from a request's first byte to its last
-        self._is_in_head, self._num_head_bytes = True, 0
-        self._num_beside_bytes = 0  # since the last piece of a body: sizes and extensions of chunks, and trailers
+        # Bytes since the head began, or since the last piece of a body: sizes and extensions of chunks, and trailers.
+        self._is_in_head, self._num_bytes = True, 0
         self._answering: RequestResponseCycle | None = None  # which is not the last that was read where more wait behind it
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -56,16 +56,13 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self._hurry()
-        if self._is_in_head:
-            self._num_head_bytes += len(data)
-        else:
-            self._num_beside_bytes += len(data)
+        self._num_bytes += len(data)
         super().data_received(data)
-        if (self._num_head_bytes if self._is_in_head else self._num_beside_bytes) > MAX_HEADER_BYTES:
+        if self._num_bytes > MAX_HEADER_BYTES:
             self._refuse(ApiError(431, f"more than {MAX_HEADER_BYTES:,} bytes of headers"))
 
     def on_message_begin(self) -> None:
-        self._is_in_head, self._num_head_bytes = True, 0
+        self._is_in_head, self._num_bytes = True, 0
         self._hurry()
         super().on_message_begin()
 
@@ -76,17 +73,17 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        self._is_in_head, self._num_beside_bytes = False, 0
+        self._is_in_head, self._num_bytes = False, 0
         if self.pipeline and len(self.pipeline) <= _MAX_QUEUED:
             self.flow.resume_reading()  # or nobody would see that the client leaves
 
     def on_body(self, body: bytes) -> None:
-        self._num_beside_bytes = 0
+        self._num_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._is_in_head, self._num_head_bytes = True, 0
+        self._is_in_head, self._num_bytes = True, 0
         self._relax()
 
     def send_400_response(self, msg: str) -> None:
@@ -115,7 +112,7 @@ class Connection(HttpToolsProtocol):
         if self._is_answering:
             # Who waits for a body has a deadline of its own; and bytes after a request are no reason to cut its answer.
             self._hurry()
-        elif self._is_in_head and self._num_head_bytes:
+        elif self._is_in_head and self._num_bytes:
             self._refuse(ApiError(408, f"no whole request within {self._request_s:g} s"))
         else:
             self.transport.close()
